@@ -267,3 +267,15 @@ class Checkpoint:
         """The tensor of that checkpoint name."""
         info = self.infos[name]
         return read_tensor(self.directory / info.file, info)
+
+
+@frozen
+class ModelSource:
+    """A whole model as its readers need it: small files by name, tensors one at a time.
+
+    `files`: configuration, tokenizer and chat template files, by the name they have in a model
+    directory; they may come from several places.
+    """
+
+    files: Mapping[str, Path]
+    tensors: TensorSource
