@@ -55,6 +55,14 @@ class TensorInfo:
 
 
 @frozen
+class FileDigest:
+    """`size` in bytes and the SHA-256 of a file, in hexadecimal."""
+
+    size: int
+    sha256: str
+
+
+@frozen
 class Header:
     """A safetensors header: tensors in file order, the metadata, and where the data begins."""
 

@@ -5,6 +5,7 @@
   x AlreadyExistsError               (also a FileExistsError)
   x InUseError
   x NotLocalError
+  x DatabaseError
   x InvalidNameError                 (also a ValueError)
   x MalformedError                   (also a ValueError)
     + UnsafeFileError
@@ -70,6 +71,10 @@ class InUseError(CustomizedModelsError):
 
 class NotLocalError(CustomizedModelsError):
     """The storage keeps its models elsewhere; there is no local path to give."""
+
+
+class DatabaseError(CustomizedModelsError):
+    """The registry's database is damaged, out of reach, busy for too long or of a newer version."""
 
 
 class InvalidNameError(CustomizedModelsError, ValueError):

@@ -1,4 +1,4 @@
-"""The values the library speaks in: frozen, without paths, cheap to print; and how they are named."""
+"""The values the library speaks in: frozen, without paths, cheap to print; and their names."""
 
 from __future__ import annotations
 

@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+import hashlib
+from importlib.metadata import entry_points
+from typing import Any, Protocol, TypeVar
 
 from attrs import frozen
 
+from .._errors import InvalidOptionError, shown
 from .._gguf import GGUFFile
-from .._models import DeploymentTemplate, Progress, Quantization, Served, Status
+from .._models import (
+    SERVED_NAME,
+    DeploymentEnvironment,
+    DeploymentTemplate,
+    Progress,
+    Quantization,
+    Served,
+    Status,
+    checked_name,
+)
+
+ENTRY_POINTS = "customized_models.backends"
+"""The entry point group of further backends: name to a callable that takes the environment."""
+
+_BUILT_IN = ("llama_cpp", "ollama")
+_Options = TypeVar("_Options")
 
 
 class Artifact(Protocol):
@@ -77,11 +95,62 @@ class Backend(Protocol):
         """
 
     def status(self, served: Served) -> Status:
-        """What the tool says now; `Status.UNREACHABLE` instead of an error if it does not answer."""
+        """What the tool says now; `Status.UNREACHABLE` rather than an error without an answer."""
 
     def undeploy(self, served: Served) -> None:
         """Free its memory and remove it; no error if absent.
 
         Raises:
+            InUseError: the name now means something that was not deployed here; nothing is removed.
             ServerUnreachableError: the tool does not answer.
         """
+
+
+def open_backend(environment: DeploymentEnvironment) -> Backend:
+    """The backend that serves `environment`; nothing is sent yet.
+
+    Raises:
+        InvalidOptionError: no backend goes by that name, or it does not know a setting.
+    """
+    if environment.backend == "ollama":
+        from .ollama import Ollama
+
+        return Ollama(environment)
+    if environment.backend == "llama_cpp":
+        from .llama_cpp import LlamaCpp
+
+        return LlamaCpp(environment)
+    further = entry_points(group=ENTRY_POINTS)
+    for point in further.select(name=environment.backend):
+        backend: Backend = point.load()(environment)
+        return backend
+    known = ", ".join(sorted({*_BUILT_IN, *further.names}))
+    raise InvalidOptionError(
+        f"environment {shown(environment.name)} names the backend {shown(environment.backend)}; "
+        f"known are {known}, and what installed packages add to {ENTRY_POINTS}"
+    )
+
+
+def checked_options(options: object, expected: type[_Options]) -> _Options:
+    """`options` if it is of the backend's own class; else `InvalidOptionError`."""
+    if not isinstance(options, expected):
+        raise InvalidOptionError(
+            f"options must be {expected.__name__}(...), not {shown(type(options).__name__)}"
+        )
+    return options
+
+
+def chosen_served_name(artifact: Artifact, served_name: str | None) -> str:
+    """`served_name` checked, or one derived from the artifact's name.
+
+    Derived: in lower case; of more than 80 characters the first 71, `-`, and 8 of its sha256.
+
+    Raises:
+        InvalidNameError: it does not fit `SERVED_NAME`.
+    """
+    if served_name is None:
+        served_name = artifact.name.lower()
+        if len(served_name) > 80:
+            digest = hashlib.sha256(artifact.name.encode()).hexdigest()
+            served_name = f"{served_name[:71]}-{digest[:8]}"
+    return checked_name("served name", served_name, SERVED_NAME)

@@ -1,1 +1,39 @@
-"""What plug-ins and their tests need: contract suites, an in-memory storage, tiny real models."""
+"""What plug-ins and their tests need: contract suites, an in-memory storage, tiny real models.
+
+The contract suites need pytest; the models need torch, transformers and peft. Each is imported
+when its name is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ._backends import BackendContract
+    from ._models import tiny_llama, tiny_lora
+    from ._storage import MemoryStorage, StorageContract, publish_files
+
+_HOMES = {
+    "BackendContract": "_backends",
+    "MemoryStorage": "_storage",
+    "StorageContract": "_storage",
+    "publish_files": "_storage",
+    "tiny_llama": "_models",
+    "tiny_lora": "_models",
+}
+
+__all__ = [
+    "BackendContract",
+    "MemoryStorage",
+    "StorageContract",
+    "publish_files",
+    "tiny_llama",
+    "tiny_lora",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)

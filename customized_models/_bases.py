@@ -1,0 +1,143 @@
+"""A base model where it lies: which of its files count, their digests, and whether they changed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from attrs import frozen
+
+from ._checkpoints import INDEX, Checkpoint, FileDigest
+from ._errors import BaseModelMismatch, BaseModelMissingError, UnsafeFileError, listed, shown
+from ._manifest import digest_of, hash_file, to_document
+from ._models import Progress
+
+SMALL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
+"""What a model directory has beside its weights that changes what the model does."""
+
+
+@frozen
+class KnownFile:
+    """A file's digest, and by what we see that it has not been touched since."""
+
+    size: int
+    sha256: str
+    mtime_ns: int
+    inode: int
+
+
+@frozen
+class Location:
+    """Where a base model lies on this host, and what its files were when they were hashed."""
+
+    path: str
+    files: Mapping[str, KnownFile]
+
+    @property
+    def digest(self) -> str:
+        """`sha256:` over the names, sizes and digests of the content files."""
+        files = {name: FileDigest(file.size, file.sha256) for name, file in self.files.items()}
+        return digest_of(to_document(files))
+
+
+def small_files(directory: Path) -> dict[str, Path]:
+    """The files of `SMALL_FILES` that `directory` has."""
+    return {name: directory / name for name in SMALL_FILES if (directory / name).is_file()}
+
+
+def locate(directory: Path, progress: Progress) -> Location:
+    """Hash the content files of the base model in `directory`.
+
+    Links are followed only inside a Hub cache, from its snapshots to its blobs.
+
+    Raises:
+        BaseModelMissingError: no such directory.
+        MalformedError: it holds no readable checkpoint.
+        UnsafeFileError: a link leads elsewhere.
+    """
+    if not directory.is_dir():
+        raise BaseModelMissingError(f"no directory {shown(directory)}")
+    directory = directory.resolve()
+    names = [*Checkpoint.open(directory).shards, *small_files(directory)]
+    if (directory / INDEX).is_file():
+        names.append(INDEX)
+    for name in names:
+        _refuse_stray_link(directory, name)
+    total = sum((directory / name).stat().st_size for name in names)
+    files: dict[str, KnownFile] = {}
+    for name in sorted(names):
+        progress("hashing the base model", sum(f.size for f in files.values()), total)
+        files[name] = _known(directory / name)
+    return Location(str(directory), files)
+
+
+def unchanged(location: Location) -> Path:
+    """The base's directory, once its files are seen to be those that were hashed.
+
+    Files whose size, time and inode are as recorded count as unchanged; others are hashed again.
+
+    Raises:
+        BaseModelMissingError: the directory or a file is gone.
+        BaseModelMismatch: other bytes lie there.
+    """
+    directory, different = Path(location.path), set()
+    for name, known in location.files.items():
+        try:
+            status = (directory / name).stat()
+        except FileNotFoundError as error:
+            raise BaseModelMissingError(
+                f"the base model has no file {shown(directory / name)} any more; "
+                f"name its new place with relocate_base_model"
+            ) from error
+        seen = (status.st_size, status.st_mtime_ns, status.st_ino)
+        if seen != (known.size, known.mtime_ns, known.inode):
+            found = _known(directory / name)
+            if (found.size, found.sha256) != (known.size, known.sha256):
+                different.add(name)
+    if different:
+        raise BaseModelMismatch(
+            f"the base model at {shown(directory)} is not the one that was added: "
+            f"{listed(different)} changed"
+        )
+    return directory
+
+
+def _known(path: Path) -> KnownFile:
+    before = path.stat()
+    digest = hash_file(path)
+    after = path.stat()
+    if (before.st_mtime_ns, before.st_size) != (after.st_mtime_ns, digest.size):
+        raise BaseModelMismatch(f"{shown(path.name)} changed while it was read")
+    return KnownFile(digest.size, digest.sha256, after.st_mtime_ns, after.st_ino)
+
+
+def _refuse_stray_link(directory: Path, name: str) -> None:
+    """A snapshot's links go to `<repository>/blobs`, or on to the cache's shared `blobs`."""
+    path = directory / name
+    if not path.is_symlink():
+        return
+    repository = directory.parent.parent
+    target = path.resolve()
+    blobs = (repository / "blobs", repository.parent / "blobs")
+    if directory.parent.name != "snapshots" or not any(target.is_relative_to(b) for b in blobs):
+        raise UnsafeFileError(f"{shown(name)} links out of the model's directory or Hub cache")
+
+
+def same_path(stated: object, location: str) -> bool:
+    """Whether a path that a training wrote down leads to `location`."""
+    return isinstance(stated, str) and bool(stated) and os.path.realpath(stated) == location

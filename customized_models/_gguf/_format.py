@@ -1,0 +1,130 @@
+"""The GGUF container, version 3: tensor types, encoded values, and the bytes before the data.
+
+Layout: magic, version, counts, key-values, tensor infos, padding; then each tensor, padded.
+Everything is little-endian.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Mapping, Sequence
+
+from attrs import frozen
+
+VERSION = 3
+ALIGNMENT = 32  # bytes; the format's default, to which each tensor is padded
+
+
+@frozen
+class TensorType:
+    """How a tensor's rows are stored: `size` bytes for every `block` weights of a row."""
+
+    name: str
+    number: int
+    block: int
+    size: int
+
+
+# ggml/include/ggml.h `enum ggml_type` and ggml/src/ggml-common.h `block_*` of llama.cpp b11434.
+F32 = TensorType("F32", 0, 1, 4)
+F16 = TensorType("F16", 1, 1, 2)
+Q5_0 = TensorType("Q5_0", 6, 32, 22)
+Q5_1 = TensorType("Q5_1", 7, 32, 24)
+Q8_0 = TensorType("Q8_0", 8, 32, 34)
+Q4_K = TensorType("Q4_K", 12, 256, 144)
+Q5_K = TensorType("Q5_K", 13, 256, 176)
+Q6_K = TensorType("Q6_K", 14, 256, 210)
+BF16 = TensorType("BF16", 30, 1, 2)
+
+PLAIN = {"F32": F32, "F16": F16, "BF16": BF16}
+"""The types that hold a checkpoint's own dtype, by that dtype's safetensors name."""
+
+
+@frozen
+class Tensor:
+    """A tensor of the file, and where its values come from.
+
+    `shape`: outermost first, `(out, in)` for a matrix. `source`: the checkpoint tensor; None if
+    `values` are the tensor. `head_size`: rows of one attention head, if the rows of each head
+    change from the checkpoint's rotary order to GGUF's; else 0.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    type: TensorType
+    source: str | None
+    head_size: int = 0
+    values: tuple[float, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Bytes in the file, without padding."""
+        return math.prod(self.shape) // self.type.block * self.type.size
+
+
+def padded(size: int) -> int:
+    """`size` rounded up to the alignment."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def u32(value: int) -> bytes:
+    """An unsigned 32-bit value."""
+    return struct.pack("<II", 4, value)
+
+
+def i32(value: int) -> bytes:
+    """A signed 32-bit value."""
+    return struct.pack("<Ii", 5, value)
+
+
+def f32(value: float) -> bytes:
+    """A 32-bit floating-point value."""
+    return struct.pack("<If", 6, value)
+
+
+def flag(value: bool) -> bytes:
+    """A truth value."""
+    return struct.pack("<I?", 7, value)
+
+
+def text(value: str) -> bytes:
+    """A UTF-8 string."""
+    return struct.pack("<I", 8) + _string(value.encode())
+
+
+def texts(values: Sequence[bytes]) -> bytes:
+    """An array of strings, given as UTF-8."""
+    return struct.pack("<IIQ", 9, 8, len(values)) + b"".join(map(_string, values))
+
+
+def i32s(values: Sequence[int]) -> bytes:
+    """An array of signed 32-bit values."""
+    return struct.pack(f"<IIQ{len(values)}i", 9, 5, len(values), *values)
+
+
+def f32s(values: Sequence[float]) -> bytes:
+    """An array of 32-bit floating-point values."""
+    return struct.pack(f"<IIQ{len(values)}f", 9, 6, len(values), *values)
+
+
+def _string(value: bytes) -> bytes:
+    return struct.pack("<Q", len(value)) + value
+
+
+def preamble(metadata: Mapping[str, bytes], tensors: Sequence[Tensor]) -> bytes:
+    """All bytes before the first tensor's data, padded.
+
+    `metadata`: encoded values by key. The tensors' data must follow in the order given.
+    """
+    parts = [b"GGUF", struct.pack("<IQQ", VERSION, len(tensors), len(metadata))]
+    for key, value in metadata.items():
+        parts += (_string(key.encode()), value)
+    offset = 0
+    for tensor in tensors:
+        dimensions = struct.pack(f"<I{len(tensor.shape)}Q", len(tensor.shape), *tensor.shape[::-1])
+        parts += (_string(tensor.name.encode()), dimensions)
+        parts.append(struct.pack("<IQ", tensor.type.number, offset))
+        offset += padded(tensor.size)
+    joined = b"".join(parts)
+    return joined.ljust(padded(len(joined)), b"\0")

@@ -1,0 +1,652 @@
+"""`ModelRegistry`: what models there are. The only writer of the database."""
+
+from __future__ import annotations
+
+import functools
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from attrs import evolve
+
+from ._adapters import Adapter, check_fits, copy_adapter
+from ._bases import locate, same_path, unchanged
+from ._cards import read_base_card, render_customized, training_facts
+from ._checkpoints import Checkpoint, json_object
+from ._errors import (
+    AlreadyExistsError,
+    BaseModelMismatch,
+    InUseError,
+    InvalidNameError,
+    NotFoundError,
+    NotLocalError,
+    listed,
+    shown,
+)
+from ._jobs import Job
+from ._listing import Listing
+from ._manifest import README, Manifest, hash_file, to_document, write_file
+from ._models import (
+    TECHNICAL_NAME,
+    TRAIN_NAME,
+    BaseModel,
+    CompleteModel,
+    CustomizedModel,
+    DeploymentEnvironment,
+    DeploymentTemplate,
+    EvaluationSummary,
+    LiveModel,
+    ModelCard,
+    ThirdPartyModel,
+    TrainingConfiguration,
+    checked_name,
+    customized_name,
+)
+from ._storage import LocalStorage, Storage
+
+if TYPE_CHECKING:
+    from ._database import Database, Lease
+
+Value = TypeVar(
+    "Value",
+    BaseModel,
+    CustomizedModel,
+    CompleteModel,
+    LiveModel,
+    ThirdPartyModel,
+    DeploymentEnvironment,
+)
+
+
+def storage_key(model: CustomizedModel | CompleteModel) -> str:
+    """Where a model's bytes lie in the storage."""
+    return f"{'customized' if isinstance(model, CustomizedModel) else 'complete'}/{model.name}"
+
+
+class ModelRegistry:
+    """Base, customized, complete and live models under one root directory.
+
+    Safe to share between threads, to carry over a fork and to pickle; opens its database per
+    call and keeps nothing open, so there is nothing to close.
+
+    `storage`: where bytes are kept, if not in plain directories under `root`.
+
+    >>> registry = ModelRegistry("./models")        # doctest: +SKIP
+    """
+
+    def __init__(self, root: str | os.PathLike[str], *, storage: Storage | None = None) -> None:
+        self.root = Path(root).absolute()
+        self._storage: Storage = storage if storage is not None else LocalStorage(self.root)
+
+    def __repr__(self) -> str:
+        return f"ModelRegistry({str(self.root)!r})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopened, (self.root, self._storage)
+
+    @functools.cached_property
+    def _database(self) -> Database:
+        from ._database import Database
+
+        return Database(self.root / "registry.db")
+
+    # Base models
+
+    def add_base_model(
+        self,
+        technical_name: str,
+        path: str | os.PathLike[str],
+        *,
+        model_name: str | None = None,
+        deployment_template: DeploymentTemplate | None = None,
+    ) -> BaseModel:
+        """Add the pretrained model in the directory `path`: referenced and hashed, never copied.
+
+        `technical_name`: short and unique, lower-case letters, digits, `.` and `-`, at most 24.
+        `model_name`: unique; a Hub id where it has one; the directory's name if None.
+
+        Raises:
+            InvalidNameError: the technical name does not fit.
+            AlreadyExistsError: a name is taken by another base model.
+            BaseModelMissingError, MalformedError, UnsafeFileError: the directory is no model.
+        """
+        from . import _database as db
+        from . import _records as records
+
+        checked_name("technical name", technical_name, TECHNICAL_NAME)
+        location = locate(Path(path), _silent)
+        directory = Path(location.path)
+        base = BaseModel(
+            technical_name=technical_name,
+            model_name=_checked_model_name(model_name or Path(path).resolve().name),
+            digest=location.digest,
+            created=datetime.now(UTC),
+            card=read_base_card(directory, Checkpoint.open(directory)),
+            deployment_template=deployment_template,
+        )
+        with self._database.write() as connection:
+            known = db.find(connection, db.base_models, name=technical_name)
+            if known is not None:
+                return self._added_again(base, records.value_of(BaseModel, known))
+            if db.find(connection, db.base_models, model_name=base.model_name) is not None:
+                raise AlreadyExistsError(f"a base model is named {shown(base.model_name)} already")
+            records.insert(connection, base, **records.location_columns(location))
+        return base
+
+    @staticmethod
+    def _added_again(new: BaseModel, known: BaseModel) -> BaseModel:
+        if evolve(new, created=known.created, card=known.card) == known:
+            return known
+        raise AlreadyExistsError(
+            f"base model {shown(known.name)} exists, with other content, name or template"
+        )
+
+    def set_deployment_template(
+        self, base: BaseModel, deployment_template: DeploymentTemplate | None
+    ) -> BaseModel:
+        """Give a base model another deployment template; models that are live keep theirs."""
+        from . import _records as records
+
+        with self._database.write() as connection:
+            row = records.required(connection, BaseModel, base.name)
+            changed = evolve(
+                records.value_of(BaseModel, row), deployment_template=deployment_template
+            )
+            records.update(connection, changed)
+        return changed
+
+    def relocate_base_model(self, base: BaseModel, path: str | os.PathLike[str]) -> BaseModel:
+        """Say where a base model lies now; its bytes must be those that were added.
+
+        Raises:
+            BaseModelMismatch: other bytes lie there.
+        """
+        from . import _database as db
+        from . import _records as records
+
+        location = locate(Path(path), _silent)
+        with self._database.write() as connection:
+            known = records.value_of(BaseModel, records.required(connection, BaseModel, base.name))
+            if location.digest != known.digest:
+                raise BaseModelMismatch(
+                    f"{shown(path)} holds {location.digest}, "
+                    f"but base model {base.name} is {known.digest}"
+                )
+            db.change(connection, db.base_models, base.name, **records.location_columns(location))
+        return known
+
+    # Customized models
+
+    def reserve(
+        self, *, train_name: str, training_id: uuid.UUID, base_model: str | BaseModel
+    ) -> str:
+        """Fix, before a training, the name its customized model will have; returns that name.
+
+        The same training id gets the same name again, whatever the date has become.
+
+        Raises:
+            AlreadyExistsError: another training has that name, or this id trains something else.
+        """
+        from . import _database as db
+        from . import _records as records
+
+        checked_name("train name", train_name, TRAIN_NAME)
+        base = base_model if isinstance(base_model, str) else base_model.name
+        created = datetime.now(UTC)
+        with self._database.write() as connection:
+            records.required(connection, BaseModel, base)
+            known = db.find(connection, db.reservations, training_id=str(training_id))
+            if known is not None:
+                if (known["base"], known["train_name"]) != (base, train_name):
+                    raise AlreadyExistsError(f"training {training_id} is {shown(known['name'])}")
+                return str(known["name"])
+            name = customized_name(base, train_name, created, training_id)
+            for table in (db.reservations, db.customized_models):
+                if db.find(connection, table, name=name) is not None:
+                    raise AlreadyExistsError(_name_clash(name, training_id))
+            db.add(
+                connection,
+                db.reservations,
+                training_id=str(training_id),
+                name=name,
+                base=base,
+                train_name=train_name,
+                created=created.isoformat(),
+            )
+        return name
+
+    def register(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        train_name: str,
+        base_model: str | BaseModel | None = None,
+        training_id: uuid.UUID | None = None,
+        training: TrainingConfiguration | None = None,
+        evaluation: EvaluationSummary | None = None,
+    ) -> CustomizedModel:
+        """Copy a trained PEFT adapter in, with its tokenizer and chat template if it has them.
+
+        `base_model`: a technical name; if None, exactly one base model must match what the
+        adapter says of itself. `training`, `evaluation`: read from the directory's own files if
+        None. Registering the same training again returns the model that is there.
+
+        Raises:
+            BaseModelMismatch: the adapter's tensors do not fit the base, or no base matches.
+            AlreadyExistsError: the training id or its name stands for something else.
+            MalformedError, UnsafeFileError, UnsupportedAdapterError: not a sound adapter.
+        """
+        checked_name("train name", train_name, TRAIN_NAME)
+        training_id = training_id or uuid.uuid4()
+        source = Path(directory)
+        with self._storage.staging(f"register-{uuid.uuid4().hex}") as staging:
+            copy_adapter(source, staging)
+            adapter = Adapter.open(staging)
+            base = self._base_of(source, base_model)
+            with self.checkout(base) as location:
+                check_fits(adapter, Checkpoint.open(location))
+            facts = training_facts(source, adapter.config)
+            card = ModelCard(training or facts.training, evaluation or facts.evaluation)
+            return self._publish_customized(staging, base, train_name, training_id, card)
+
+    def _publish_customized(
+        self,
+        staging: Path,
+        base: BaseModel,
+        train_name: str,
+        training_id: uuid.UUID,
+        card: ModelCard,
+    ) -> CustomizedModel:
+        from . import _database as db
+        from . import _records as records
+
+        content = {path.name: hash_file(path) for path in sorted(staging.iterdir())}
+        manifest = Manifest("customized", content, {"base": base.digest}, {}, {})
+        name = self.reserve(train_name=train_name, training_id=training_id, base_model=base)
+        with self._database.read() as connection:
+            reserved = db.find(connection, db.reservations, training_id=str(training_id))
+        assert reserved is not None
+        model = CustomizedModel(
+            name=name,
+            base=base.name,
+            train_name=train_name,
+            training_id=training_id,
+            created=datetime.fromisoformat(reserved["created"]),
+            digest=manifest.digest,
+            card=card,
+        )
+        evolve(manifest, record=to_document(model)).write(staging)
+        write_file(staging / README, render_customized(model, base).encode())
+        with self._database.write() as connection:
+            known = db.find(connection, db.customized_models, name=name)
+            if known is not None:
+                if (
+                    known["deleting"]
+                    or records.value_of(CustomizedModel, known).digest != model.digest
+                ):
+                    raise AlreadyExistsError(f"training {training_id} is registered as {name}")
+                return records.value_of(CustomizedModel, known)
+            records.required(connection, BaseModel, base.name)
+            records.insert(connection, model)
+            self._publish(staging, storage_key(model))
+        return model
+
+    def _base_of(self, source: Path, named: str | BaseModel | None) -> BaseModel:
+        if named is not None:
+            return self.get(BaseModel, named if isinstance(named, str) else named.name)
+        stated = json_object(source / "adapter_config.json").get("base_model_name_or_path")
+        return self.find_base_model(stated)
+
+    def find_base_model(self, stated: object) -> BaseModel:
+        """The one base model that a training calls `stated`: its name, Hub id or path.
+
+        Raises:
+            BaseModelMismatch: none or several match; the message lists the candidates.
+        """
+        from sqlalchemy import select
+
+        from . import _database as db
+        from . import _records as records
+
+        rows = self._database.rows(select(db.base_models))
+        matching = [
+            records.value_of(BaseModel, row)
+            for row in rows
+            if stated in (row["name"], row["model_name"]) or same_path(stated, row["path"])
+        ]
+        if len(matching) != 1:
+            candidates = listed(row["name"] for row in rows) or "none; add_base_model adds one"
+            raise BaseModelMismatch(
+                f"{len(matching)} base models match {shown(stated)}; "
+                f"say base_model=, one of: {candidates}"
+            )
+        return matching[0]
+
+    # What there is
+
+    def get(self, kind: type[Value], name: str) -> Value:
+        """The value of that class and name.
+
+        Raises:
+            NotFoundError: there is none.
+        """
+        from . import _records as records
+
+        with self._database.read() as connection:
+            value: Value = records.value_of(kind, records.required(connection, kind, name))
+        return value
+
+    def base_models(self) -> Listing[BaseModel]:
+        """All base models, newest first."""
+        return self._listing(BaseModel)
+
+    def customized_models(
+        self, *, base: str | None = None, train_name: str | None = None
+    ) -> Listing[CustomizedModel]:
+        """Customized models, newest first; of one base model, of one train name."""
+        return self._listing(CustomizedModel, base=base, train_name=train_name, deleting=0)
+
+    def complete_models(
+        self,
+        *,
+        base: str | None = None,
+        train_name: str | None = None,
+        customized: str | None = None,
+    ) -> Listing[CompleteModel]:
+        """Complete models, newest first; of one base, train name or customized model."""
+        return self._listing(
+            CompleteModel, base=base, train_name=train_name, customized=customized, deleting=0
+        )
+
+    def live_models(
+        self,
+        *,
+        base: str | None = None,
+        train_name: str | None = None,
+        source: str | None = None,
+        environment: str | None = None,
+        state: str | None = None,
+    ) -> Listing[LiveModel]:
+        """Live models, newest first; `source`: the complete or customized model's name."""
+        return self._listing(
+            LiveModel,
+            base=base,
+            train_name=train_name,
+            source=source,
+            environment=environment,
+            state=state,
+        )
+
+    def third_party_models(self) -> Listing[ThirdPartyModel]:
+        """The models other services may call, newest first."""
+        return self._listing(ThirdPartyModel)
+
+    def environments(self) -> Listing[DeploymentEnvironment]:
+        """The deployment environments, newest first."""
+        return self._listing(DeploymentEnvironment)
+
+    def jobs(self, state: str | None = None) -> Iterator[Job[Any]]:
+        """Saves and deployments under way or over, newest first."""
+        from sqlalchemy import select
+
+        from . import _database as db
+
+        rows = self._database.rows(select(db.jobs.c.id).order_by(db.jobs.c.seq.desc()))
+        every = (self.job(uuid.UUID(row["id"])) for row in rows)
+        return (job for job in every if state is None or job.state == state)
+
+    def job(self, id: uuid.UUID) -> Job[Any]:
+        """The job with that id, whichever process started it; `NotFoundError` if there is none."""
+        return Job(self, id)
+
+    # Environments and third parties
+
+    def add_environment(self, environment: DeploymentEnvironment) -> DeploymentEnvironment:
+        """Configure where models can be deployed to.
+
+        Raises:
+            AlreadyExistsError: another environment has that name.
+            InvalidOptionError: no such backend, or it refuses the settings.
+        """
+        from . import _database as db
+        from . import _records as records
+        from .backends import open_backend
+
+        open_backend(environment)
+        with self._database.write() as connection:
+            known = db.find(connection, db.environments, name=environment.name)
+            if known is None:
+                records.insert(connection, environment)
+            elif records.value_of(DeploymentEnvironment, known) != environment:
+                raise AlreadyExistsError(
+                    f"environment {shown(environment.name)} exists, with other settings"
+                )
+        return environment
+
+    def add_third_party(self, live: LiveModel) -> ThirdPartyModel:
+        """Offer a live model to other services: endpoint, API style and the name to call.
+
+        Raises:
+            NotFoundError: it is no longer live.
+        """
+        from . import _database as db
+        from . import _records as records
+
+        model = ThirdPartyModel(
+            name=live.name,
+            endpoint=live.served.endpoint,
+            api=live.served.api,
+            model=live.served.name,
+            environment=live.environment,
+        )
+        with self._database.write() as connection:
+            row = records.required(connection, LiveModel, live.name)
+            if row["state"] != "live":
+                raise NotFoundError(f"{live.name} is {row['state']}, not live")
+            if db.find(connection, db.third_party_models, name=model.name) is None:
+                records.insert(connection, model)
+        return model
+
+    # Bytes
+
+    @contextmanager
+    def checkout(self, model: BaseModel | CustomizedModel | CompleteModel) -> Iterator[Path]:
+        """The model's directory, read-only, for as long as the block lasts; not deleted meanwhile.
+
+        Raises:
+            NotFoundError: it has been deleted.
+            BaseModelMissingError, BaseModelMismatch: a base model is gone or changed.
+        """
+        from . import _database as db
+        from . import _records as records
+
+        lease = db.Lease(self._database)
+        with self._database.write() as connection:
+            row = records.required(connection, type(model), model.name)
+            db.take_lease(
+                connection, lease.owner, [lease_key(model)], f"a checkout in {os.getpid()}"
+            )
+        with lease:
+            if isinstance(model, BaseModel):
+                yield unchanged(records.location_of(row))
+            else:
+                with self._storage.checkout(storage_key(model)) as directory:
+                    yield directory
+
+    def local_path(self, model: BaseModel | CustomizedModel | CompleteModel) -> Path:
+        """The model's directory on this host, for a look; `checkout` keeps it from being deleted.
+
+        Raises:
+            NotLocalError: the storage is not on this host.
+        """
+        with self.checkout(model) as directory:
+            if not isinstance(model, BaseModel) and not isinstance(self._storage, LocalStorage):
+                raise NotLocalError(f"{model.name} is in {self._storage!r}; use checkout")
+            return directory
+
+    def verify(self, model: CustomizedModel | CompleteModel) -> None:
+        """Read every byte of the model and compare it with its manifest.
+
+        Raises:
+            IntegrityError: naming the files that differ.
+        """
+        with self.checkout(model) as directory:
+            manifest = Manifest.read(directory)
+            manifest.verify(directory)
+
+    # Deleting
+
+    def delete(
+        self,
+        value: BaseModel
+        | CustomizedModel
+        | CompleteModel
+        | LiveModel
+        | ThirdPartyModel
+        | DeploymentEnvironment,
+    ) -> None:
+        """Remove one thing and nothing else.
+
+        A base model's own files stay; a customized model's complete and live models stay; a live
+        model must be undeployed first.
+
+        Raises:
+            NotFoundError: it is not there.
+            InUseError: naming what still needs it.
+        """
+        from . import _database as db
+        from . import _records as records
+
+        table = records.TABLES[type(value)]
+        stored = isinstance(value, CustomizedModel | CompleteModel)
+        with self._database.write() as connection:
+            row = records.required(connection, type(value), value.name, deleting=True)
+            self._refuse_while_needed(connection, value, row)
+            if stored:
+                db.change(connection, table, value.name, deleting=1)
+            else:
+                db.remove(connection, table, value.name)
+        if isinstance(value, CustomizedModel | CompleteModel):
+            with self._database.write() as connection:  # nobody can take the name meanwhile
+                self._storage.delete(storage_key(value))
+                db.remove(connection, table, value.name)
+
+    @staticmethod
+    def _refuse_while_needed(connection: Any, value: Any, row: Any) -> None:
+        from . import _database as db
+
+        if isinstance(value, BaseModel | CustomizedModel | CompleteModel):
+            db.refuse_if_leased(connection, lease_key(value))
+        if isinstance(value, BaseModel):
+            dependents = db.names(connection, db.customized_models, base=value.name)
+            if dependents:
+                raise InUseError(f"{value.name} is the base of {listed(dependents)}")
+        if isinstance(value, DeploymentEnvironment):
+            dependents = db.names(connection, db.live_models, environment=value.name, state="live")
+            if dependents:
+                raise InUseError(f"{value.name} still serves {listed(dependents)}")
+        if isinstance(value, LiveModel) and row["state"] == "live":
+            raise InUseError(f"{value.name} is deployed; Deployer.undeploy it first")
+
+    def _listing(self, kind: type[Value], **equals: Any) -> Listing[Value]:
+        from . import _records as records
+
+        return records.listing(self._database, kind, **equals)
+
+    def _publish(self, staging: Path, key: str) -> None:
+        """Publish inside the transaction that has inserted the row of `key`.
+
+        Whoever holds the row owns the key: bytes without a row are what a killed process left.
+        """
+        try:
+            self._storage.publish(staging, key)
+        except AlreadyExistsError:
+            self._storage.delete(key)
+            self._storage.publish(staging, key)
+
+    # For the worker
+
+    def _publish_complete(self, complete: CompleteModel, staging: Path, lease: Lease) -> None:
+        """Publish a save's result and end its job, in one transaction."""
+        from . import _database as db
+        from . import _records as records
+
+        with self._database.write() as connection:
+            lease.check(connection)
+            records.insert(connection, complete)
+            self._publish(staging, storage_key(complete))
+            db.change(connection, db.jobs, complete.name, state="succeeded")
+
+    def _record_live(self, live: LiveModel, artifact: str | None, lease: Lease) -> None:
+        """Record a deployment's result and end its job, in one transaction."""
+        from . import _database as db
+        from . import _records as records
+
+        with self._database.write() as connection:
+            lease.check(connection)
+            records.insert(connection, live, artifact=artifact)
+            db.change(connection, db.jobs, live.name, state="succeeded")
+
+    def _record_undeployed(self, live: LiveModel) -> None:
+        """Mark a live model as undeployed and what third parties see of it as stale."""
+        from . import _database as db
+        from . import _records as records
+
+        with self._database.write() as connection:
+            records.update(connection, live, state=live.state)
+            row = db.find(connection, db.third_party_models, name=live.name)
+            if row is not None:
+                offered = records.value_of(ThirdPartyModel, row)
+                records.update(connection, evolve(offered, stale=True))
+        self._sweep_artifacts()
+
+    def _hold(self, key: str, job: str) -> None:
+        """Keep a deployable file from being swept while the job runs."""
+        from . import _database as db
+
+        with self._database.write() as connection:
+            db.take_lease(connection, job, [key], "a deployment")
+
+    def _sweep_artifacts(self, job: str | None = None) -> None:
+        """Remove the deployable files that no live model and no job but `job` needs."""
+        from . import _database as db
+
+        with self._database.write() as connection:
+            for key in self._storage.keys("gguf/"):
+                if db.names(connection, db.live_models, artifact=key, state="live"):
+                    continue
+                if job is not None:
+                    db.end_lease(connection, job, key)
+                with suppress(InUseError):
+                    db.refuse_if_leased(connection, key)
+                    self._storage.delete(key)
+
+
+def lease_key(model: BaseModel | CustomizedModel | CompleteModel) -> str:
+    """What a lease on the model holds."""
+    return f"base/{model.name}" if isinstance(model, BaseModel) else storage_key(model)
+
+
+def _reopened(root: Path, storage: Storage) -> ModelRegistry:
+    return ModelRegistry(root, storage=storage)
+
+
+def _silent(phase: str, done: int, total: int) -> None:
+    """Progress that nobody watches."""
+
+
+def _checked_model_name(name: str) -> str:
+    if not name or len(name) > 200 or not name.isprintable():
+        raise InvalidNameError(f"model name {shown(name)} must be 1 to 200 printable characters")
+    return name
+
+
+def _name_clash(name: str, training_id: uuid.UUID) -> str:
+    return (
+        f"{name} is taken by another training of that day whose id also begins with "
+        f"{training_id.hex[:4]}; draw another training id"
+    )

@@ -1,0 +1,79 @@
+"""A registered model as a `ModelSource`: what the merger writes out and the deployer quantises."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from attrs import frozen
+
+from ._adapters import Adapter
+from ._bases import small_files
+from ._checkpoints import Checkpoint, ModelSource
+from ._models import BaseModel, CompleteModel, CustomizedModel
+
+if TYPE_CHECKING:
+    from ._merging import Merge
+    from ._registry import ModelRegistry
+
+_VOCABULARY_FILES = {"tokenizer.json", "tokenizer.model", "vocab.json"}
+_CHAT_TEMPLATE_FILES = {"chat_template.jinja", "chat_template.json"}
+_MODEL_FILES = {"config.json", "generation_config.json"}
+_PROCESSOR_FILES = {"preprocessor_config.json", "processor_config.json"}
+
+
+def combined_files(base: Path, adapter: Path) -> dict[str, Path]:
+    """The small files of `base` merged with `adapter`.
+
+    Configurations are the base's. The tokenizer is taken whole from the adapter if it has one,
+    and so is the chat template; files of two tokenizers are never mixed.
+    """
+    files, own = small_files(base), small_files(adapter)
+    own = {name: path for name, path in own.items() if name not in _MODEL_FILES}
+    if _VOCABULARY_FILES & own.keys():
+        kept = _MODEL_FILES | _CHAT_TEMPLATE_FILES
+        files = {n: p for n, p in files.items() if n in kept | _PROCESSOR_FILES}
+        return files | own
+    return files | {name: path for name, path in own.items() if name in _CHAT_TEMPLATE_FILES}
+
+
+@frozen
+class MergedSource:
+    """A customized model merged on the fly, over the layout of its base."""
+
+    source: ModelSource
+    layout: Checkpoint
+    merge: Merge
+
+
+@contextmanager
+def merged_source(registry: ModelRegistry, customized: CustomizedModel) -> Iterator[MergedSource]:
+    """The customized model's merge, its parents kept from deletion while the block lasts.
+
+    Raises:
+        BaseModelMissingError, BaseModelMismatch: its base is gone or changed.
+        UnsupportedAdapterError: it cannot be merged exactly; the message says why.
+    """
+    from ._merging import open_merge
+
+    base = registry.get(BaseModel, customized.base)
+    with registry.checkout(base) as base_directory, registry.checkout(customized) as directory:
+        layout = Checkpoint.open(base_directory)
+        merge = open_merge(layout, Adapter.open(directory))
+        files = combined_files(base_directory, directory)
+        yield MergedSource(ModelSource(files, merge), layout, merge)
+
+
+@contextmanager
+def model_source(
+    registry: ModelRegistry, model: CustomizedModel | CompleteModel
+) -> Iterator[ModelSource]:
+    """A customized or complete model, readable while the block lasts."""
+    if isinstance(model, CustomizedModel):
+        with merged_source(registry, model) as merged:
+            yield merged.source
+    else:
+        with registry.checkout(model) as directory:
+            yield ModelSource(small_files(directory), Checkpoint.open(directory))

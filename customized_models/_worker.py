@@ -1,0 +1,100 @@
+"""The worker process of one job: `python -c "... main(job id)"`, the registry pickled on stdin."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import sys
+import time
+import traceback
+from typing import TYPE_CHECKING, Any
+
+from . import _database as db
+from ._errors import CustomizedModelsError, JobCancelled, JobLost
+from ._jobs import log_path
+
+if TYPE_CHECKING:
+    from ._registry import ModelRegistry
+
+REPORT_SECONDS = 0.5  # between two writes of the progress
+
+
+class Reporter:
+    """A job's `Progress`: writes it to the job's row now and then, and stops the work in time."""
+
+    def __init__(self, registry: ModelRegistry, id: str, lease: db.Lease) -> None:
+        self._database = registry._database
+        self._id = id
+        self._lease = lease
+        self._next = 0.0
+        self._phase = ""
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        """Report.
+
+        Raises:
+            JobCancelled: someone asked the job to stop.
+            JobLost: the lease has ended.
+        """
+        if self._lease.lost.is_set():
+            raise JobLost("the lease ended while the job was stopped")
+        if phase == self._phase and time.monotonic() < self._next:
+            return
+        self._phase = phase
+        self._next = time.monotonic() + REPORT_SECONDS
+        with self._database.write() as connection:
+            row = db.find(connection, db.jobs, id=self._id)
+            if row is None or row["cancel"]:
+                raise JobCancelled("cancelled on request")
+            db.change(connection, db.jobs, row["name"], phase=phase, done=done, total=total)
+
+
+def run(registry: ModelRegistry, id: str) -> None:
+    """Do the job; its end is in its row."""
+    with db.Lease(registry._database, id) as lease:
+        with registry._database.write() as connection:
+            lease.check(connection)
+            row = db.find(connection, db.jobs, id=id)
+            if row is None or row["state"] != "queued":
+                return
+            db.change(connection, db.jobs, row["name"], state="running")
+        try:
+            _work(registry, row, Reporter(registry, id, lease), lease)
+        except JobLost:
+            raise
+        except JobCancelled:
+            _end(registry, row["name"], state="cancelled")
+        except CustomizedModelsError as error:
+            _end(registry, row["name"], "failed", type(error).__name__, str(error))
+        except BaseException:
+            _end(registry, row["name"], "failed", "JobFailed", traceback.format_exc())
+    log_path(registry, id).unlink(missing_ok=True)
+
+
+def _work(registry: ModelRegistry, row: Any, progress: Reporter, lease: db.Lease) -> None:
+    arguments = json.loads(row["arguments"])
+    if row["kind"] == "save":
+        from ._merger import run_save
+
+        run_save(registry, row["id"], arguments, progress, lease)
+    else:
+        from ._deployer import run_deploy
+
+        run_deploy(registry, row["id"], arguments, progress, lease)
+
+
+def _end(
+    registry: ModelRegistry,
+    name: str,
+    state: str,
+    error_type: str | None = None,
+    error: str | None = None,
+) -> None:
+    with registry._database.write() as connection:
+        db.change(connection, db.jobs, name, state=state, error_type=error_type, error=error)
+
+
+def main(id: str) -> None:
+    """Read the registry from stdin, do the job, exit."""
+    registry: ModelRegistry = pickle.load(sys.stdin.buffer)  # from the process that started us
+    run(registry, id)
