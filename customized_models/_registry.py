@@ -146,20 +146,19 @@ class ModelRegistry:
         )
 
     def set_deployment_template(
-        self, base: BaseModel, deployment_template: DeploymentTemplate | None
+        self, technical_name: str, deployment_template: DeploymentTemplate | None
     ) -> BaseModel:
         """Give a base model another deployment template; models that are live keep theirs."""
         from . import _records as records
 
         with self._database.write() as connection:
-            row = records.required(connection, BaseModel, base.name)
-            changed = evolve(
-                records.value_of(BaseModel, row), deployment_template=deployment_template
-            )
+            row = records.required(connection, BaseModel, technical_name)
+            known = records.value_of(BaseModel, row)
+            changed = evolve(known, deployment_template=deployment_template)
             records.update(connection, changed)
         return changed
 
-    def relocate_base_model(self, base: BaseModel, path: str | os.PathLike[str]) -> BaseModel:
+    def relocate_base_model(self, technical_name: str, path: str | os.PathLike[str]) -> BaseModel:
         """Say where a base model lies now; its bytes must be those that were added.
 
         Raises:
@@ -170,20 +169,19 @@ class ModelRegistry:
 
         location = locate(Path(path), _silent)
         with self._database.write() as connection:
-            known = records.value_of(BaseModel, records.required(connection, BaseModel, base.name))
+            row = records.required(connection, BaseModel, technical_name)
+            known = records.value_of(BaseModel, row)
             if location.digest != known.digest:
                 raise BaseModelMismatch(
                     f"{shown(path)} holds {location.digest}, "
-                    f"but base model {base.name} is {known.digest}"
+                    f"but base model {known.name} is {known.digest}"
                 )
-            db.change(connection, db.base_models, base.name, **records.location_columns(location))
+            db.change(connection, db.base_models, known.name, **records.location_columns(location))
         return known
 
     # Customized models
 
-    def reserve(
-        self, *, train_name: str, training_id: uuid.UUID, base_model: str | BaseModel
-    ) -> str:
+    def reserve(self, *, train_name: str, training_id: uuid.UUID, base_model: str) -> str:
         """Fix, before a training, the name its customized model will have; returns that name.
 
         The same training id gets the same name again, whatever the date has become.
@@ -195,16 +193,15 @@ class ModelRegistry:
         from . import _records as records
 
         checked_name("train name", train_name, TRAIN_NAME)
-        base = base_model if isinstance(base_model, str) else base_model.name
         created = datetime.now(UTC)
         with self._database.write() as connection:
-            records.required(connection, BaseModel, base)
+            records.required(connection, BaseModel, base_model)
             known = db.find(connection, db.reservations, training_id=str(training_id))
             if known is not None:
-                if (known["base"], known["train_name"]) != (base, train_name):
+                if (known["base"], known["train_name"]) != (base_model, train_name):
                     raise AlreadyExistsError(f"training {training_id} is {shown(known['name'])}")
                 return str(known["name"])
-            name = customized_name(base, train_name, created, training_id)
+            name = customized_name(base_model, train_name, created, training_id)
             for table in (db.reservations, db.customized_models):
                 if db.find(connection, table, name=name) is not None:
                     raise AlreadyExistsError(_name_clash(name, training_id))
@@ -213,7 +210,7 @@ class ModelRegistry:
                 db.reservations,
                 training_id=str(training_id),
                 name=name,
-                base=base,
+                base=base_model,
                 train_name=train_name,
                 created=created.isoformat(),
             )
@@ -224,7 +221,7 @@ class ModelRegistry:
         directory: str | os.PathLike[str],
         *,
         train_name: str,
-        base_model: str | BaseModel | None = None,
+        base_model: str | None = None,
         training_id: uuid.UUID | None = None,
         training: TrainingConfiguration | None = None,
         evaluation: EvaluationSummary | None = None,
@@ -241,7 +238,6 @@ class ModelRegistry:
             MalformedError, UnsafeFileError, UnsupportedAdapterError: not a sound adapter.
         """
         checked_name("train name", train_name, TRAIN_NAME)
-        training_id = training_id or uuid.uuid4()
         source = Path(directory)
         with self._storage.staging(f"register-{uuid.uuid4().hex}") as staging:
             copy_adapter(source, staging)
@@ -251,7 +247,17 @@ class ModelRegistry:
                 check_fits(adapter, Checkpoint.open(location))
             facts = training_facts(source, adapter.config)
             card = ModelCard(training or facts.training, evaluation or facts.evaluation)
+            training_id = training_id or self._drawn_id(train_name, base.name)
             return self._publish_customized(staging, base, train_name, training_id, card)
+
+    def _drawn_id(self, train_name: str, base_model: str) -> uuid.UUID:
+        """A training id of ours: where its four characters are taken, another is drawn."""
+        for _ in range(1000):
+            drawn = uuid.uuid4()
+            with suppress(AlreadyExistsError):
+                self.reserve(train_name=train_name, training_id=drawn, base_model=base_model)
+                return drawn
+        raise AlreadyExistsError(f"no free name for {shown(train_name)} today; use another")
 
     def _publish_customized(
         self,
@@ -266,7 +272,7 @@ class ModelRegistry:
 
         content = {path.name: hash_file(path) for path in sorted(staging.iterdir())}
         manifest = Manifest("customized", content, {"base": base.digest}, {}, {})
-        name = self.reserve(train_name=train_name, training_id=training_id, base_model=base)
+        name = self.reserve(train_name=train_name, training_id=training_id, base_model=base.name)
         with self._database.read() as connection:
             reserved = db.find(connection, db.reservations, training_id=str(training_id))
         assert reserved is not None
@@ -282,22 +288,20 @@ class ModelRegistry:
         evolve(manifest, record=to_document(model)).write(staging)
         write_file(staging / README, render_customized(model, base).encode())
         with self._database.write() as connection:
-            known = db.find(connection, db.customized_models, name=name)
-            if known is not None:
-                if (
-                    known["deleting"]
-                    or records.value_of(CustomizedModel, known).digest != model.digest
-                ):
+            row = db.find(connection, db.customized_models, name=name)
+            if row is not None:
+                known = records.value_of(CustomizedModel, row)
+                if row["deleting"] or known.digest != model.digest:
                     raise AlreadyExistsError(f"training {training_id} is registered as {name}")
-                return records.value_of(CustomizedModel, known)
+                return known
             records.required(connection, BaseModel, base.name)
             records.insert(connection, model)
             self._publish(staging, storage_key(model))
         return model
 
-    def _base_of(self, source: Path, named: str | BaseModel | None) -> BaseModel:
+    def _base_of(self, source: Path, named: str | None) -> BaseModel:
         if named is not None:
-            return self.get(BaseModel, named if isinstance(named, str) else named.name)
+            return self.get(BaseModel, named)
         stated = json_object(source / "adapter_config.json").get("base_model_name_or_path")
         return self.find_base_model(stated)
 

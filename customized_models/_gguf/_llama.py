@@ -238,12 +238,14 @@ def _refuse_foreign_settings(config: Mapping[str, Any]) -> None:
         )
     if config.get("partial_rotary_factor", 1) not in (1, None):
         raise UnsupportedArchitectureError("config.json: a partial rotary embedding")
-    if config.get("model_type", "llama") != "llama" and (
-        config.get("sliding_window") is not None or config.get("num_key_value_heads") is None
-    ):
-        raise UnsupportedArchitectureError(
-            "config.json: Mistral with a sliding window, or without num_key_value_heads"
-        )
+    if list(config.get("architectures") or ()) == ["MistralForCausalLM"]:
+        # MistralConfig fills in a window of 4096 and 8 key-value heads where a file has none.
+        window = config.get("sliding_window", 4096)
+        if window is not None and window < _count(config, "max_position_embeddings"):
+            raise UnsupportedArchitectureError(
+                f"config.json: a sliding window of {shown(window)}; llama.cpp attends to all"
+            )
+        _count(config, "num_key_value_heads")
 
 
 def _count(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
@@ -257,7 +259,7 @@ def _count(config: Mapping[str, Any], key: str, default: int | None = None) -> i
 def _number(config: Mapping[str, Any], key: str, default: float | None = None) -> float:
     value = config.get(key)
     value = default if value is None else value
-    if type(value) not in (int, float) or not 0 < value < 3e38:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 3e38:
         raise MalformedError(f"config.json: {key} is {shown(value)}, not a positive number")
     return float(value)
 

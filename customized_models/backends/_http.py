@@ -1,4 +1,4 @@
-"""HTTP to servers that are not trusted: bounded in time and bytes, no redirects, no secrets shown."""
+"""HTTP to servers that are not trusted: bounded time and bytes, no redirects, no secrets shown."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class _Deadline:
 
     def trace(self, event: str, info: Mapping[str, Any]) -> None:
         """Take the connection's socket from httpx's trace extension as soon as there is one."""
-        stream = info.get("return_value")
+        stream: Any = info.get("return_value")
         if hasattr(stream, "get_extra_info"):
             self._sockets.append(stream.get_extra_info("socket"))
             if self.passed:
@@ -255,7 +255,7 @@ class JSONServer:
             return ServerUnreachableError(
                 f"{where}: no complete answer within {deadline.seconds:g} seconds"
             )
-        reason = f"{type(error).__name__} {self._shown(error)}"
+        reason = f"{type(error).__name__} {self.shown(error)}"
         if isinstance(error, httpx.ProtocolError | httpx.DecodingError | httpx.StreamError):
             return ServerAnswerError(f"{where}: the answer is broken off or no HTTP: {reason}")
         return ServerUnreachableError(f"{where}: {reason}")
@@ -275,7 +275,7 @@ class JSONServer:
             complaint += piece[: MAX_COMPLAINT - len(complaint)]
             if len(complaint) == MAX_COMPLAINT:
                 break
-        raise ServerAnswerError(f"{where}: {self._shown(_reason(bytes(complaint)))}")
+        raise ServerAnswerError(f"{where}: {self.shown(_reason(bytes(complaint)))}")
 
     def _read(self, what: str, response: httpx.Response) -> bytes:
         where = f"{self.tool} at {self.url}, {what}"
@@ -298,7 +298,7 @@ class JSONServer:
             raise ServerAnswerError(f"{where}: the answer is no JSON object")
         return value
 
-    def _shown(self, text: object) -> str:
+    def shown(self, text: object) -> str:
         """`text` as it may stand in a message; a server may echo the token it was sent."""
         return shown(str(text).replace(self.token, "***") if self.token else text)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ._backends import BackendContract
-    from ._models import tiny_llama, tiny_lora
+    from ._models import tiny_adapter, tiny_llama, tiny_lora, tiny_tokenizer
     from ._storage import MemoryStorage, StorageContract, publish_files
 
 _HOMES = {
@@ -19,8 +19,10 @@ _HOMES = {
     "MemoryStorage": "_storage",
     "StorageContract": "_storage",
     "publish_files": "_storage",
+    "tiny_adapter": "_models",
     "tiny_llama": "_models",
     "tiny_lora": "_models",
+    "tiny_tokenizer": "_models",
 }
 
 __all__ = [
@@ -28,8 +30,10 @@ __all__ = [
     "MemoryStorage",
     "StorageContract",
     "publish_files",
+    "tiny_adapter",
     "tiny_llama",
     "tiny_lora",
+    "tiny_tokenizer",
 ]
 
 

@@ -56,7 +56,7 @@ def tiny_llama(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = LlamaForCausalLM(LlamaConfig(**(settings | options)))
-    model.generation_config = GenerationConfig(
+    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
         bos_token_id=1, eos_token_id=2, pad_token_id=2, do_sample=True, temperature=0.7, top_p=0.9
     )
     model.to(getattr(torch, dtype)).save_pretrained(directory, max_shard_size=shard_size)
@@ -86,7 +86,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
     tokenizer.train_from_iterator([__doc__, tiny_llama.__doc__, CHAT_TEMPLATE], trainer)
     end_of_text, start, end = SPECIAL_TOKENS
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         bos_token=start,
         eos_token=end,
@@ -104,8 +104,9 @@ def tiny_lora(directory: Path, base: Path, *, seed: int = 0, **options: Any) -> 
     """
     from peft import LoraConfig
 
-    settings = {"r": 4, "target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
-    return tiny_adapter(directory, base, LoraConfig(**(settings | options)), seed=seed)
+    settings: dict[str, Any] = {"r": 4, "target_modules": ["q_proj", "down_proj"]}
+    config = LoraConfig(task_type="CAUSAL_LM", **(settings | options))
+    return tiny_adapter(directory, base, config, seed=seed)
 
 
 def tiny_adapter(directory: Path, base: Path, config: PeftConfig, *, seed: int = 0) -> Path:
@@ -120,5 +121,5 @@ def tiny_adapter(directory: Path, base: Path, config: PeftConfig, *, seed: int =
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data.add_(torch.randn_like(parameter) * 0.05)
-    model.save_pretrained(directory)
+    model.save_pretrained(str(directory))
     return directory

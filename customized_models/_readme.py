@@ -1,0 +1,168 @@
+"""`README.md`: a model's card as the Hub shows it, and as this library reads it back.
+
+Law: `parse_card(render_customized(model, base)) == storable_card(model.card)`, and the same for
+complete models. A number that is not finite is no measurement: it is left out of a mapping, and
+None where it stands alone or in a list.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from ._bases import _refuse_stray_link
+from ._checkpoints import opened, read_at
+from ._errors import MalformedError, UnsafeFileError, shown
+from ._manifest import from_document, to_document
+from ._models import BaseModel, CompleteModel, CustomizedModel, ModelCard, is_hub_id
+
+MAX_README = 4 << 20  # bytes; cards with thousands of benchmark results have about one million
+MAX_DEPTH = 24  # levels of mappings and lists in a README's header
+
+_HEADER = re.compile(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", re.DOTALL)
+
+
+def plain_text(path: Path, limit: int) -> str:
+    """A UTF-8 file of at most `limit` bytes, reached without a link that leads elsewhere."""
+    _refuse_stray_link(path.parent.resolve(), path.name)
+    with opened(path) as fd:
+        size = os.fstat(fd).st_size
+        if size > limit:
+            raise UnsafeFileError(f"{path.name} has {size} bytes, more than {limit}")
+        try:
+            return read_at(fd, 0, size, path.name).decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise MalformedError(f"{path.name} is not UTF-8") from error
+
+
+def readme_header(text: str) -> dict[str, Any]:
+    """The mapping in a README's YAML header; empty if it has no header.
+
+    Aliases are refused, so a header's size bounds the size of its value.
+
+    Raises:
+        MalformedError: it does not parse under these rules.
+    """
+    import yaml
+
+    block = _HEADER.match(text)
+    if block is None:
+        return {}
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    try:
+        depth = 0
+        for event in yaml.parse(block[1], Loader=loader):
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent) or depth > MAX_DEPTH:
+                raise MalformedError("the header of README.md has aliases, or is nested too deeply")
+        header = yaml.load(block[1], Loader=loader)
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
+        raise MalformedError(f"the header of README.md is not YAML: {shown(error)}") from error
+    if not isinstance(header, dict):
+        raise MalformedError("the header of README.md is no mapping")
+    return header
+
+
+# Rendering, and reading back
+
+
+def storable_card(card: ModelCard) -> ModelCard:
+    """`card` as JSON and YAML can hold it.
+
+    Numbers that are not finite are left out of mappings and become None elsewhere; tuples become
+    lists. Law: `storable_card(storable_card(c)) == storable_card(c)`.
+
+    Raises:
+        MalformedError: a value is no JSON, or text that UTF-8 cannot hold.
+    """
+    return from_document(ModelCard, _storable(to_document(card), "the card"))
+
+
+def _storable(value: Any, what: str) -> Any:
+    if isinstance(value, Mapping):
+        found = {_storable(k, what): _storable(v, f"{what}: {shown(k)}") for k, v in value.items()}
+        if not all(isinstance(key, str) for key in found):
+            raise MalformedError(f"{what} has a key that is not text")
+        return {k: v for k, v in found.items() if v is not None or value[k] is None}
+    if isinstance(value, list | tuple):
+        return [_storable(item, what) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise MalformedError(f"{what} holds text that UTF-8 cannot") from error
+    elif value is not None and type(value) not in (bool, int):
+        raise MalformedError(f"{what} holds a {type(value).__name__}, which is no JSON")
+    return value
+
+
+def render_customized(model: CustomizedModel, base: BaseModel) -> str:
+    """The `README.md` of a customized model."""
+    facts = {"name": model.name, "base": base.name, "train_name": model.train_name}
+    return _render("adapter", facts, base, model.card)
+
+
+def render_complete(model: CompleteModel, base: BaseModel) -> str:
+    """The `README.md` of a complete model."""
+    facts = {"name": model.name, "base": base.name, "train_name": model.train_name}
+    return _render("finetune", facts | {"customized": model.customized}, base, model.card)
+
+
+def _render(relation: str, facts: dict[str, str], base: BaseModel, card: ModelCard) -> str:
+    import yaml
+
+    own = to_document(storable_card(card))
+    header: dict[str, Any] = {"library_name": "peft" if relation == "adapter" else "transformers"}
+    if is_hub_id(base.model_name):
+        header |= {"base_model": base.model_name, "base_model_relation": relation}
+    if base.card.license is not None:
+        header["license"] = base.card.license
+    header["tags"] = ["customized-models"]
+    header["customized_models"] = facts | own
+    title = f"# {_escaped(facts['name'])}\n"
+    kind = "An adapter for" if relation == "adapter" else "A complete model made from"
+    about = f"{kind} the base model {_escaped(base.model_name)}.\n"
+    tables = [
+        _table("Method", own["training"]["peft"]),
+        _table("Training arguments", own["training"]["arguments"]),
+        _table("Datasets", dict.fromkeys(own["training"]["datasets"], "")),
+        _table("Evaluation", own["evaluation"] | own["evaluation"]["metrics"] | {"metrics": None}),
+    ]
+    front = yaml.safe_dump(header, sort_keys=False, allow_unicode=True, width=math.inf)
+    return "\n".join([f"---\n{front}---\n", title, about, *filter(None, tables)])
+
+
+def _table(title: str, values: Mapping[str, Any]) -> str:
+    rows = [f"| {_escaped(k)} | {_escaped(v)} |" for k, v in values.items() if v is not None]
+    return "\n".join([f"## {title}\n", "| | |", "|---|---|", *rows, ""]) if rows else ""
+
+
+def _escaped(value: object) -> str:
+    """`value` on one line, with nothing in it that Markdown or HTML would act on."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text = html.escape(" ".join(text.split()), quote=False).replace("://", "&#58;//")
+    return re.sub(r"([\\`*_\[\]|~$])", r"\\\1", text)
+
+
+def parse_card(source: str | Path) -> ModelCard:
+    """The card in a `README.md` that this library rendered: its text, or the file's path.
+
+    Raises:
+        MalformedError: there is no such card in it.
+    """
+    text = source if isinstance(source, str) else plain_text(source, MAX_README)
+    own = readme_header(text).get("customized_models")
+    if not isinstance(own, dict) or not {"training", "evaluation"} <= own.keys():
+        raise MalformedError("README.md has no card of this library in its header")
+    return from_document(ModelCard, {key: own[key] for key in ("training", "evaluation")})

@@ -1,0 +1,177 @@
+"""llama.cpp, as a server process of its own on this host, from the wheel `xllamacpp`."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+from attrs import Attribute, field, frozen
+
+from .._errors import (
+    AlreadyExistsError,
+    InvalidOptionError,
+    ServerAnswerError,
+    ServerUnreachableError,
+    UnsupportedVersionError,
+    shown,
+)
+from .._models import DeploymentEnvironment, Progress, Served, Status
+from . import Artifact, Plan, checked_options, chosen_served_name
+from ._http import JSONServer, answer_timeout, bearer_token
+from ._process import end, output_of_start, start_time
+
+_HOST = "127.0.0.1"
+_SERVER = Path(__file__).resolve().with_name("_llama_server.py")
+_START_SECONDS = 600.0  # a large file on a slow disk
+
+
+def _positive(_: object, attribute: Attribute[Any], value: object) -> None:
+    if value is not None and not (type(value) is int and 0 < value < 1 << 31):
+        raise InvalidOptionError(f"{attribute.name} must be a positive int, not {shown(value)}")
+
+
+@frozen
+class LlamaCppOptions:
+    """How a llama.cpp server is started.
+
+    `context`: tokens; None for what the model was made for, or as much of it as memory allows.
+    `threads`: None for what llama.cpp finds right.
+
+    Raises:
+        InvalidOptionError: a value that is not None and not a positive int.
+    """
+
+    context: int | None = field(default=None, validator=_positive)
+    threads: int | None = field(default=None, validator=_positive)
+
+
+class LlamaCpp:
+    """A server process for each model, on this host's loopback address.
+
+    The process outlives the one that deployed it and is known by its number and start time, so
+    that any process of this host sees its status and can end it. An environment without a port
+    gives every model a free one; with a port, it holds one model at a time. The file's own chat
+    template is used. With `token_env`, callers must send that token.
+    """
+
+    options = LlamaCppOptions
+
+    def __init__(self, environment: DeploymentEnvironment) -> None:
+        if environment.address not in (None, _HOST, "localhost"):
+            raise InvalidOptionError(
+                f"environment {shown(environment.name)}: the backend llama_cpp starts servers on this "
+                f"host only; leave out the address {shown(environment.address)}"
+            )
+        if environment.scheme != "http" or environment.path:
+            raise InvalidOptionError("the backend llama_cpp takes no scheme or path")
+        self._environment = environment
+        self._timeout = answer_timeout(environment)
+
+    def preflight(self, artifact: Artifact, served_name: str | None, options: Any) -> Plan:
+        """See `Backend.preflight`.
+
+        Raises:
+            UnsupportedVersionError: the wheel is not installed.
+            AlreadyExistsError: something listens on the environment's port.
+        """
+        options = checked_options(options, LlamaCppOptions)
+        name = chosen_served_name(artifact, served_name)
+        if importlib.util.find_spec("xllamacpp") is None:
+            raise UnsupportedVersionError(
+                "the backend llama_cpp needs xllamacpp: pip install 'customized-models[llama-cpp]'"
+            )
+        bearer_token(self._environment)
+        self._refuse_taken_port()
+        return Plan(artifact, name, options)
+
+    def push(self, plan: Plan, progress: Progress) -> Served:
+        """See `Backend.push`. Details: `pid`, `started` and `port` of the process."""
+        file = plan.artifact.gguf(progress, chat_template=True)
+        self._refuse_taken_port()
+        command = self._command(os.path.abspath(file.path), plan.served_name, plan.options)
+        output = output_of_start(command, _START_SECONDS, progress)
+        details = _reported(output)
+        try:
+            aliases = self._aliases(details["port"])
+            if plan.served_name not in aliases:
+                raise ServerAnswerError(f"llama.cpp serves {shown(aliases)} instead of its model")
+            progress("starting", 1, 1)
+        except BaseException:
+            end(details["pid"], details["started"])
+            raise
+        endpoint = f"http://{_HOST}:{details['port']}/v1"
+        return Served(plan.served_name, endpoint, "openai", file.digest, details=details)
+
+    def status(self, served: Served) -> Status:
+        """See `Backend.status`."""
+        details = served.details
+        if start_time(details["pid"]) != details["started"]:
+            return Status.ABSENT
+        try:
+            aliases = self._aliases(details["port"])
+        except (ServerUnreachableError, ServerAnswerError):
+            return Status.UNREACHABLE
+        return Status.LOADED if served.name in aliases else Status.CHANGED
+
+    def undeploy(self, served: Served) -> None:
+        """See `Backend.undeploy`."""
+        end(served.details["pid"], served.details["started"])
+
+    def _command(self, model: str, alias: str, options: LlamaCppOptions) -> list[str]:
+        # -P: the directory of the script, which has modules of other tools' names, is no place
+        # to import from.
+        command = [sys.executable, "-P", str(_SERVER)]
+        command += ["--model", model, "--alias", alias]
+        command += ["--port", str(self._environment.port or 0)]
+        command += ["--context", str(options.context or 0)]
+        if options.threads is not None:
+            command += ["--threads", str(options.threads)]
+        if self._environment.token_env is not None:
+            command += ["--token-env", self._environment.token_env]
+        return command
+
+    def _refuse_taken_port(self) -> None:
+        if self._environment.port is None:
+            return
+        with socket.socket() as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                trial.bind((_HOST, self._environment.port))
+            except OSError as error:
+                raise AlreadyExistsError(
+                    f"port {self._environment.port} of this host is taken ({error.strerror}): "
+                    f"undeploy what it serves, or use an environment without a port"
+                ) from error
+
+    def _aliases(self, port: int) -> list[str]:
+        """The names that the server at that port goes by."""
+        url = f"http://{_HOST}:{port}"
+        server = JSONServer("llama.cpp", url, self._timeout, bearer_token(self._environment))
+        models = server.get("/v1/models").get("data")
+        if not isinstance(models, list) or not all(isinstance(model, dict) for model in models):
+            raise ServerAnswerError(f"the server at {url} does not list models")
+        return [str(model.get("id")) for model in models]
+
+
+def _reported(output: bytes) -> dict[str, Any]:
+    """The process that `_llama_server` reports.
+
+    Raises:
+        ServerAnswerError: it ended instead; the message has the end of what it said.
+    """
+    try:
+        report = json.loads(output.rstrip().rpartition(b"\n")[2])
+        pid, port = report["pid"], report["port"]
+    except (ValueError, TypeError, KeyError) as error:
+        text = output.decode("utf-8", "replace").strip()
+        reason = shown(text[-600:], 600) if text else "without a word; perhaps for want of memory"
+        raise ServerAnswerError(f"the llama.cpp server ended before it served: {reason}") from error
+    started = start_time(pid)
+    if started is None:
+        raise ServerAnswerError("the llama.cpp server ended right after it had started")
+    return {"pid": pid, "started": started, "port": port}

@@ -1,0 +1,41 @@
+"""Real servers, started once for all the tests that need them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+from servers import build_ollama
+from servers.counting_proxy import CountingProxy, counting_proxy
+from servers.ollama_server import OllamaServer, ollama_server
+
+pytest_plugins = ["models"]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """In CI a skipped test is a failure: everything a test needs has been installed."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    if os.environ.get("CI") and skipped:
+        terminalreporter.write_line(f"{len(skipped)} tests were skipped, which CI does not accept")
+        terminalreporter._session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.fixture(scope="session")
+def ollama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OllamaServer]:
+    """A real Ollama, shared: tests remove what they create."""
+    binary = build_ollama.binary()
+    if not build_ollama.runs(binary):
+        reason = f"no Ollama at {binary}; tests/servers/build_ollama.py builds it"
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    with ollama_server(binary, tmp_path_factory.mktemp("ollama")) as server:
+        yield server
+
+
+@pytest.fixture(name="counting_proxy")
+def counting_proxy_fixture(ollama: OllamaServer) -> Iterator[CountingProxy]:
+    """A proxy in front of the real Ollama."""
+    with counting_proxy(ollama.address, ollama.port) as proxy:
+        yield proxy

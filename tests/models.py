@@ -1,0 +1,30 @@
+"""Fixtures that any test may use: a tiny base, an adapter for it, and a registry that knows it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from customized_models import ModelRegistry
+from customized_models.testing import tiny_llama, tiny_lora
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama: read it, never write to it."""
+    return tiny_llama(tmp_path_factory.mktemp("base") / "llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_adapter(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA for `tiny_base`: read it, never write to it."""
+    return tiny_lora(tmp_path_factory.mktemp("adapter") / "lora", tiny_base)
+
+
+@pytest.fixture
+def registry(tiny_base: Path, tmp_path: Path) -> ModelRegistry:
+    """A registry that knows `tiny_base` as llama-tiny."""
+    registry = ModelRegistry(tmp_path / "models")
+    registry.add_base_model("llama-tiny", tiny_base, model_name="tests/llama-tiny")
+    return registry

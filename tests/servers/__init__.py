@@ -1,0 +1,1 @@
+"""Real servers for the tests: how they are built, started and watched."""

@@ -1,0 +1,504 @@
+"""Registering: base models, customized models, names, lists, and many processes at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+import uuid
+from datetime import UTC, datetime
+from pathlib import Path
+
+import attrs
+import pytest
+from huggingface_hub import ModelCard as HubCard
+
+from customized_models import (
+    AlreadyExistsError,
+    BaseModel,
+    BaseModelMismatch,
+    BaseModelMissingError,
+    CompleteModel,
+    CustomizedModel,
+    DatabaseError,
+    DeploymentEnvironment,
+    DeploymentTemplate,
+    IntegrityError,
+    InUseError,
+    InvalidNameError,
+    InvalidOptionError,
+    ModelRegistry,
+    NotFoundError,
+    NotLocalError,
+    UnsafeFileError,
+)
+from customized_models.testing import MemoryStorage, tiny_llama, tiny_lora
+
+TRAINING = uuid.UUID("a1b2c3d4-0000-4000-8000-000000000000")
+
+
+# Base models
+
+
+def test_a_base_model_has_a_card_read_from_its_files(registry: ModelRegistry) -> None:
+    card = registry.get(BaseModel, "llama-tiny").card
+
+    assert card.architecture == "LlamaForCausalLM"
+    assert (card.context_length, card.vocabulary_size) == (512, 320)
+    assert card.dtype == "BF16"
+    assert card.parameters > 50_000
+    assert card.size > 2 * card.parameters
+
+
+def test_technical_and_model_names_are_unique(registry: ModelRegistry, tmp_path: Path) -> None:
+    other = tiny_llama(tmp_path / "other", hidden_size=32)
+
+    with pytest.raises(AlreadyExistsError, match="llama-tiny"):
+        registry.add_base_model("llama-tiny", other)
+    with pytest.raises(AlreadyExistsError, match="tests/llama-tiny"):
+        registry.add_base_model("another", other, model_name="tests/llama-tiny")
+
+    assert [base.name for base in registry.base_models()] == ["llama-tiny"]
+
+
+def test_adding_the_same_base_model_again_returns_it(
+    registry: ModelRegistry, tiny_base: Path
+) -> None:
+    known = registry.get(BaseModel, "llama-tiny")
+    again = registry.add_base_model("llama-tiny", tiny_base, model_name="tests/llama-tiny")
+    assert again == known
+
+
+@pytest.mark.parametrize("name", ["", "A", "a_b", "../a", "a" * 25, "-a", "a\n", "ä", "a..b"])
+def test_a_technical_name_outside_its_alphabet_is_refused(
+    registry: ModelRegistry, tiny_base: Path, name: str
+) -> None:
+    with pytest.raises(InvalidNameError):
+        registry.add_base_model(name, tiny_base)
+
+
+def test_a_base_model_is_never_copied(registry: ModelRegistry, tiny_base: Path) -> None:
+    assert not list(registry.root.rglob("*.safetensors"))
+    assert registry.local_path(registry.get(BaseModel, "llama-tiny")) == tiny_base.resolve()
+
+
+def test_a_hub_cache_snapshot_is_a_base_model_of_the_same_digest(
+    registry: ModelRegistry, tiny_base: Path, tmp_path: Path
+) -> None:
+    snapshot = tmp_path / "hub/models--tests--llama/snapshots" / ("0" * 40)
+    blobs = tmp_path / "hub/models--tests--llama/blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, path in enumerate(sorted(tiny_base.iterdir())):
+        shutil.copy(path, blobs / f"{number:064x}")
+        (snapshot / path.name).symlink_to(f"../../blobs/{number:064x}")
+
+    other = ModelRegistry(tmp_path / "models")
+    linked = other.add_base_model("linked", snapshot)
+
+    assert linked.digest == registry.get(BaseModel, "llama-tiny").digest
+
+
+def test_a_base_model_with_a_link_out_of_its_directory_is_refused(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    directory = tmp_path / "base"
+    shutil.copytree(tiny_base, directory)
+    shutil.move(directory / "config.json", tmp_path / "config.json")
+    (directory / "config.json").symlink_to(tmp_path / "config.json")
+
+    with pytest.raises(UnsafeFileError, match=r"config\.json"):
+        ModelRegistry(tmp_path / "models").add_base_model("linked", directory)
+
+
+def test_a_moved_base_model_is_found_again_by_its_bytes(
+    tiny_base: Path, tiny_adapter: Path, tmp_path: Path
+) -> None:
+    registry = ModelRegistry(tmp_path / "models")
+    shutil.copytree(tiny_base, tmp_path / "before")
+    base = registry.add_base_model("llama-tiny", tmp_path / "before")
+    (tmp_path / "before").rename(tmp_path / "after")
+
+    with pytest.raises(BaseModelMissingError, match="relocate_base_model"):
+        registry.register(tiny_adapter, train_name="support", base_model="llama-tiny")
+    assert registry.relocate_base_model("llama-tiny", tmp_path / "after") == base
+    registry.register(tiny_adapter, train_name="support", base_model="llama-tiny")
+
+
+def test_other_bytes_are_no_new_place_for_a_base_model(
+    registry: ModelRegistry, tmp_path: Path
+) -> None:
+    other = tiny_llama(tmp_path / "other", hidden_size=32)
+    with pytest.raises(BaseModelMismatch):
+        registry.relocate_base_model("llama-tiny", other)
+
+
+def test_a_base_model_that_changed_under_its_name_is_refused(
+    tiny_base: Path, tiny_adapter: Path, tmp_path: Path
+) -> None:
+    registry = ModelRegistry(tmp_path / "models")
+    shutil.copytree(tiny_base, tmp_path / "base")
+    registry.add_base_model("llama-tiny", tmp_path / "base")
+    shard = next((tmp_path / "base").glob("*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+
+    with pytest.raises(BaseModelMismatch, match=re.escape(shard.name)):
+        registry.register(tiny_adapter, train_name="support", base_model="llama-tiny")
+
+
+def test_a_base_model_that_was_only_touched_is_accepted(
+    tiny_base: Path, tiny_adapter: Path, tmp_path: Path
+) -> None:
+    registry = ModelRegistry(tmp_path / "models")
+    shutil.copytree(tiny_base, tmp_path / "base")
+    registry.add_base_model("llama-tiny", tmp_path / "base")
+    for path in (tmp_path / "base").iterdir():
+        os.utime(path, (1, 1))
+
+    registry.register(tiny_adapter, train_name="support", base_model="llama-tiny")
+
+
+def test_a_deployment_template_can_be_set_later(registry: ModelRegistry) -> None:
+    template = DeploymentTemplate("{{ .Prompt }}", stop=("<|im_end|>",))
+    registry.set_deployment_template("llama-tiny", template)
+    assert registry.get(BaseModel, "llama-tiny").deployment_template == template
+
+
+# Customized models
+
+
+def test_a_registered_adapter_is_named_by_the_grammar(
+    registry: ModelRegistry, tiny_adapter: Path
+) -> None:
+    customized = registry.register(
+        tiny_adapter, train_name="support", base_model="llama-tiny", training_id=TRAINING
+    )
+
+    assert customized.name == f"llama-tiny_support_{datetime.now(UTC):%Y%m%d}_a1b2"
+    assert registry.get(CustomizedModel, customized.name) == customized
+
+
+def test_only_the_adapter_and_its_tokenizer_are_copied(
+    registry: ModelRegistry, tiny_adapter: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "out"
+    shutil.copytree(tiny_adapter, source)
+    for stray in ("optimizer.pt", "training_args.bin", "model.safetensors", "notes.txt"):
+        (source / stray).write_bytes(b"stray")
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+
+    customized = registry.register(source, train_name="support", base_model="llama-tiny")
+
+    with registry.checkout(customized) as directory:
+        assert sorted(path.name for path in directory.iterdir()) == [
+            "README.md",
+            "adapter_config.json",
+            "adapter_model.safetensors",
+            "chat_template.jinja",
+            "manifest.json",
+        ]
+
+
+def test_the_base_is_found_by_the_path_the_training_used(
+    registry: ModelRegistry, tiny_adapter: Path
+) -> None:
+    assert registry.register(tiny_adapter, train_name="support").base == "llama-tiny"
+
+
+def test_without_a_matching_base_the_error_lists_the_candidates(
+    tiny_adapter: Path, tmp_path: Path
+) -> None:
+    registry = ModelRegistry(tmp_path / "models")
+    registry.add_base_model("other", tiny_llama(tmp_path / "other", hidden_size=32))
+    with pytest.raises(BaseModelMismatch, match="other"):
+        registry.register(tiny_adapter, train_name="support")
+
+
+def test_an_adapter_for_another_base_is_refused(
+    registry: ModelRegistry, tiny_adapter: Path, tmp_path: Path
+) -> None:
+    registry.add_base_model("wide", tiny_llama(tmp_path / "wide", hidden_size=128))
+    with pytest.raises(BaseModelMismatch):
+        registry.register(tiny_adapter, train_name="support", base_model="wide")
+    assert list(registry.customized_models()) == []
+
+
+def test_registering_the_same_training_again_returns_the_same_model(
+    registry: ModelRegistry, tiny_adapter: Path
+) -> None:
+    first = registry.register(tiny_adapter, train_name="support", training_id=TRAINING)
+    again = registry.register(tiny_adapter, train_name="support", training_id=TRAINING)
+    assert again == first
+    assert len(list(registry.customized_models())) == 1
+
+
+def test_a_training_id_stands_for_one_model(
+    registry: ModelRegistry, tiny_base: Path, tiny_adapter: Path, tmp_path: Path
+) -> None:
+    first = registry.register(tiny_adapter, train_name="support", training_id=TRAINING)
+    other = tiny_lora(tmp_path / "other", tiny_base, seed=1)
+
+    with pytest.raises(AlreadyExistsError, match=first.name):
+        registry.register(other, train_name="support", training_id=TRAINING)
+    with pytest.raises(AlreadyExistsError, match=first.name):
+        registry.register(tiny_adapter, train_name="sales", training_id=TRAINING)
+
+
+def test_ids_that_begin_alike_clash_with_a_clear_error(
+    registry: ModelRegistry, tiny_adapter: Path
+) -> None:
+    registry.register(tiny_adapter, train_name="support", training_id=TRAINING)
+    alike = uuid.UUID("a1b2ffff-0000-4000-8000-000000000000")
+    with pytest.raises(AlreadyExistsError, match="draw another training id"):
+        registry.register(tiny_adapter, train_name="support", training_id=alike)
+
+
+def test_a_reserved_name_keeps_its_date(registry: ModelRegistry, tiny_adapter: Path) -> None:
+    name = registry.reserve(train_name="support", training_id=TRAINING, base_model="llama-tiny")
+    assert name == registry.reserve(
+        train_name="support", training_id=TRAINING, base_model="llama-tiny"
+    )
+    customized = registry.register(tiny_adapter, train_name="support", training_id=TRAINING)
+    assert customized.name == name
+
+
+@pytest.mark.parametrize("name", ["", "Support", "a_b", "a/b", "a" * 49, "a b", "\uff41", "a\x00"])
+def test_a_train_name_outside_its_alphabet_is_refused(
+    registry: ModelRegistry, tiny_adapter: Path, name: str
+) -> None:
+    with pytest.raises(InvalidNameError):
+        registry.register(tiny_adapter, train_name=name)
+
+
+def test_the_card_reads_back_from_the_readme(registry: ModelRegistry, tiny_adapter: Path) -> None:
+    customized = registry.register(tiny_adapter, train_name="support")
+
+    with registry.checkout(customized) as directory:
+        data = HubCard.load(directory / "README.md").data
+
+    assert data.base_model == "tests/llama-tiny"
+    assert data.library_name == "peft"
+    assert customized.card.training.peft["r"] == 4
+
+
+def test_a_base_without_a_hub_id_is_not_named_as_one(
+    tiny_base: Path, tiny_adapter: Path, tmp_path: Path
+) -> None:
+    registry = ModelRegistry(tmp_path / "models")
+    registry.add_base_model("local", tiny_base)
+    customized = registry.register(tiny_adapter, train_name="support")
+
+    with registry.checkout(customized) as directory:
+        texts = [p.read_text() for p in directory.iterdir() if p.suffix in (".md", ".json")]
+        assert HubCard.load(directory / "README.md").data.base_model is None
+
+    assert not [text for text in texts if str(tiny_base) in text or str(tmp_path) in text]
+
+
+def test_a_flipped_bit_is_found(registry: ModelRegistry, tiny_adapter: Path) -> None:
+    customized = registry.register(tiny_adapter, train_name="support")
+    registry.verify(customized)
+
+    weights = registry.local_path(customized) / "adapter_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+
+    with pytest.raises(IntegrityError, match=r"adapter_model\.safetensors"):
+        registry.verify(customized)
+
+
+def test_a_registration_killed_before_its_commit_can_be_repeated(
+    registry: ModelRegistry, tiny_adapter: Path
+) -> None:
+    key = registry.reserve(train_name="support", training_id=TRAINING, base_model="llama-tiny")
+    (registry.root / "customized" / key).mkdir(parents=True)  # published, but no row
+
+    customized = registry.register(tiny_adapter, train_name="support", training_id=TRAINING)
+
+    registry.verify(customized)
+
+
+# Lists
+
+
+def test_lists_are_newest_first_and_filtered(registry: ModelRegistry, tiny_adapter: Path) -> None:
+    names = [registry.register(tiny_adapter, train_name=f"run-{n}").name for n in range(3)]
+
+    assert [m.name for m in registry.customized_models()] == names[::-1]
+    assert [m.name for m in registry.customized_models(train_name="run-1")] == names[1:2]
+    assert list(registry.customized_models(base="other")) == []
+
+
+def test_a_listing_shows_escaped_in_a_notebook_without_being_consumed(
+    registry: ModelRegistry, tiny_base: Path
+) -> None:
+    hostile = "<script>alert(1)</script>"
+    registry.add_base_model("hostile", tiny_base, model_name=hostile)
+    listing = registry.base_models()
+
+    page = listing._repr_html_()
+
+    assert hostile not in page
+    assert "&lt;script&gt;" in page
+    assert len(list(listing)) == 2
+
+
+def test_every_value_has_a_short_repr_and_a_table(
+    registry: ModelRegistry, tiny_adapter: Path
+) -> None:
+    customized = registry.register(tiny_adapter, train_name="support")
+    base = registry.get(BaseModel, "llama-tiny")
+    for value in (customized, base, base.card):
+        assert len(repr(value)) < 400
+        assert "<table>" in value._repr_html_()
+
+
+def test_values_hold_no_path(registry: ModelRegistry, tiny_adapter: Path) -> None:
+    customized = registry.register(tiny_adapter, train_name="support")
+    base = registry.get(BaseModel, "llama-tiny")
+    for value in (customized, base):
+        text = json.dumps(attrs.asdict(value), default=str)
+        assert str(registry.root) not in text
+        assert str(tiny_adapter) not in text
+
+
+# Environments
+
+
+def test_an_environment_of_an_unknown_backend_is_refused(registry: ModelRegistry) -> None:
+    with pytest.raises(InvalidOptionError, match="llama_cpp"):
+        registry.add_environment(DeploymentEnvironment("here", backend="no-such"))
+
+
+def test_an_environment_is_added_once(registry: ModelRegistry) -> None:
+    here = DeploymentEnvironment("here", "ollama", "127.0.0.1", 11434)
+    assert registry.add_environment(here) == here
+    assert registry.add_environment(here) == here
+    with pytest.raises(AlreadyExistsError):
+        registry.add_environment(attrs.evolve(here, port=11435))
+    assert list(registry.environments()) == [here]
+
+
+# Sharing
+
+
+def test_another_process_sees_everything(registry: ModelRegistry, tiny_adapter: Path) -> None:
+    customized = registry.register(tiny_adapter, train_name="support")
+    script = (
+        "import sys; from customized_models import ModelRegistry\n"
+        "print(*[m.name for m in ModelRegistry(sys.argv[1]).customized_models()])"
+    )
+    output = subprocess.check_output([sys.executable, "-c", script, str(registry.root)], text=True)
+    assert output.split() == [customized.name]
+
+
+def test_a_registry_pickles(registry: ModelRegistry, tiny_adapter: Path) -> None:
+    customized = registry.register(tiny_adapter, train_name="support")
+    copy = pickle.loads(pickle.dumps(registry))
+    assert list(copy.customized_models()) == [customized]
+
+
+def test_a_registry_survives_a_fork(registry: ModelRegistry, tiny_adapter: Path) -> None:
+    customized = registry.register(tiny_adapter, train_name="support")
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if list(registry.customized_models()) == [customized] else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_eight_processes_register_fifty_adapters_each(
+    registry: ModelRegistry, tiny_adapter: Path, tmp_path: Path
+) -> None:
+    script = Path(__file__).with_name("register_many.py")
+    workers = [
+        subprocess.Popen([sys.executable, script, registry.root, tiny_adapter, str(n)])
+        for n in range(8)
+    ]
+    assert [worker.wait() for worker in workers] == [0] * 8
+
+    models = list(registry.customized_models())
+    assert len({m.name for m in models}) == len({m.digest for m in models}) == 400
+    for model in models:
+        registry.verify(model)
+    assert len(list((registry.root / "customized").iterdir())) == 400
+    assert list((registry.root / ".staging").iterdir()) == []
+
+
+def test_a_damaged_database_is_a_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "registry.db").write_bytes(b"not a database" * 1000)
+    with pytest.raises(DatabaseError, match="not a database"):
+        list(ModelRegistry(tmp_path).base_models())
+
+
+def test_a_registry_in_a_storage_of_ones_own(
+    tiny_base: Path, tiny_adapter: Path, tmp_path: Path
+) -> None:
+    registry = ModelRegistry(tmp_path / "models", storage=MemoryStorage())
+    registry.add_base_model("llama-tiny", tiny_base)
+    customized = registry.register(tiny_adapter, train_name="support")
+
+    registry.verify(customized)
+    assert not (tmp_path / "models/customized").exists()
+    with pytest.raises(NotLocalError):
+        registry.local_path(customized)
+    registry.delete(customized)
+    assert list(registry.customized_models()) == []
+
+
+# Deleting
+
+
+def test_a_base_model_with_dependents_is_not_deleted(
+    registry: ModelRegistry, tiny_adapter: Path
+) -> None:
+    customized = registry.register(tiny_adapter, train_name="support")
+    base = registry.get(BaseModel, "llama-tiny")
+
+    with pytest.raises(InUseError, match=customized.name):
+        registry.delete(base)
+    registry.delete(customized)
+    registry.delete(base)
+
+    assert list(registry.base_models()) == []
+
+
+def test_deleting_a_base_model_leaves_its_files(registry: ModelRegistry, tiny_base: Path) -> None:
+    before = sorted(path.name for path in tiny_base.iterdir())
+    registry.delete(registry.get(BaseModel, "llama-tiny"))
+    assert sorted(path.name for path in tiny_base.iterdir()) == before
+
+
+def test_what_is_checked_out_is_not_deleted(registry: ModelRegistry, tiny_adapter: Path) -> None:
+    customized = registry.register(tiny_adapter, train_name="support")
+    with registry.checkout(customized) as directory:
+        with pytest.raises(InUseError, match="checkout"):
+            registry.delete(customized)
+        assert (directory / "adapter_model.safetensors").is_file()
+    registry.delete(customized)
+
+
+def test_a_deleted_model_is_gone_and_may_be_registered_again(
+    registry: ModelRegistry, tiny_adapter: Path
+) -> None:
+    first = registry.register(tiny_adapter, train_name="support", training_id=TRAINING)
+    registry.delete(first)
+
+    with pytest.raises(NotFoundError):
+        registry.get(CustomizedModel, first.name)
+    with pytest.raises(NotFoundError):
+        registry.delete(first)
+    again = registry.register(tiny_adapter, train_name="support", training_id=TRAINING)
+
+    assert (again.name, again.digest) == (first.name, first.digest)
+
+
+def test_nothing_goes_by_an_unknown_name(registry: ModelRegistry) -> None:
+    with pytest.raises(NotFoundError, match="no CompleteModel"):
+        registry.get(CompleteModel, "no-such")

@@ -1,0 +1,398 @@
+"""Saving: the complete model, and the job that makes it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard as HubCard
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from customized_models import (
+    CompleteModel,
+    CustomizedModel,
+    InUseError,
+    JobCancelled,
+    JobFailed,
+    JobLost,
+    JobTimeoutError,
+    Merger,
+    ModelRegistry,
+    NotFoundError,
+    UnsupportedAdapterError,
+    UnsupportedQuantizationError,
+)
+from customized_models.testing import MemoryStorage, tiny_llama, tiny_lora
+
+
+@pytest.fixture
+def customized(registry: ModelRegistry, tiny_adapter: Path) -> CustomizedModel:
+    return registry.register(tiny_adapter, train_name="support")
+
+
+@pytest.fixture
+def slow(tmp_path: Path) -> tuple[ModelRegistry, CustomizedModel]:
+    """A customized model whose save takes seconds: a base of many layers."""
+    base = tiny_llama(
+        tmp_path / "deep", hidden_size=512, intermediate_size=2048, num_hidden_layers=48
+    )
+    registry = ModelRegistry(tmp_path / "models")
+    registry.add_base_model("deep", base)
+    adapter = tiny_lora(tmp_path / "adapter", base, target_modules="all-linear")
+    return registry, registry.register(adapter, train_name="slow")
+
+
+def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
+    return {k: v for f in directory.glob("*.safetensors") for k, v in load_file(f).items()}
+
+
+# The complete model
+
+
+def test_a_saved_model_has_the_bits_of_pefts_merge(
+    registry: ModelRegistry,
+    customized: CustomizedModel,
+    tiny_base: Path,
+    tiny_adapter: Path,
+    tmp_path: Path,
+) -> None:
+    complete = Merger(registry).save(customized).result(progress=False)
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_base, dtype="auto")
+    PeftModel.from_pretrained(base, tiny_adapter).merge_and_unload().save_pretrained(
+        tmp_path / "reference"
+    )
+    reference, before = tensors_of(tmp_path / "reference"), tensors_of(tiny_base)
+    with registry.checkout(complete) as directory:
+        merged = tensors_of(directory)
+        AutoModelForCausalLM.from_pretrained(directory)
+        AutoTokenizer.from_pretrained(directory)
+
+    assert merged.keys() == reference.keys()
+    assert all(torch.equal(merged[name], reference[name]) for name in reference)
+    changed = {name for name in merged if not torch.equal(merged[name], before[name])}
+    assert changed == {n for n in merged if "q_proj" in n or "down_proj" in n}
+
+
+def test_a_complete_model_has_its_bases_layout_and_small_files(
+    registry: ModelRegistry, customized: CustomizedModel, tiny_base: Path
+) -> None:
+    complete = Merger(registry).save(customized).result(progress=False)
+
+    with registry.checkout(complete) as directory:
+        names = {path.name for path in directory.iterdir()}
+        assert names == {p.name for p in tiny_base.iterdir()} | {"README.md", "manifest.json"}
+        for name in ("config.json", "generation_config.json", "tokenizer.json"):
+            assert (directory / name).read_bytes() == (tiny_base / name).read_bytes()
+    registry.verify(complete)
+
+
+def test_a_complete_model_is_named_by_the_grammar_and_knows_its_parents(
+    registry: ModelRegistry, customized: CustomizedModel
+) -> None:
+    job = Merger(registry).save(customized)
+    complete = job.result(progress=False)
+
+    assert complete.name == f"{customized.name}_s_{job.id.hex[:4]}"
+    assert complete.customized_digest == customized.digest
+    assert complete.recipe["torch"] == torch.__version__
+    with registry.checkout(complete) as directory:
+        assert HubCard.load(directory / "README.md").data.base_model == "tests/llama-tiny"
+
+
+def test_the_adapters_own_tokenizer_and_template_win(
+    registry: ModelRegistry, tiny_base: Path, tiny_adapter: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "adapter"
+    tiny_lora(source, tiny_base)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.save_pretrained(source)
+    customized = registry.register(source, train_name="support")
+
+    complete = Merger(registry).save(customized).result(progress=False)
+
+    with registry.checkout(complete) as directory:
+        assert AutoTokenizer.from_pretrained(directory).chat_template == "{{ messages }}"
+
+
+def test_quantization_is_refused_with_the_reason(
+    registry: ModelRegistry, customized: CustomizedModel
+) -> None:
+    with pytest.raises(UnsupportedQuantizationError, match="belongs to deployment"):
+        Merger(registry).save(customized, quantization="q8_0")
+    assert list(registry.jobs()) == []
+
+
+def test_what_cannot_be_merged_exactly_is_refused_by_name(
+    registry: ModelRegistry, tiny_base: Path, tmp_path: Path
+) -> None:
+    adapter = tiny_lora(tmp_path / "adapter", tiny_base, bias="all")
+    customized = registry.register(adapter, train_name="biased")
+
+    with pytest.raises(UnsupportedAdapterError, match="bias"):
+        Merger(registry).save(customized).result(progress=False)
+    assert list(registry.complete_models()) == []
+
+
+def test_deleting_the_adapter_leaves_the_complete_model(
+    registry: ModelRegistry, customized: CustomizedModel
+) -> None:
+    complete = Merger(registry).save(customized).result(progress=False)
+    registry.delete(customized)
+
+    assert list(registry.complete_models()) == [complete]
+    registry.verify(complete)
+    registry.delete(complete)
+    assert list((registry.root / "complete").iterdir()) == []
+
+
+# The job
+
+
+def test_a_script_without_a_main_guard_can_save(
+    registry: ModelRegistry, customized: CustomizedModel
+) -> None:
+    script = (
+        "import sys; from customized_models import CustomizedModel, Merger, ModelRegistry\n"
+        "registry = ModelRegistry(sys.argv[1])\n"
+        "job = Merger(registry).save(registry.get(CustomizedModel, sys.argv[2]))\n"
+        "print(job.result().name)"
+    )
+    output = subprocess.run(
+        [sys.executable, "-c", script, str(registry.root), customized.name],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert output.stdout.split() == [model.name for model in registry.complete_models()]
+
+
+def test_a_notebook_can_await_a_save(
+    registry: ModelRegistry, customized: CustomizedModel, tmp_path: Path
+) -> None:
+    import nbformat
+    from nbclient import NotebookClient
+
+    cell = nbformat.v4.new_code_cell(
+        "from customized_models import CustomizedModel, Merger, ModelRegistry\n"
+        f"registry = ModelRegistry({str(registry.root)!r})\n"
+        f"job = Merger(registry).save(registry.get(CustomizedModel, {customized.name!r}))\n"
+        "complete = await job\n"
+        "same = job.result()\n"
+        "registry.complete_models()"
+    )
+    notebook = nbformat.v4.new_notebook(cells=[cell])
+    NotebookClient(notebook, kernel_name="python3", timeout=300).execute(cwd=str(tmp_path))
+
+    shown = [output for output in cell.outputs if output.output_type == "execute_result"]
+    assert f"{customized.name}_s_" in shown[0].data["text/html"]
+
+
+def test_peft_may_be_used_in_the_caller_while_a_save_runs(
+    registry: ModelRegistry, customized: CustomizedModel, tiny_base: Path
+) -> None:
+    job = Merger(registry).save(customized)
+    model = AutoModelForCausalLM.from_pretrained(tiny_base)
+    wrapped = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    assert wrapped.peft_config["default"].r == 8
+    assert job.result(progress=False).customized == customized.name
+
+
+def test_several_saves_run_at_once_and_can_be_awaited(
+    registry: ModelRegistry, customized: CustomizedModel
+) -> None:
+    async def both() -> list[CompleteModel]:
+        merger = Merger(registry)
+        return await asyncio.gather(merger.save(customized), merger.save(customized))
+
+    first, second = asyncio.run(both())
+    assert first.digest == second.digest
+    assert first.name != second.name
+
+
+def test_a_running_save_is_found_and_awaited_from_another_process(
+    slow: tuple[ModelRegistry, CustomizedModel],
+) -> None:
+    registry, customized = slow
+    job = Merger(registry).save(customized)
+    script = (
+        "import sys, uuid; from customized_models import ModelRegistry\n"
+        "registry = ModelRegistry(sys.argv[1])\n"
+        "assert [job.id.hex for job in registry.jobs()] == [sys.argv[2]]\n"
+        "print(registry.job(uuid.UUID(sys.argv[2])).result(progress=False).name)"
+    )
+    output = subprocess.check_output(
+        [sys.executable, "-c", script, str(registry.root), job.id.hex], text=True
+    )
+    assert output.split() == [job.result(progress=False).name]
+
+
+def test_a_finished_job_still_gives_its_result(
+    registry: ModelRegistry, customized: CustomizedModel
+) -> None:
+    complete = Merger(registry).save(customized).result(progress=False)
+    (job,) = registry.jobs("succeeded")
+    assert job.result() == complete
+    assert job.cancel() is False
+
+
+def test_waiting_too_long_leaves_the_job_running(
+    slow: tuple[ModelRegistry, CustomizedModel],
+) -> None:
+    registry, customized = slow
+    job = Merger(registry).save(customized)
+    with pytest.raises(JobTimeoutError):
+        job.result(timeout=0.2, progress=False)
+    assert job.state in ("queued", "running")
+    job.result(progress=False)
+
+
+def test_a_running_job_keeps_what_it_needs_from_being_deleted(
+    slow: tuple[ModelRegistry, CustomizedModel],
+) -> None:
+    registry, customized = slow
+    job = Merger(registry).save(customized)
+    with pytest.raises(InUseError, match="save"):
+        registry.delete(customized)
+    job.result(progress=False)
+    registry.delete(customized)
+
+
+def wait_for_merging(registry: ModelRegistry) -> None:
+    """Until the worker has begun to write shards."""
+    for _ in range(600):
+        if list((registry.root / ".staging").glob("save-*/*.safetensors")):
+            return
+        time.sleep(0.05)
+    raise AssertionError("the save never began")
+
+
+def test_a_cancelled_save_leaves_nothing(
+    slow: tuple[ModelRegistry, CustomizedModel],
+) -> None:
+    registry, customized = slow
+    job = Merger(registry).save(customized)
+    wait_for_merging(registry)
+    assert job.cancel() is True
+
+    with pytest.raises(JobCancelled):
+        job.result(progress=False)
+    assert job.state == "cancelled"
+    assert list(registry.complete_models()) == []
+    assert list((registry.root / ".staging").iterdir()) == []
+    registry.delete(customized)
+
+
+def worker_of(job_id: uuid.UUID) -> int:
+    for directory in Path("/proc").glob("[0-9]*"):
+        try:
+            if str(job_id) in (directory / "cmdline").read_text().split("\0"):
+                return int(directory.name)
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    raise AssertionError("no worker")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the worker through /proc")
+def test_a_killed_worker_is_a_lost_job_and_frees_what_it_held(
+    slow: tuple[ModelRegistry, CustomizedModel],
+) -> None:
+    registry, customized = slow
+    job = Merger(registry).save(customized)
+    wait_for_merging(registry)
+    os.kill(worker_of(job.id), signal.SIGKILL)
+
+    with pytest.raises(JobLost, match="nothing was published"):
+        job.result(progress=False)
+    assert job.state == "lost"
+    assert list(registry.complete_models()) == []
+    registry.delete(customized)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the worker through /proc")
+def test_another_process_sees_a_killed_worker_within_the_lease(
+    slow: tuple[ModelRegistry, CustomizedModel],
+) -> None:
+    registry, customized = slow
+    script = (
+        "import sys; from customized_models import CustomizedModel, Merger, ModelRegistry\n"
+        "registry = ModelRegistry(sys.argv[1])\n"
+        "print(Merger(registry).save(registry.get(CustomizedModel, sys.argv[2])).id)"
+    )
+    output = subprocess.check_output(
+        [sys.executable, "-c", script, str(registry.root), customized.name], text=True
+    )
+    job = registry.job(uuid.UUID(output.strip()))
+    wait_for_merging(registry)
+    os.kill(worker_of(job.id), signal.SIGKILL)
+
+    with pytest.raises(JobLost):
+        job.result(timeout=60, progress=False)
+    registry.delete(customized)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the worker through /proc")
+def test_a_worker_stopped_beyond_its_lease_publishes_nothing(
+    slow: tuple[ModelRegistry, CustomizedModel],
+) -> None:
+    registry, customized = slow
+    job = Merger(registry).save(customized)
+    wait_for_merging(registry)
+    worker = worker_of(job.id)
+    os.kill(worker, signal.SIGSTOP)
+    try:
+        with pytest.raises(JobLost):
+            job.result(timeout=60, progress=False)
+        registry.delete(customized)  # nobody holds it any more
+    finally:
+        os.kill(worker, signal.SIGCONT)
+    for _ in range(600):
+        if not Path(f"/proc/{worker}").exists() or job.state == "lost":
+            break
+        time.sleep(0.1)
+
+    assert list(registry.complete_models()) == []
+
+
+def test_a_storage_of_one_process_cannot_run_jobs(
+    tiny_base: Path, tiny_adapter: Path, tmp_path: Path
+) -> None:
+    registry = ModelRegistry(tmp_path / "models", storage=MemoryStorage())
+    registry.add_base_model("llama-tiny", tiny_base)
+    customized = registry.register(tiny_adapter, train_name="support")
+    with pytest.raises(JobFailed, match="pickles"):
+        Merger(registry).save(customized)
+    assert list(registry.jobs()) == []
+
+
+def test_a_deleted_model_cannot_be_saved(
+    registry: ModelRegistry, customized: CustomizedModel
+) -> None:
+    registry.delete(customized)
+    with pytest.raises(NotFoundError):
+        Merger(registry).save(customized)
+
+
+def test_a_job_shows_how_far_it_is(
+    slow: tuple[ModelRegistry, CustomizedModel],
+) -> None:
+    registry, customized = slow
+    job = Merger(registry).save(customized)
+    seen = set()
+    while job.state in ("queued", "running"):
+        seen.add(job.progress)
+        time.sleep(0.05)
+    assert max(done for _, done, _ in seen) > 0
+    assert all(done <= total for _, done, total in seen)
+    assert "succeeded" in job._repr_html_()
