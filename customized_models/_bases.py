@@ -77,7 +77,7 @@ def locate(directory: Path, progress: Progress) -> Location:
     if (directory / INDEX).is_file():
         names.append(INDEX)
     for name in names:
-        _refuse_stray_link(directory, name)
+        refuse_stray_link(directory, name)
     total = sum((directory / name).stat().st_size for name in names)
     files: dict[str, KnownFile] = {}
     for name in sorted(names):
@@ -126,7 +126,7 @@ def _known(path: Path) -> KnownFile:
     return KnownFile(digest.size, digest.sha256, after.st_mtime_ns, after.st_ino)
 
 
-def _refuse_stray_link(directory: Path, name: str) -> None:
+def refuse_stray_link(directory: Path, name: str) -> None:
     """A snapshot's links go to `<repository>/blobs`, or on to the cache's shared `blobs`."""
     path = directory / name
     if not path.is_symlink():

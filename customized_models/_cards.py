@@ -1,13 +1,10 @@
-"""Cards: what a model's own files say of it, and the `README.md` the Hub and we both can read.
+"""What files say of a model: a base model's own, and those that a training left beside an adapter.
 
-Law: `parse_card(render_customized(model, base)) == storable_card(model.card)`, and the same for
-complete models. A number that is not finite is no measurement: it is left out of a mapping, and
-None where a field holds one number.
+The files are other people's: parsed strictly, bounded, and nothing is unpickled or downloaded.
 """
 
 from __future__ import annotations
 
-import html
 import json
 import math
 import os
@@ -17,44 +14,48 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ._bases import refuse_stray_link, small_files
-from ._checkpoints import INDEX, MAX_JSON, Checkpoint, json_object, opened, read_at
-from ._errors import MalformedError, UnsafeFileError, shown
-from ._manifest import README, from_document, to_document
+from attrs import evolve
+
+from ._bases import small_files
+from ._checkpoints import INDEX, MAX_JSON, Checkpoint, json_object
+from ._errors import MalformedError, shown
+from ._manifest import README
 from ._models import (
-    BaseModel,
     BaseModelCard,
-    CompleteModel,
-    CustomizedModel,
     EvaluationSummary,
     ModelCard,
     TrainingConfiguration,
     is_hub_id,
 )
+from ._readme import MAX_README, plain_text, readme_header, storable_card
+from ._readme import parse_card as parse_card
+from ._readme import render_complete as render_complete
+from ._readme import render_customized as render_customized
 
-MAX_README = 4 << 20  # bytes; cards with thousands of benchmark results have about one million
-MAX_DEPTH = 64  # levels of a README's header
-
-PEFT_SETTINGS = frozenset(
-    "peft_type task_type peft_version revision r lora_alpha lora_dropout target_modules "
-    "exclude_modules target_parameters modules_to_save layers_to_transform layers_pattern "
-    "layer_replication rank_pattern alpha_pattern bias lora_bias fan_in_fan_out use_dora use_rslora "
-    "use_qalora qalora_group_size init_lora_weights init_weights trainable_token_indices "
-    "ensure_weight_tying alpha rank_dropout module_dropout decompose_both decompose_factor "
-    "oft_block_size boft_block_size boft_block_num boft_n_butterfly_factor feedforward_modules "
-    "d_initial projection_prng_key init_r target_r num_virtual_tokens".split()
-)
+PEFT_SETTINGS = {
+    "peft_type", "task_type", "peft_version", "revision", "r", "lora_alpha", "lora_dropout",
+    "target_modules", "exclude_modules", "target_parameters", "modules_to_save",
+    "layers_to_transform", "layers_pattern", "layer_replication", "rank_pattern",
+    "alpha_pattern", "bias", "lora_bias", "fan_in_fan_out", "use_dora", "use_rslora",
+    "use_qalora", "qalora_group_size", "init_lora_weights", "init_weights",
+    "trainable_token_indices", "ensure_weight_tying", "alpha", "rank_dropout",
+    "module_dropout", "decompose_both", "decompose_factor", "oft_block_size",
+    "boft_block_size", "boft_block_num", "boft_n_butterfly_factor", "feedforward_modules",
+    "d_initial", "projection_prng_key", "init_r", "target_r", "num_virtual_tokens",
+}  # fmt: skip
 """The keys of `adapter_config.json` that a card repeats."""
 
-TRAINER_ARGUMENTS = frozenset(
-    "learning_rate num_train_epochs max_steps per_device_train_batch_size "
-    "per_device_eval_batch_size gradient_accumulation_steps lr_scheduler_type warmup_steps "
-    "warmup_ratio weight_decay optim adam_beta1 adam_beta2 adam_epsilon max_grad_norm seed "
-    "data_seed full_determinism bf16 fp16 tf32 gradient_checkpointing label_smoothing_factor "
-    "neftune_noise_alpha eval_strategy eval_steps save_strategy save_steps load_best_model_at_end "
-    "metric_for_best_model greater_is_better torch_compile use_liger_kernel "
-    "max_length packing completion_only_loss assistant_only_loss beta loss_type".split()
-)
+TRAINER_ARGUMENTS = {
+    "learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size",
+    "per_device_eval_batch_size", "gradient_accumulation_steps", "lr_scheduler_type",
+    "warmup_steps", "warmup_ratio", "weight_decay", "optim", "adam_beta1", "adam_beta2",
+    "adam_epsilon", "max_grad_norm", "seed", "data_seed", "full_determinism", "bf16", "fp16",
+    "tf32", "gradient_checkpointing", "label_smoothing_factor", "neftune_noise_alpha",
+    "eval_strategy", "eval_steps", "save_strategy", "save_steps", "load_best_model_at_end",
+    "metric_for_best_model", "greater_is_better", "torch_compile", "use_liger_kernel",
+    "max_length", "packing", "completion_only_loss", "assistant_only_loss", "beta",
+    "loss_type",
+}  # fmt: skip
 """The arguments of transformers' Trainer, and of TRL's, that bear on the result."""
 
 _METHODS = {"LORA": "LoRA", "ADALORA": "AdaLoRA", "LOHA": "LoHa", "LOKR": "LoKr", "VERA": "VeRA"}
@@ -63,11 +64,6 @@ _NOT_METRICS = frozenset({"step", "epoch", "loss", "learning_rate", "grad_norm",
 _NOT_METRICS_ENDINGS = ("_runtime", "_per_second", "_flos", "_samples")
 _RESULTS = ("train_results.json", "eval_results.json", "all_results.json")
 _WORD = re.compile(r"[\w.+-]{1,64}", re.ASCII)
-_DATASET = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
-_HEADER = re.compile(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", re.DOTALL)
-
-
-# What files say
 
 
 def read_base_card(directory: Path, checkpoint: Checkpoint) -> BaseModelCard:
@@ -110,8 +106,9 @@ def _whole(configs: Iterable[Mapping[str, Any]], *keys: str) -> int | None:
 
 
 def _license(directory: Path) -> str | None:
+    readme = Path(os.path.realpath(directory / README))  # in a Hub cache it is a link
     try:
-        stated = readme_header(plain_text(directory / README, MAX_README)).get("license")
+        stated = readme_header(plain_text(readme, MAX_README)).get("license")
     except MalformedError:
         return None
     return stated if isinstance(stated, str) and _WORD.fullmatch(stated) else None
@@ -135,29 +132,24 @@ def training_facts(directory: Path, adapter_config: Mapping[str, Any]) -> ModelC
         UnsafeFileError: one of them is a link, a pipe or too large.
     """
     state = _log_file(directory / "trainer_state.json")
-    summary = evaluation_summary(state)
-    metrics, epochs = dict(summary.metrics), summary.epochs
+    evaluation = evaluation_summary(state)
     for name in _RESULTS:
         results = _log_file(directory / name)
-        metrics |= _metrics(results)
-        epochs = _finite(results.get("epoch")) if epochs is None else epochs
-    arguments = {key: state[key] for key in ("max_steps", "num_train_epochs") if key in state}
-    return ModelCard(
-        TrainingConfiguration(
-            peft=peft_settings(adapter_config),
-            arguments=training_arguments(arguments),
-            datasets=_datasets(directory),
-        ),
-        EvaluationSummary(
-            metrics=metrics,
-            best_metric=summary.best_metric,
-            steps=summary.steps,
-            epochs=epochs,
-            first_loss=summary.first_loss,
-            last_loss=summary.last_loss,
-            log_entries=summary.log_entries,
-        ),
+        epochs = (
+            evaluation.epochs if evaluation.epochs is not None else _finite(results.get("epoch"))
+        )
+        evaluation = evolve(
+            evaluation, metrics={**evaluation.metrics, **_metrics(results)}, epochs=epochs
+        )
+    lengths: dict[str, Any] = {
+        key: state[key] for key in ("max_steps", "num_train_epochs") if key in state
+    }
+    training = TrainingConfiguration(
+        peft=peft_settings(adapter_config),
+        arguments=training_arguments(lengths),
+        datasets=_datasets(directory),
     )
+    return storable_card(ModelCard(training, evaluation))
 
 
 def peft_settings(adapter_config: Mapping[str, Any]) -> dict[str, Any]:
@@ -165,7 +157,7 @@ def peft_settings(adapter_config: Mapping[str, Any]) -> dict[str, Any]:
 
     What is off, empty or unset is left out.
 
-    >>> peft_settings({"peft_type": "LORA", "r": 8, "use_dora": True, "base_model_name_or_path": "x"})
+    >>> peft_settings({"peft_type": "LORA", "r": 8, "use_dora": True, "inference_mode": True})
     {'method': 'LoRA, DoRA', 'peft_type': 'LORA', 'r': 8, 'use_dora': True}
     """
     kind = str(adapter_config.get("peft_type"))
@@ -174,7 +166,7 @@ def peft_settings(adapter_config: Mapping[str, Any]) -> dict[str, Any]:
     for key in sorted(PEFT_SETTINGS & adapter_config.keys()):
         value = adapter_config[key]
         if value not in (None, False, [], {}, ""):
-            settings[key] = sorted(value) if key in ("target_modules", "modules_to_save") else value
+            settings[key] = value
     return settings
 
 
@@ -238,8 +230,9 @@ def _log_file(path: Path) -> dict[str, Any]:
     """The JSON object that the Trainer wrote, with null for the NaN it may have written."""
     if not os.path.lexists(path):
         return {}
+    text = plain_text(path, MAX_JSON)
     try:
-        document = json.loads(plain_text(path, MAX_JSON), parse_constant=lambda _: None)
+        document = json.loads(text, parse_constant=lambda _: None)
     except (ValueError, RecursionError) as error:
         raise MalformedError(f"{path.name} is not JSON: {shown(error)}") from error
     if not isinstance(document, dict):
@@ -253,4 +246,5 @@ def _datasets(directory: Path) -> tuple[str, ...]:
     except MalformedError:
         return ()
     every = stated if isinstance(stated, list) else [stated]
-    return tuple(n for n in every if isinstance(n, str) and _DATASET.fullmatch(n))
+    names = [name for name in every if isinstance(name, str)]
+    return tuple(name for name in names if is_hub_id(name) or _WORD.fullmatch(name))

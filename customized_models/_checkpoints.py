@@ -1,4 +1,4 @@
-"""Safetensors checkpoints: strict headers, shards and index, tensors read one at a time.
+"""Safetensors checkpoints: strict headers, shards and index, tensors read and written singly.
 
 Nothing here maps a file into memory: a mapped file that shrinks kills the process, and views of
 one mapping share what an in-place operation writes.
@@ -6,18 +6,23 @@ one mapping share what an in-place operation writes.
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import math
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from attrs import field, frozen
 
-from ._errors import MalformedError, UnsafeFileError, listed, shown
+from ._errors import MalformedError, MergeError, UnsafeFileError, listed, shown
+from ._models import Progress
 
 if TYPE_CHECKING:
     import torch
@@ -52,6 +57,11 @@ class TensorInfo:
     file: str
     start: int
     end: int
+
+    @property
+    def size(self) -> int:
+        """Bytes of the elements."""
+        return math.prod(self.shape) * ITEM_SIZE[self.dtype]
 
 
 @frozen
@@ -123,17 +133,23 @@ def json_object(path: Path, *, limit: int = MAX_JSON) -> dict[str, Any]:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[int]:
+def opened(path: Path, flags: int = 0) -> Iterator[int]:
     """A read-only descriptor of a regular file, never blocking on a pipe; closed at the end.
+
+    `flags`: for `os.open`, besides those it needs; `os.O_NOFOLLOW` refuses links.
 
     Raises:
         MalformedError: there is no such file.
         UnsafeFileError: it is not a regular file.
     """
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | flags)
     except FileNotFoundError as error:
         raise MalformedError(f"{shown(path.name)} is missing") from error
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):  # a link, a socket
+            raise UnsafeFileError(f"{shown(path.name)} is not a regular file") from error
+        raise
     try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise UnsafeFileError(f"{shown(path.name)} is not a regular file")
@@ -149,17 +165,24 @@ def read_at(fd: int, start: int, count: int, what: str) -> bytearray:
         MalformedError: the file ends before.
     """
     data = bytearray(count)
-    view, done = memoryview(data), 0
+    read_into(memoryview(data), fd, start, what)
+    return data
+
+
+def read_into(view: memoryview, fd: int, start: int, what: str) -> None:
+    """Fill `view` from byte `start`; raises as `read_at` does."""
+    done, count = 0, len(view)
     while done < count:
         got = os.preadv(fd, [view[done:]], start + done)
         if not got:
             raise MalformedError(f"{what} ends at byte {start + done}, before {start + count}")
         done += got
-    return data
 
 
-def read_header(path: Path) -> Header:
+def read_header(path: Path, *, limit: int = MAX_HEADER) -> Header:
     """The header of one safetensors file, checked to cover its data exactly and without overlap.
+
+    `limit`: the most bytes that the header may have.
 
     Raises:
         MalformedError: anything the format forbids.
@@ -168,7 +191,7 @@ def read_header(path: Path) -> Header:
     with opened(path) as fd:
         size = os.fstat(fd).st_size
         length = int.from_bytes(read_at(fd, 0, 8, what), "little")
-        if not 2 <= length <= min(MAX_HEADER, size - 8):
+        if not 2 <= length <= min(limit, size - 8):
             raise MalformedError(f"{what} states a header of {length} bytes in a file of {size}")
         raw = read_at(fd, 8, length, what)
     document = strict_json(raw, f"the header of {what}")
@@ -247,13 +270,13 @@ class Checkpoint:
             MalformedError: no weights, a header or index that does not parse, or an index that
                 disagrees with its shards.
         """
-        if (directory / INDEX).is_file():
+        if (directory / SINGLE).is_file():  # before the index: so does transformers
+            weight_map, files = None, [SINGLE]
+        elif (directory / INDEX).is_file():
             weight_map = json_object(directory / INDEX).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
                 raise MalformedError(f"{INDEX} has no weight_map")
             files = sorted(set(map(str, weight_map.values())))
-        elif (directory / SINGLE).is_file():
-            weight_map, files = None, [SINGLE]
         else:
             raise MalformedError(f"no {SINGLE} or {INDEX} in the model directory")
         for file in files:
@@ -287,3 +310,153 @@ class ModelSource:
 
     files: Mapping[str, Path]
     tensors: TensorSource
+
+
+# Writing
+
+CHUNK = 8 << 20  # bytes held at once of what is copied
+PIECE = 64 << 20  # bytes between two calls of `progress`
+
+
+def write_checkpoint(
+    source: TensorSource,
+    layout: Checkpoint,
+    directory: Path,
+    progress: Progress,
+    changed: Collection[str],
+) -> Mapping[str, FileDigest]:
+    """Write `source` into `directory` as shards like those of `layout`; their digests by name.
+
+    File names, tensor order and metadata are the layout's. The `changed` tensors come from
+    `source`, of which two are in memory at a time; all other bytes are copied from the layout's
+    files. Every file is hashed on its way and pushed to the disk. Nothing may be in the way.
+
+    Raises:
+        MergeError: `source` has other tensors than `layout`, or gives one that is not as it said.
+    """
+    if odd := source.infos.keys() ^ layout.infos.keys():
+        raise MergeError(f"the merge and its base do not have the same tensors: {listed(odd)}")
+    total = sum(info.size for info in source.infos.values())
+    done, digests = 0, {}
+    for file, header in layout.shards.items():
+        infos = [source.infos[name] for name in header.tensors]
+        with (
+            opened(layout.directory / file) as fd,
+            _Output(directory / file) as output,
+            ThreadPoolExecutor(1) as behind,  # entered last: idle before the files are closed
+        ):
+            pending: deque[Future[None]] = deque()
+            for size, work in _pieces(fd, header, infos, source, changed):
+                progress("merging", done, total)
+                pending.append(behind.submit(work, output))
+                done += size
+                while len(pending) > 1:
+                    pending.popleft().result()
+            while pending:
+                pending.popleft().result()
+            digests[file] = output.finish()
+    if SINGLE not in layout.shards:
+        digests[INDEX] = _write_index(source, layout, directory)
+    progress("merging", total, total)
+    return digests
+
+
+def _pieces(
+    fd: int,
+    header: Header,
+    infos: list[TensorInfo],
+    source: TensorSource,
+    changed: Collection[str],
+) -> Iterator[tuple[int, Callable[[_Output], None]]]:
+    """One shard from front to back: how many bytes of tensors, and what puts them out."""
+    head = _header_bytes(fd, header, infos)
+    yield 0, lambda output: output.write(head)
+    start = end = header.data_start
+    for info, old in zip(infos, header.tensors.values(), strict=True):
+        if info.name not in changed:
+            end = old.end
+            continue
+        yield from _copies(fd, start, end)
+        data = _tensor_bytes(source.read(info.name), info)
+        yield info.size, lambda output, data=data: output.write(data)  # type: ignore[misc]
+        del data
+        start = end = old.end
+    yield from _copies(fd, start, end)
+
+
+def _copies(fd: int, start: int, end: int) -> Iterator[tuple[int, Callable[[_Output], None]]]:
+    while start < end:
+        size = min(PIECE, end - start)
+        yield size, lambda output, at=start, size=size: output.copy(fd, at, size)  # type: ignore[misc]
+        start += size
+
+
+def _header_bytes(fd: int, header: Header, infos: list[TensorInfo]) -> bytes | bytearray:
+    """The file's first bytes: the layout's own where every dtype and shape is the layout's."""
+    old = header.tensors
+    if all((i.dtype, i.shape) == (old[i.name].dtype, old[i.name].shape) for i in infos):
+        return read_at(fd, 0, header.data_start, "header")
+    document: dict[str, Any] = {"__metadata__": dict(header.metadata)} if header.metadata else {}
+    position = 0
+    for info in infos:
+        offsets = [position, position := position + info.size]
+        document[info.name] = {"dtype": info.dtype, "shape": info.shape, "data_offsets": offsets}
+    raw = json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-len(raw) % 8)
+    return len(raw).to_bytes(8, "little") + raw
+
+
+def _tensor_bytes(tensor: torch.Tensor, info: TensorInfo) -> memoryview:
+    """The elements of `tensor`, which must be as `info` states, in row-major order."""
+    import torch
+
+    if (dtype_name(tensor.dtype), tuple(tensor.shape)) != (info.dtype, info.shape):
+        raise MergeError(
+            f"{shown(info.name)} was announced as {info.dtype} {info.shape} "
+            f"but came as {tensor.dtype} {tuple(tensor.shape)}"
+        )
+    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+class _Output:
+    """A new file, hashed while it is written."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("xb", buffering=0)
+        self._hash = hashlib.sha256()
+        self._size = 0
+        self._buffer = memoryview(bytearray(CHUNK))
+
+    def __enter__(self) -> _Output:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        view = memoryview(data)
+        self._hash.update(view)
+        self._size += len(view)
+        while view:
+            view = view[self._file.write(view) :]
+
+    def copy(self, fd: int, start: int, size: int) -> None:
+        for at in range(start, start + size, CHUNK):
+            view = self._buffer[: min(CHUNK, start + size - at)]
+            read_into(view, fd, at, "the base model")
+            self.write(view)
+
+    def finish(self) -> FileDigest:
+        os.fsync(self._file.fileno())
+        return FileDigest(self._size, self._hash.hexdigest())
+
+
+def _write_index(source: TensorSource, layout: Checkpoint, directory: Path) -> FileDigest:
+    """The layout's index with the size that is true now."""
+    document = json_object(layout.directory / INDEX)
+    metadata = document.get("metadata")
+    document["metadata"] = metadata if isinstance(metadata, dict) else {}
+    document["metadata"]["total_size"] = sum(info.size for info in source.infos.values())
+    with _Output(directory / INDEX) as output:
+        output.write(json.dumps(document, indent=2, sort_keys=True).encode() + b"\n")
+        return output.finish()

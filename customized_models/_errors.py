@@ -17,6 +17,7 @@
     + UnsupportedArchitectureError
     + UnsupportedQuantizationError
     + UnsupportedVersionError
+  x RegistrationError
   x MergeError
     + UnmergedTensorsError
     + UnchangedTargetsError
@@ -119,6 +120,14 @@ class UnsupportedQuantizationError(UnsupportedError):
 
 class UnsupportedVersionError(UnsupportedError):
     """An installed package lacks what the library builds on."""
+
+
+class RegistrationError(CustomizedModelsError):
+    """A training ended well, but its adapter could not be registered; `directory` has it."""
+
+    def __init__(self, message: str, directory: str = "") -> None:
+        super().__init__(message)
+        self.directory = directory
 
 
 class MergeError(CustomizedModelsError):

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import evolve
 
-from ._cards import render_complete
 from ._checkpoints import FileDigest, write_checkpoint
 from ._errors import UnsupportedQuantizationError, shown
 from ._jobs import Job, start_job
 from ._manifest import README, Manifest, hash_file, to_document, write_file
 from ._models import BaseModel, CompleteModel, CustomizedModel, Progress, complete_name
+from ._readme import render_complete
 from ._sources import MergedSource, merged_source
 
 if TYPE_CHECKING:

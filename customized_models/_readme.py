@@ -12,13 +12,12 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import attrs
 
-from ._bases import _refuse_stray_link
 from ._checkpoints import opened, read_at
 from ._errors import MalformedError, UnsafeFileError, shown
 from ._manifest import from_document, to_document
@@ -31,9 +30,13 @@ _HEADER = re.compile(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", re.DOTA
 
 
 def plain_text(path: Path, limit: int) -> str:
-    """A UTF-8 file of at most `limit` bytes, reached without a link that leads elsewhere."""
-    _refuse_stray_link(path.parent.resolve(), path.name)
-    with opened(path) as fd:
+    """The text of a UTF-8 file.
+
+    Raises:
+        MalformedError: missing, or not UTF-8.
+        UnsafeFileError: a link, no regular file, or more than `limit` bytes.
+    """
+    with opened(path, os.O_NOFOLLOW) as fd:
         size = os.fstat(fd).st_size
         if size > limit:
             raise UnsafeFileError(f"{path.name} has {size} bytes, more than {limit}")
@@ -51,59 +54,69 @@ def readme_header(text: str) -> dict[str, Any]:
     Raises:
         MalformedError: it does not parse under these rules.
     """
-    import yaml
+    import yaml  # type: ignore[import-untyped]  # ships without types
 
     block = _HEADER.match(text)
     if block is None:
         return {}
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
-        depth = 0
-        for event in yaml.parse(block[1], Loader=loader):
-            depth += isinstance(event, yaml.CollectionStartEvent)
-            depth -= isinstance(event, yaml.CollectionEndEvent)
-            if isinstance(event, yaml.AliasEvent) or depth > MAX_DEPTH:
-                raise MalformedError("the header of README.md has aliases, or is nested too deeply")
-        header = yaml.load(block[1], Loader=loader)
-    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
+        bounded = _is_bounded(yaml.parse(block[1], Loader=loader))
+        header = yaml.load(block[1], Loader=loader) if bounded else None
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
         raise MalformedError(f"the header of README.md is not YAML: {shown(error)}") from error
+    if not bounded:
+        raise MalformedError("the header of README.md has aliases, or is nested too deeply")
     if not isinstance(header, dict):
         raise MalformedError("the header of README.md is no mapping")
     return header
 
 
-# Rendering, and reading back
+def _is_bounded(events: Iterable[Any]) -> bool:
+    import yaml
+
+    depth = 0
+    for event in events:
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent) or depth > MAX_DEPTH:
+            return False
+    return True
 
 
 def storable_card(card: ModelCard) -> ModelCard:
-    """`card` as JSON and YAML can hold it.
+    """`card` as JSON and YAML can hold it: tuples become lists, numbers that are not finite go.
 
-    Numbers that are not finite are left out of mappings and become None elsewhere; tuples become
-    lists. Law: `storable_card(storable_card(c)) == storable_card(c)`.
+    Law: `storable_card(storable_card(c)) == storable_card(c)`.
 
     Raises:
-        MalformedError: a value is no JSON, or text that UTF-8 cannot hold.
+        MalformedError: a value is no JSON, is nested too deeply, or is text UTF-8 cannot hold.
     """
-    return from_document(ModelCard, _storable(to_document(card), "the card"))
+    return from_document(ModelCard, _storable(attrs.asdict(card), depth=1))
 
 
-def _storable(value: Any, what: str) -> Any:
-    if isinstance(value, Mapping):
-        found = {_storable(k, what): _storable(v, f"{what}: {shown(k)}") for k, v in value.items()}
-        if not all(isinstance(key, str) for key in found):
-            raise MalformedError(f"{what} has a key that is not text")
-        return {k: v for k, v in found.items() if v is not None or value[k] is None}
+def _storable(value: Any, depth: int) -> Any:
+    if depth > MAX_DEPTH:
+        raise MalformedError(f"a card nests mappings and lists deeper than {MAX_DEPTH} levels")
+    if isinstance(value, dict):
+        if not all(isinstance(key, str) for key in value):
+            raise MalformedError(f"a card has a mapping whose keys are not text: {shown(value)}")
+        plain = {_storable(key, depth): _storable(v, depth + 1) for key, v in value.items()}
+        return {key: v for key, v in plain.items() if v is not None or value[key] is None}
     if isinstance(value, list | tuple):
-        return [_storable(item, what) for item in value]
+        return [_storable(item, depth + 1) for item in value]
     if isinstance(value, float):
-        return value if math.isfinite(value) else None
+        return float(value) if math.isfinite(value) else None
     if isinstance(value, str):
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            raise MalformedError(f"{what} holds text that UTF-8 cannot") from error
-    elif value is not None and type(value) not in (bool, int):
-        raise MalformedError(f"{what} holds a {type(value).__name__}, which is no JSON")
+            raise MalformedError(
+                f"a card has text that UTF-8 cannot hold: {shown(value)}"
+            ) from error
+        return str.__str__(value)  # of an enum that is a string: its value, not its name
+    if value is not None and type(value) not in (bool, int):
+        raise MalformedError(f"a card has {shown(value)}, a {type(value).__name__} and no JSON")
     return value
 
 
@@ -123,13 +136,19 @@ def _render(relation: str, facts: dict[str, str], base: BaseModel, card: ModelCa
     import yaml
 
     own = to_document(storable_card(card))
+    measured = {key: value for key, value in own["evaluation"].items() if value is not None}
     header: dict[str, Any] = {"library_name": "peft" if relation == "adapter" else "transformers"}
     if is_hub_id(base.model_name):
         header |= {"base_model": base.model_name, "base_model_relation": relation}
     if base.card.license is not None:
         header["license"] = base.card.license
+    if on_the_hub := [name for name in card.training.datasets if is_hub_id(name)]:
+        header["datasets"] = on_the_hub
     header["tags"] = ["customized-models"]
-    header["customized_models"] = facts | own
+    header["customized_models"] = facts | own | {"evaluation": measured}
+    # PyYAML would write Unicode's own line breaks as they are, and read them back as others.
+    breaks = re.search("[\x85\u2028\u2029]", json.dumps(header, ensure_ascii=False)) is not None
+    front = yaml.safe_dump(header, sort_keys=False, allow_unicode=not breaks, width=math.inf)
     title = f"# {_escaped(facts['name'])}\n"
     kind = "An adapter for" if relation == "adapter" else "A complete model made from"
     about = f"{kind} the base model {_escaped(base.model_name)}.\n"
@@ -137,14 +156,13 @@ def _render(relation: str, facts: dict[str, str], base: BaseModel, card: ModelCa
         _table("Method", own["training"]["peft"]),
         _table("Training arguments", own["training"]["arguments"]),
         _table("Datasets", dict.fromkeys(own["training"]["datasets"], "")),
-        _table("Evaluation", own["evaluation"] | own["evaluation"]["metrics"] | {"metrics": None}),
+        _table("Evaluation", measured.pop("metrics") | measured),
     ]
-    front = yaml.safe_dump(header, sort_keys=False, allow_unicode=True, width=math.inf)
     return "\n".join([f"---\n{front}---\n", title, about, *filter(None, tables)])
 
 
 def _table(title: str, values: Mapping[str, Any]) -> str:
-    rows = [f"| {_escaped(k)} | {_escaped(v)} |" for k, v in values.items() if v is not None]
+    rows = [f"| {_escaped(k)} | {_escaped(v)} |" for k, v in values.items()]
     return "\n".join([f"## {title}\n", "| | |", "|---|---|", *rows, ""]) if rows else ""
 
 

@@ -15,7 +15,7 @@ from attrs import evolve
 
 from ._adapters import Adapter, check_fits, copy_adapter
 from ._bases import locate, same_path, unchanged
-from ._cards import read_base_card, render_customized, training_facts
+from ._cards import read_base_card, training_facts
 from ._checkpoints import Checkpoint, json_object
 from ._errors import (
     AlreadyExistsError,
@@ -46,6 +46,7 @@ from ._models import (
     checked_name,
     customized_name,
 )
+from ._readme import render_customized, storable_card
 from ._storage import LocalStorage, Storage
 
 if TYPE_CHECKING:
@@ -246,7 +247,9 @@ class ModelRegistry:
             with self.checkout(base) as location:
                 check_fits(adapter, Checkpoint.open(location))
             facts = training_facts(source, adapter.config)
-            card = ModelCard(training or facts.training, evaluation or facts.evaluation)
+            card = storable_card(
+                ModelCard(training or facts.training, evaluation or facts.evaluation)
+            )
             training_id = training_id or self._drawn_id(train_name, base.name)
             return self._publish_customized(staging, base, train_name, training_id, card)
 

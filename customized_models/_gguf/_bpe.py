@@ -54,17 +54,22 @@ def pre_tokenizer(document: Mapping[str, Any], tokenizer: tokenizers.Tokenizer) 
     digest = hashlib.sha256(str(ids).encode()).hexdigest()
     if digest in known["hashes"]:
         return str(known["hashes"][digest])
-    structure = (
-        _canonical(document.get("pre_tokenizer")),
-        _canonical(document.get("normalizer")),
-        bool(document["model"].get("ignore_merges")),
-    )
+    structure = _structure(document, document["model"])
     for entry in known["structures"]:
-        if structure == (entry["pre_tokenizer"], entry["normalizer"], entry["ignore_merges"]):
+        if structure == _structure(entry, entry):
             return str(entry["pre"])
     raise UnsupportedError(
         f"tokenizer.json has a pre-tokenizer that llama.cpp has no known name for: "
         f"{shown(json.dumps(document.get('pre_tokenizer')))} (test text: sha256 {digest[:16]})"
+    )
+
+
+def _structure(document: Mapping[str, Any], model: Mapping[str, Any]) -> tuple[Any, Any, bool]:
+    """All that decides into which pieces a text is cut before pairs are merged."""
+    return (
+        _canonical(document.get("pre_tokenizer")),
+        _canonical(document.get("normalizer")),
+        bool(model.get("ignore_merges")),
     )
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -242,7 +244,7 @@ class JSONServer:
         if self.client is not None:
             yield self.client
             return
-        with httpx.Client(trust_env=False) as client:
+        with httpx.Client(trust_env=False, verify=_certificates()) as client:
             yield client
 
     def _translated(
@@ -301,6 +303,14 @@ class JSONServer:
     def shown(self, text: object) -> str:
         """`text` as it may stand in a message; a server may echo the token it was sent."""
         return shown(str(text).replace(self.token, "***") if self.token else text)
+
+
+@functools.cache
+def _certificates() -> ssl.SSLContext:
+    """The public authorities, read once: that takes longer than most requests."""
+    import httpx
+
+    return httpx.create_ssl_context(trust_env=False)
 
 
 def _reason(body: bytes) -> str:

@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import signal
+import sys
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -23,7 +24,10 @@ def main() -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
-    server = _serving(arguments)
+    try:
+        server = _serving(arguments)
+    except RuntimeError as error:  # llama.cpp has said why
+        sys.exit(str(error))
     port = urlsplit(server.listening_address).port
     print(json.dumps({"pid": os.getpid(), "port": port}), flush=True)
     null = os.open(os.devnull, os.O_RDWR)

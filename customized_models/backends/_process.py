@@ -100,7 +100,17 @@ def output_of_start(command: Sequence[str], seconds: float, progress: Progress) 
                     output = (output + piece)[-_KEPT:]
         raise DeploymentError(f"the server was not ready within {seconds:g} seconds")
     except BaseException:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        _kill_session(process)
         raise
+
+
+def _kill_session(process: subprocess.Popen[bytes]) -> None:
+    """Kill all that `process` started, and wait until the system knows none of it any more."""
+    until = time.monotonic() + _GRACE
+    # PermissionError is macOS's answer once all of them are zombies.
+    with suppress(ProcessLookupError, PermissionError):
+        while time.monotonic() < until:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.poll()
+            time.sleep(0.02)
+    process.wait()

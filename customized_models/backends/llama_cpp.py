@@ -64,7 +64,7 @@ class LlamaCpp:
     def __init__(self, environment: DeploymentEnvironment) -> None:
         if environment.address not in (None, _HOST, "localhost"):
             raise InvalidOptionError(
-                f"environment {shown(environment.name)}: the backend llama_cpp starts servers on this "
+                f"environment {shown(environment.name)}: llama_cpp starts servers on this "
                 f"host only; leave out the address {shown(environment.address)}"
             )
         if environment.scheme != "http" or environment.path:

@@ -1,0 +1,49 @@
+"""An adapter merged into its base, one module at a time, through PEFT's own code.
+
+The result is a stream of tensors; who takes them, and in which order, is not known here.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .._adapters import Adapter
+from .._checkpoints import Checkpoint
+from ._refusals import refuse_adapter, refuse_base
+
+if TYPE_CHECKING:
+    from ._merge import Merge
+
+__all__ = ["Merge", "open_merge"]
+
+
+def open_merge(base: Checkpoint, adapter: Adapter) -> Merge:
+    """Plan the merge of `adapter` into `base`; only the adapter's weights are read.
+
+    Every tensor that the adapter changes will have the bits and dtype that
+    `PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype="auto"), adapter)
+    .merge_and_unload()` gives it on the CPU; every other tensor has the bytes of the base's file.
+
+    Raises:
+        UnsupportedAdapterError: a type or option that cannot be merged exactly, or an adapter
+            that changes a tied tensor; the message names it.
+        UnsupportedArchitectureError: transformers has no such causal language model, or it
+            converts tensors that the adapter changes while it loads them.
+        UnsupportedVersionError: an installed package lacks what this builds on.
+        BaseModelMismatch: the adapter changes modules that the base lacks, or of another shape.
+        UnmergedTensorsError: the adapter holds tensors that its configuration does not call for,
+            or lacks some that it does.
+    """
+    refuse_adapter(adapter.config)
+    refuse_base(base.directory)
+    from ._merge import plan  # torch, transformers and peft
+
+    return plan(base, adapter)
+
+
+def __getattr__(name: str) -> object:
+    if name == "Merge":
+        from ._merge import Merge
+
+        return Merge
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,284 @@
+"""Registering what a transformers `Trainer` trains: a callback, and a function for sharded runs.
+
+Only trainings import this module, so it imports transformers at its top.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from attrs import evolve, frozen
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ._cards import evaluation_summary, peft_settings, training_arguments
+from ._checkpoints import json_object
+from ._errors import (
+    AlreadyExistsError,
+    RegistrationError,
+    UnsupportedAdapterError,
+    UnsupportedError,
+    listed,
+    shown,
+)
+from ._models import CustomizedModel, TrainingConfiguration
+from ._registry import ModelRegistry
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+__all__ = ["RegisterCallback", "register_from_trainer"]
+
+
+@frozen
+class _Registration:
+    """A training whose name is reserved."""
+
+    registry: ModelRegistry
+    name: str
+    train_name: str
+    base_model: str
+    training_id: uuid.UUID
+    training: TrainingConfiguration
+
+    @classmethod
+    def reserved(
+        cls,
+        registry: ModelRegistry,
+        model: PeftModel,
+        *,
+        train_name: str,
+        base_model: str | None,
+        training_id: uuid.UUID,
+        training: TrainingConfiguration,
+    ) -> _Registration:
+        if base_model is None:
+            stated = model.peft_config[_adapter_name(model)].base_model_name_or_path
+            base_model = registry.find_base_model(stated).name
+        name = registry.reserve(
+            train_name=train_name, training_id=training_id, base_model=base_model
+        )
+        return cls(registry, name, train_name, base_model, training_id, training)
+
+    def register(self, directory: Path, state: Mapping[str, Any]) -> CustomizedModel:
+        """Register the adapter in `directory`.
+
+        Raises:
+            RegistrationError: it could not be registered; the cause says why.
+        """
+        try:
+            settings = peft_settings(json_object(directory / "adapter_config.json"))
+            return self.registry.register(
+                directory,
+                train_name=self.train_name,
+                base_model=self.base_model,
+                training_id=self.training_id,
+                training=evolve(self.training, peft=settings),
+                evaluation=evaluation_summary(state),
+            )
+        except Exception as error:
+            raise RegistrationError(
+                f"{self.name} is trained but not registered ({type(error).__name__}: {error}); "
+                f"the adapter is kept in {shown(directory)}: register(that directory, "
+                f"train_name={self.train_name!r}, base_model={self.base_model!r}, "
+                f"training_id=uuid.UUID({str(self.training_id)!r})) takes it up",
+                str(directory),
+            ) from error
+
+
+class RegisterCallback(TrainerCallback):
+    """Registers the PEFT model that a `Trainer` trains, once the training has succeeded.
+
+    The name is reserved when the training begins, so that a name that is taken is an error then
+    and not hours later. When it ends, the adapter in memory (the best one, if the Trainer loaded
+    it) and the tokenizer are registered; `model` has the result. A training that fails, and a
+    trial of a hyperparameter search, registers nothing. Evaluations that follow the training are
+    not part of the card.
+
+    `base_model`: its technical name; if None, the registered base whose name, Hub id or path the
+    adapter's configuration names. `training_id`: drawn if None; the same one lets a resumed
+    training keep its name. `datasets`: names, for the card.
+
+    A callback is for one training. If registering fails, the adapter is kept under the Trainer's
+    output directory and `RegistrationError` says where.
+
+    >>> trainer.add_callback(RegisterCallback("models", train_name="support"))  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        registry: ModelRegistry | str | os.PathLike[str],
+        *,
+        train_name: str,
+        base_model: str | None = None,
+        training_id: uuid.UUID | None = None,
+        datasets: Sequence[str] = (),
+    ) -> None:
+        self.registry = registry if isinstance(registry, ModelRegistry) else ModelRegistry(registry)
+        self.train_name = train_name
+        self.base_model = base_model
+        self.training_id = training_id or uuid.uuid4()
+        self.datasets = tuple(datasets)
+        self.name: str | None = None
+        self.model: CustomizedModel | None = None
+        self._registration: _Registration | None = None
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Refuse what could not be registered, and reserve the name.
+
+        Raises:
+            AlreadyExistsError: the name is taken, or this callback has registered a training.
+            BaseModelMismatch: no base model matches, or several do.
+            UnsupportedError: the weights are sharded; see `register_from_trainer`.
+            UnsupportedAdapterError: the model is no `PeftModel` with one active adapter.
+        """
+        if state.is_hyper_param_search:
+            return
+        if self.model is not None:
+            raise AlreadyExistsError(
+                f"this RegisterCallback has registered {self.model.name}; "
+                f"another training needs another callback"
+            )
+        _refuse_sharded()
+        _adapter_name(kwargs["model"])
+        if not state.is_world_process_zero:
+            return
+        self._registration = _Registration.reserved(
+            self.registry,
+            kwargs["model"],
+            train_name=self.train_name,
+            base_model=self.base_model,
+            training_id=self.training_id,
+            training=_configuration(args, self.datasets),
+        )
+        self.name = self._registration.name
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Save the adapter beside the Trainer's output, register it, and remove that copy.
+
+        Raises:
+            RegistrationError: registering failed; the copy is kept.
+        """
+        registration, self._registration = self._registration, None
+        if registration is None:
+            return
+        output = Path(str(args.output_dir))
+        output.mkdir(parents=True, exist_ok=True)
+        directory = Path(tempfile.mkdtemp(prefix=f"unregistered-{registration.name}-", dir=output))
+        model = kwargs["model"]
+        saved = _adapter_directory(model, directory)
+        model.save_pretrained(str(directory), selected_adapters=[_adapter_name(model)])
+        if kwargs.get("processing_class") is not None:
+            kwargs["processing_class"].save_pretrained(str(saved))
+        self.model = registration.register(saved, vars(state))
+        shutil.rmtree(directory)
+
+
+def register_from_trainer(
+    registry: ModelRegistry | str | os.PathLike[str],
+    trainer: Trainer,
+    *,
+    train_name: str,
+    base_model: str | None = None,
+    training_id: uuid.UUID | None = None,
+    datasets: Sequence[str] = (),
+) -> CustomizedModel | None:
+    """Register what `trainer` has trained, sharded or not. Call it on every rank.
+
+    Saves through `trainer.save_model`, which gathers the shards, into the Trainer's output
+    directory, which all ranks must share. Returns None on every rank but the first. The arguments
+    are those of `RegisterCallback`; evaluations made so far are part of the card.
+
+    Raises:
+        AlreadyExistsError: the name is taken, or the adapter of an earlier failure lies there.
+        BaseModelMismatch: no base model matches, or several do.
+        UnsupportedAdapterError: the model is no `PeftModel` with one active adapter.
+        RegistrationError: registering failed; the saved adapter is kept.
+    """
+    registry = registry if isinstance(registry, ModelRegistry) else ModelRegistry(registry)
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    directory = Path(str(trainer.args.output_dir)) / f"unregistered-{train_name}"
+    saved = _adapter_directory(model, directory)
+    registration = None
+    if trainer.is_world_process_zero():
+        if directory.exists():
+            raise AlreadyExistsError(
+                f"{shown(directory)} has an adapter of an earlier call: register or remove it"
+            )
+        registration = _Registration.reserved(
+            registry,
+            model,
+            train_name=train_name,
+            base_model=base_model,
+            training_id=training_id or uuid.uuid4(),
+            training=_configuration(trainer.args, datasets),
+        )
+    trainer.save_model(str(directory))
+    if registration is None:
+        return None
+    if saved != directory and trainer.processing_class is not None:
+        trainer.processing_class.save_pretrained(str(saved))
+    registered = registration.register(saved, vars(trainer.state))
+    shutil.rmtree(directory)
+    return registered
+
+
+def _configuration(args: TrainingArguments, datasets: Sequence[str]) -> TrainingConfiguration:
+    arguments: dict[str, Any] = args.to_dict()  # type: ignore[no-untyped-call]  # theirs
+    return TrainingConfiguration(arguments=training_arguments(arguments), datasets=tuple(datasets))
+
+
+def _adapter_name(model: Any) -> str:
+    """The one adapter being trained; `UnsupportedAdapterError` if there is not exactly one."""
+    from peft import PeftModel
+
+    if not isinstance(model, PeftModel):
+        raise UnsupportedAdapterError(
+            f"the Trainer trains a {type(model).__name__}, not a PeftModel: "
+            f"only adapters can be registered"
+        )
+    if len(model.active_adapters) != 1:
+        raise UnsupportedAdapterError(
+            f"{len(model.active_adapters)} adapters are active ({listed(model.active_adapters)}); "
+            f"exactly one can be registered"
+        )
+    name: str = model.active_adapters[0]
+    return name
+
+
+def _adapter_directory(model: Any, directory: Path) -> Path:
+    """Where `save_pretrained(directory)` puts the active adapter."""
+    name = _adapter_name(model)
+    return directory if name == "default" else directory / name
+
+
+def _refuse_sharded() -> None:
+    from accelerate.state import (  # type: ignore[import-untyped]  # ships without types
+        AcceleratorState,
+        DistributedType,
+    )
+
+    sharded = {DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM}
+    if AcceleratorState().distributed_type in sharded:
+        raise UnsupportedError(
+            f"the weights are sharded ({AcceleratorState().distributed_type.value}), and a "
+            f"callback cannot gather them: leave RegisterCallback out, and after "
+            f"trainer.train() call customized_models.training.register_from_trainer on every rank"
+        )
