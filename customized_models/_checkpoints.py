@@ -415,7 +415,7 @@ def _tensor_bytes(tensor: torch.Tensor, info: TensorInfo) -> memoryview:
             f"{shown(info.name)} was announced as {info.dtype} {info.shape} "
             f"but came as {tensor.dtype} {tuple(tensor.shape)}"
         )
-    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 class _Output:

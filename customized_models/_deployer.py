@@ -214,8 +214,10 @@ def run_deploy(
     lease: Lease,
 ) -> None:
     """The worker's part of `Deployer.deploy`."""
-    kind = CustomizedModel if arguments["kind"] == "customized" else CompleteModel
-    model: CustomizedModel | CompleteModel = registry.get(kind, arguments["model"])
+    kind: type[CustomizedModel | CompleteModel] = (
+        CustomizedModel if arguments["kind"] == "customized" else CompleteModel
+    )
+    model = registry.get(kind, arguments["model"])
     environment = registry.get(DeploymentEnvironment, arguments["environment"])
     quantization: Quantization = arguments["quantization"]
     backend = open_backend(environment)

@@ -54,12 +54,12 @@ if TYPE_CHECKING:
 
 Value = TypeVar(
     "Value",
-    BaseModel,
-    CustomizedModel,
-    CompleteModel,
-    LiveModel,
-    ThirdPartyModel,
-    DeploymentEnvironment,
+    bound=BaseModel
+    | CustomizedModel
+    | CompleteModel
+    | LiveModel
+    | ThirdPartyModel
+    | DeploymentEnvironment,
 )
 
 

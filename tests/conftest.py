@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 from servers import build_ollama
+from servers.artifact import FileArtifact, tiny_artifact
 from servers.counting_proxy import CountingProxy, counting_proxy
 from servers.ollama_server import OllamaServer, ollama_server
 
@@ -39,3 +40,9 @@ def counting_proxy_fixture(ollama: OllamaServer) -> Iterator[CountingProxy]:
     """A proxy in front of the real Ollama."""
     with counting_proxy(ollama.address, ollama.port) as proxy:
         yield proxy
+
+
+@pytest.fixture(scope="session")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> FileArtifact:
+    """A tiny model to deploy, its files written once."""
+    return tiny_artifact(tmp_path_factory.mktemp("artifact"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import struct
 import subprocess
 import sys
 from collections import Counter
@@ -160,6 +161,18 @@ def test_rows_that_are_no_whole_blocks_fall_back_as_in_llama_quantize(
     assert Counter(types(reader).values()) == counts
     assert types(reader)["blk.3.ffn_down.weight"] == "F16"
     assert types(reader)["output.weight"] == "Q8_0"
+
+
+@pytest.mark.parametrize(("kv_heads", "kind"), [(2, "Q5_K"), (4, "Q4_K")])
+def test_eighty_layers_with_grouped_attention_get_more_bits_for_values(
+    tmp_path: Path, kv_heads: int, kind: str
+) -> None:
+    options = WIDE | {"num_hidden_layers": 80, "num_key_value_heads": kv_heads}
+    directory = tiny_llama(tmp_path / "model", shard_size="90MB", **options)
+    plan = _gguf.plan(source(directory), "q4_K_M", name="tiny", chat_template=True)
+    assert plan.types["blk.9.attn_v.weight"] == "Q6_K"
+    assert plan.types["blk.10.attn_v.weight"] == kind
+    assert plan.types["blk.10.attn_k.weight"] == "Q4_K"
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -636,3 +649,95 @@ def test_llama_cpp_splits_text_as_every_known_pre_tokenizer_does(tmp_path: Path)
         expected.append([backend.encode(text).ids for text in TEXTS])
     assert len({json.dumps(ids) for ids in expected}) == len(expected)
     assert [ids for _, ids in served(jobs)] == expected
+
+
+def varint(number: int) -> bytes:
+    low = b""
+    while number > 127:
+        low += bytes([number & 127 | 128])
+        number >>= 7
+    return low + bytes([number])
+
+
+def message(number: int, body: bytes) -> bytes:
+    return varint(number << 3 | 2) + varint(len(body)) + body
+
+
+def sentencepiece_model(
+    pieces: list[tuple[str, float, int]], *, kind: int = 2, remove_extra_spaces: int = 0
+) -> bytes:
+    """A `tokenizer.model` as the SentencePiece library writes it, in its protocol buffer."""
+    data = b""
+    for text, score, type_ in pieces:
+        body = message(1, text.encode()) + b"\x15" + struct.pack("<f", score)
+        data += message(1, body + b"\x18" + varint(type_))
+    data += message(2, b"\x18" + varint(kind))  # TrainerSpec.model_type
+    # NormalizerSpec: name, add_dummy_prefix, remove_extra_whitespaces
+    spec = message(1, b"identity") + b"\x18\x01\x20" + varint(remove_extra_spaces)
+    return data + message(3, spec)
+
+
+PIECES = [
+    ("<unk>", 0.0, 2), ("<s>", 0.0, 3), ("</s>", 0.0, 3),
+    *((f"<0x{byte:02X}>", 0.0, 6) for byte in range(256)),
+    ("bc", -1.0, 1), ("ab", -2.0, 1), ("abc", -3.0, 1), ("\u2581ab", -4.0, 1),
+    ("\u2581", -5.0, 1), ("a", -6.0, 1), ("b", -7.0, 1), ("c", -8.0, 1),
+]  # fmt: skip
+
+
+@pytest.fixture
+def sentencepiece(tmp_path: Path) -> Path:
+    directory = tiny_llama(tmp_path / "tiny", dtype="float32", tokenizer=False)
+    (directory / "tokenizer.model").write_bytes(sentencepiece_model(PIECES))
+    added = {"267": {"content": "<|im_end|>", "special": True}}
+    names = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
+    settings = json.dumps(names | {"added_tokens_decoder": added})
+    (directory / "tokenizer_config.json").write_text(settings)
+    return directory
+
+
+def test_a_sentencepiece_vocabulary_keeps_its_scores_and_splits_by_them(
+    tmp_path: Path, sentencepiece: Path
+) -> None:
+    reader = convert(sentencepiece, tmp_path / "file.gguf")
+    assert field(reader, "tokenizer.ggml.model") == "llama"
+    assert field(reader, "tokenizer.ggml.add_space_prefix") is True
+    tokens, scores, kinds = (
+        field(reader, f"tokenizer.ggml.{key}") for key in ("tokens", "scores", "token_type")
+    )
+    assert tokens[:267] == [text for text, _, _ in PIECES]
+    assert scores[:267] == [score for _, score, _ in PIECES]
+    assert kinds[:267] == [type_ for _, _, type_ in PIECES]
+    assert tokens[267:269] == ["<|im_end|>", "[PAD268]"]
+    assert kinds[267:] == [gguf.TokenType.CONTROL] + [gguf.TokenType.UNUSED] * 52
+    ids = {text: number for number, text in enumerate(tokens)}
+    # "bc" goes before "ab" by score; a space is put in front; "d" falls apart into its byte.
+    expected = ["<s>", "\u2581", "abc", "\u2581ab", "<0x64>", "<|im_end|>"]
+    ((_, answers),) = served([(tmp_path / "file.gguf", PROMPT[:1], ["abc abd<|im_end|>"])])
+    assert answers == [[ids[token] for token in expected]]
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "message"),
+    [
+        (sentencepiece_model(PIECES, kind=1), UnsupportedError, "no BPE"),
+        (sentencepiece_model(PIECES, remove_extra_spaces=1), UnsupportedError, "extra spaces"),
+        (sentencepiece_model(PIECES)[:-1], MalformedError, "no SentencePiece model"),
+        (sentencepiece_model(PIECES * 2), MalformedError, "the model has 320"),
+        (b"\xff" * 32, MalformedError, "no SentencePiece model"),
+    ],
+)
+def test_a_sentencepiece_file_that_llama_cpp_would_read_otherwise_is_refused(
+    sentencepiece: Path, data: bytes, error: type[Exception], message: str
+) -> None:
+    (sentencepiece / "tokenizer.model").write_bytes(data)
+    with pytest.raises(error, match=message):
+        _gguf.plan(source(sentencepiece), "no_quantization", name="tiny", chat_template=True)
+
+
+def test_a_sentencepiece_file_that_disagrees_with_tokenizer_json_is_refused(
+    sentencepiece: Path,
+) -> None:
+    tiny_tokenizer().save_pretrained(sentencepiece)
+    with pytest.raises(MalformedError, match=r"tokenizer\.json has not"):
+        _gguf.plan(source(sentencepiece), "no_quantization", name="tiny", chat_template=True)

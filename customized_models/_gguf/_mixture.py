@@ -21,6 +21,7 @@ _PLAIN_FILE_TYPES = {F32: 0, F16: 1, BF16: 32}
 _DEFAULT: dict[str, TensorType] = {"q8_0": Q8_0, "q4_K_S": Q4_K, "q4_K_M": Q4_K}
 _FALLBACK = {Q4_K: Q5_0, Q5_K: Q5_1, Q6_K: Q8_0}
 _BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
+_BLOCK_NUMBER = re.compile(r"blk\.(\d+)\.")
 _OUTPUT = "output.weight"
 _EMBEDDING = "token_embd.weight"
 
@@ -33,9 +34,6 @@ def in_file_order(tensors: Sequence[Tensor]) -> list[Tensor]:
         return (int(match[1]) if match else -1, tensor.name)
 
     return sorted(tensors, key=key)
-
-
-_BLOCK_NUMBER = re.compile(r"blk\.(\d+)\.")
 
 
 def mixed(

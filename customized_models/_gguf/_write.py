@@ -104,11 +104,9 @@ def _encoded(block: torch.Tensor, tensor: Tensor, kernel: Kernel | None) -> byte
         block = reordered(block, tensor.head_size)
     if not torch.isfinite(block).all():
         raise NonFiniteError(f"tensor {shown(tensor.source)} holds NaN or infinity")
-    dtype = _PLAIN_DTYPES.get(tensor.type.name)
-    if dtype is None:
-        assert kernel is not None
+    if kernel and tensor.type.name not in PLAIN:
         return kernel.quantize(block.to(torch.float32).contiguous(), tensor.type)
-    stored = block.to(dtype).contiguous()
+    stored = block.to(_PLAIN_DTYPES[tensor.type.name]).contiguous()
     if stored.dtype != block.dtype and not torch.isfinite(stored).all():
         raise NonFiniteError(f"tensor {shown(tensor.source)} does not fit into {tensor.type.name}")
     return memoryview(stored.view(-1).view(torch.uint8).numpy().data)

@@ -5,6 +5,7 @@ This module is only imported when a merge is planned.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +17,8 @@ from peft.tuners.lora import Linear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 
-from .._adapters import Adapter
+from .._adapters import PREFIX, Adapter
+from .._checkpoints import Checkpoint, read_tensor
 from .._errors import (
     MalformedError,
     UnmergedTensorsError,
@@ -32,7 +34,7 @@ _NAME = "default"
 _WRAPPERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 
 
-def inject(skeleton: Skeleton, adapter: Adapter) -> list[Target]:
+def inject(skeleton: Skeleton, base: Checkpoint, adapter: Adapter) -> list[Target]:
     """Put the adapter's layers into the skeleton and load its weights, both by PEFT itself.
 
     PEFT builds the layers on the meta device, without memory, whatever rank the configuration
@@ -57,22 +59,27 @@ def inject(skeleton: Skeleton, adapter: Adapter) -> list[Target]:
     expected = get_peft_model_state_dict(
         peft_model, adapter_name=_NAME, save_embedding_layers=False
     )
-    _check_tensors(adapter, expected)
+    _check_tensors(skeleton, base, adapter, expected)
     targets = [Target(*found) for found in _wrapped(model)]
     _give_memory(model, of_base)
-    loaded = peft_model.load_adapter(
-        str(adapter.directory),
-        _NAME,
-        torch_device="cpu",
-        key_mapping=getattr(model, "_checkpoint_conversion_mapping", {}),
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*to a meta parameter.*")  # copies of the base's own
+        loaded = peft_model.load_adapter(
+            str(adapter.directory),
+            _NAME,
+            torch_device="cpu",
+            key_mapping=getattr(model, "_checkpoint_conversion_mapping", {}),
+        )
     if strayed := {*loaded.missing_keys, *loaded.unexpected_keys}:
         raise UnmergedTensorsError(f"PEFT did not load {listed(strayed)}", strayed)
     return targets
 
 
-def _check_tensors(adapter: Adapter, expected: Mapping[str, torch.Tensor]) -> None:
-    if extra := adapter.tensors.keys() - expected.keys():
+def _check_tensors(
+    skeleton: Skeleton, base: Checkpoint, adapter: Adapter, expected: Mapping[str, torch.Tensor]
+) -> None:
+    extra = adapter.tensors.keys() - expected.keys()
+    if extra := {name for name in extra if not _is_copy(name, skeleton, base, adapter)}:
         raise UnmergedTensorsError(
             f"the adapter holds tensors that its configuration does not call for, or that address "
             f"the base's own: {listed(extra)}",
@@ -83,12 +90,23 @@ def _check_tensors(adapter: Adapter, expected: Mapping[str, torch.Tensor]) -> No
             f"the adapter lacks tensors that its configuration calls for: {listed(missing)}",
             missing,
         )
-    for name, info in adapter.tensors.items():
-        if info.shape != tuple(expected[name].shape):
+    for name, tensor in expected.items():
+        shape = adapter.tensors[name].shape
+        if shape != tuple(tensor.shape):
             raise MalformedError(
-                f"{shown(name)} has the shape {info.shape}; the adapter's configuration and base "
-                f"call for {tuple(expected[name].shape)}"
+                f"{shown(name)} has the shape {shape}; the adapter's configuration and base call "
+                f"for {tuple(tensor.shape)}"
             )
+
+
+def _is_copy(name: str, skeleton: Skeleton, base: Checkpoint, adapter: Adapter) -> bool:
+    """Whether it is a base's tensor, bit for bit: PEFT saves that of a targeted `lm_head` along."""
+    of = skeleton.names.get(name.removeprefix(PREFIX).replace(".base_layer.", "."))
+    info = adapter.tensors[name]
+    if of is None or (info.dtype, info.shape) != (base.infos[of].dtype, base.infos[of].shape):
+        return False
+    copy, own = read_tensor(adapter.directory / info.file, info), base.read(of)
+    return torch.equal(copy.view(torch.uint8), own.view(torch.uint8))
 
 
 def _give_memory(model: torch.nn.Module, of_base: set[int]) -> None:
@@ -154,10 +172,11 @@ class Target:
 
     @property
     def _base(self) -> torch.nn.Module:
-        if isinstance(self.wrapper, ModulesToSaveWrapper):
-            return self.wrapper.original_module
-        layer: torch.nn.Module = self.wrapper.get_base_layer()
-        return layer
+        saved = isinstance(self.wrapper, ModulesToSaveWrapper)
+        base: torch.nn.Module = (
+            self.wrapper.original_module if saved else self.wrapper.get_base_layer()
+        )
+        return base
 
     def merge(self, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The merged parameters. `values`: the base's, all of them; they may be written to.

@@ -37,7 +37,7 @@ def plan(base: Checkpoint, adapter: Adapter) -> Merge:
     skeleton = build_skeleton(base)
     shapes = {name: tuple(p.shape) for name, p in skeleton.model.named_parameters()}
     dtype = next(skeleton.model.parameters()).dtype
-    targets = inject(skeleton, adapter)
+    targets = inject(skeleton, base, adapter)
     modules = {}
     for target in targets:
         names = _checkpoint_names(target, skeleton, base, shapes)
@@ -98,8 +98,9 @@ class Merge:
         self._dtype = dtype
         self._unread = set(modules)
         self.changed = frozenset(modules)
-        self.infos: Mapping[str, TensorInfo] = base.infos | {
-            name: evolve(base.infos[name], dtype=dtype_name(dtype)) for name in modules
+        self.infos: Mapping[str, TensorInfo] = {
+            **base.infos,
+            **{name: evolve(base.infos[name], dtype=dtype_name(dtype)) for name in modules},
         }
         self.recipe: Mapping[str, Any] = {
             "arithmetic": "peft merge_and_unload, each module by itself",

@@ -45,7 +45,7 @@ def build_skeleton(base: Checkpoint) -> Skeleton:
         )
         dtype = _dtype(config, base)
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
+            model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 config, dtype=dtype, attn_implementation="eager", trust_remote_code=False
             )
     except (ValueError, KeyError, TypeError, AttributeError, ImportError, OSError) as error:
@@ -69,7 +69,7 @@ def _dtype(config: Any, base: Checkpoint) -> torch.dtype:
     sharded = None
     if (base.directory / INDEX).is_file() and len(base.shards) > 1:
         sharded = json_object(base.directory / INDEX).get("metadata")
-    _, dtype = get_dtype("auto", files, config, sharded, None, True)
+    dtype: torch.dtype = get_dtype("auto", files, config, sharded, None, True)[1]
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(f"its dtype {dtype} is not float16, bfloat16 or float32")
     return dtype

@@ -6,10 +6,7 @@ import functools
 import json
 import os
 import re
-import socket
 import ssl
-import threading
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
@@ -26,6 +23,7 @@ from .._errors import (
 )
 from .._gguf import GGUFFile
 from .._models import DeploymentEnvironment, Progress
+from ._deadline import Deadline
 
 if TYPE_CHECKING:
     import httpx
@@ -69,57 +67,6 @@ def bearer_token(environment: DeploymentEnvironment) -> str | None:
     return token
 
 
-class _Deadline:
-    """Cuts a request's connection when its time is up.
-
-    The client's own limits hold for one read or write each; a server that sends a byte now and
-    then would outlast them.
-    """
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-        self.passed = False
-        self._until = time.monotonic() + seconds
-        self._sockets: list[socket.socket] = []
-        self._over = threading.Event()
-
-    def extend(self, seconds: float) -> None:
-        """Count `seconds` from now."""
-        self.seconds, self._until = seconds, time.monotonic() + seconds
-
-    def trace(self, event: str, info: Mapping[str, Any]) -> None:
-        """Take the connection's socket from httpx's trace extension as soon as there is one."""
-        stream: Any = info.get("return_value")
-        if hasattr(stream, "get_extra_info"):
-            self._sockets.append(stream.get_extra_info("socket"))
-            if self.passed:
-                self._cut()
-
-    @contextmanager
-    def watched(self) -> Iterator[None]:
-        """Watch the time while the block lasts."""
-        watch = threading.Thread(target=self._watch, daemon=True)
-        watch.start()
-        try:
-            yield
-        finally:
-            self._over.set()
-            watch.join()
-
-    def _watch(self) -> None:
-        while (left := self._until - time.monotonic()) > 0:
-            if self._over.wait(left):
-                return
-        self.passed = True
-        self._cut()
-
-    def _cut(self) -> None:
-        for connection in self._sockets:
-            with suppress(OSError):
-                # The plain socket's method: TLS's own would change what the reader is using.
-                socket.socket.shutdown(connection, socket.SHUT_RDWR)
-
-
 @frozen
 class JSONServer:
     """A server that takes JSON and files, and answers JSON objects.
@@ -160,14 +107,14 @@ class JSONServer:
 
     def has(self, path: str) -> bool:
         """Whether there is something at `path`, as opposed to an answer of 404."""
-        with self._exchange("HEAD", path, _Deadline(self.timeout)) as response:
+        with self._exchange("HEAD", path, Deadline(self.timeout)) as response:
             if response.status_code != 404:
                 self._refuse_errors(f"HEAD {path}", response)
             return response.status_code != 404
 
     def upload(self, path: str, file: GGUFFile, progress: Progress) -> None:
         """Post the file's bytes; each piece of a mebibyte must be taken within `timeout`."""
-        deadline = _Deadline(self.timeout)
+        deadline = Deadline(self.timeout)
 
         def pieces() -> Iterator[bytes]:
             done = 0
@@ -196,7 +143,7 @@ class JSONServer:
     ) -> bytes:
         content = None if body is None else json.dumps(body).encode()
         headers = {} if body is None else {"Content-Type": "application/json"}
-        deadline = _Deadline(self.timeout if seconds is None else seconds)
+        deadline = Deadline(self.timeout if seconds is None else seconds)
         with self._exchange(method, path, deadline, content, headers) as response:
             if absent_is_fine and response.status_code == 404:
                 return b""
@@ -208,7 +155,7 @@ class JSONServer:
         self,
         method: str,
         path: str,
-        deadline: _Deadline,
+        deadline: Deadline,
         content: bytes | Iterator[bytes] | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> Iterator[httpx.Response]:
@@ -248,7 +195,7 @@ class JSONServer:
             yield client
 
     def _translated(
-        self, what: str, error: Exception, deadline: _Deadline
+        self, what: str, error: Exception, deadline: Deadline
     ) -> ServerUnreachableError | ServerAnswerError:
         import httpx
 

@@ -28,9 +28,9 @@ class OllamaServer:
     pid: int
 
     @property
-    def manifests(self) -> list[Path]:
-        """One file for each model it has."""
-        return [path for path in (self.models / "manifests").rglob("*") if path.is_file()]
+    def names(self) -> set[str]:
+        """What it has, by the files it keeps: a manifest for each model, named after its tag."""
+        return {path.parent.name for path in (self.models / "manifests").rglob("latest")}
 
     @contextmanager
     def stopped(self) -> Iterator[None]:

@@ -1,0 +1,261 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from attrs import evolve
+from safetensors.torch import load_file, save_file
+
+from customized_models._checkpoints import (
+    INDEX,
+    SINGLE,
+    Checkpoint,
+    TensorInfo,
+    read_header,
+    write_checkpoint,
+)
+from customized_models._errors import JobCancelled, MalformedError, MergeError, UnsafeFileError
+from customized_models.testing import tiny_llama
+
+CHANGED = "model.layers.0.mlp.up_proj.weight"
+EMBEDDING = "model.embed_tokens.weight"
+
+
+def no_progress(phase: str, done: int, total: int) -> None:
+    pass
+
+
+class Doubled:
+    """A checkpoint some of whose tensors are twice as large in value."""
+
+    def __init__(self, base: Checkpoint, names: set[str], dtypes: Mapping[str, str] = {}) -> None:
+        self.base, self.names = base, names
+        self.infos: dict[str, TensorInfo] = dict(base.infos)
+        for name, dtype in dtypes.items():
+            self.infos[name] = evolve(self.infos[name], dtype=dtype)
+
+    def read(self, name: str) -> torch.Tensor:
+        assert name in self.names
+        tensor = self.base.read(name) * 2
+        return tensor.float() if self.infos[name].dtype == "F32" else tensor
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    directory = tiny_llama(tmp_path_factory.mktemp("base"), tokenizer=False)
+    return Checkpoint.open(directory)
+
+
+def test_a_checkpoint_written_unchanged_has_the_bytes_it_was_read_from(
+    base: Checkpoint, tmp_path: Path
+) -> None:
+    digests = write_checkpoint(base, base, tmp_path, no_progress, ())
+    assert digests.keys() == {*base.shards, INDEX} == {path.name for path in tmp_path.iterdir()}
+    for name, digest in digests.items():
+        written = (tmp_path / name).read_bytes()
+        if name != INDEX:
+            assert written == (base.directory / name).read_bytes()
+        assert (digest.size, digest.sha256) == (
+            len(written),
+            hashlib.sha256(written).hexdigest(),
+        )
+
+
+def test_only_changed_tensors_are_asked_for_and_all_others_keep_their_bytes(
+    base: Checkpoint, tmp_path: Path
+) -> None:
+    source = Doubled(base, {CHANGED, EMBEDDING})
+    write_checkpoint(source, base, tmp_path, no_progress, source.names)
+    written = Checkpoint.open(tmp_path)
+    assert list(written.infos.items()) == list(base.infos.items())
+    for name in base.infos:
+        expected = base.read(name) * (2 if name in source.names else 1)
+        assert torch.equal(written.read(name), expected)
+
+
+def test_a_tensor_of_another_dtype_moves_those_behind_it_and_the_index_has_the_true_size(
+    base: Checkpoint, tmp_path: Path
+) -> None:
+    source = Doubled(base, {CHANGED}, {CHANGED: "F32"})
+    write_checkpoint(source, base, tmp_path, no_progress, source.names)
+    loaded = {}
+    for file in base.shards:
+        assert read_header(tmp_path / file).metadata == base.shards[file].metadata
+        loaded |= load_file(tmp_path / file)
+    assert loaded[CHANGED].dtype == torch.float32
+    for name, tensor in loaded.items():
+        assert torch.equal(tensor, base.read(name) * (2 if name == CHANGED else 1))
+    index = json.loads((tmp_path / INDEX).read_text())
+    assert index["metadata"]["total_size"] == sum(
+        tensor.numel() * tensor.element_size() for tensor in loaded.values()
+    )
+    assert index["weight_map"] == {name: info.file for name, info in base.infos.items()}
+
+
+def test_an_index_is_written_only_where_the_base_has_one(tmp_path: Path) -> None:
+    single = Checkpoint.open(
+        tiny_llama(tmp_path / "base", tokenizer=False, shard_size="1GB", dtype="float32")
+    )
+    (tmp_path / "out").mkdir()
+    digests = write_checkpoint(single, single, tmp_path / "out", no_progress, ())
+    assert digests.keys() == {SINGLE}
+
+
+def test_ranges_larger_than_the_buffers_are_copied_whole(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "out").mkdir()
+    tensors = {
+        "a": torch.arange(3 << 20, dtype=torch.int32),  # 12 MB: more than one buffer
+        "b": torch.randn(9, 7, dtype=torch.float64),
+        "c": torch.arange(18 << 20, dtype=torch.int32),  # 72 MB: more than one piece
+        "empty": torch.zeros(0, 5),
+        "scalar": torch.tensor(3.0),
+    }
+    save_file(tensors, tmp_path / "base" / SINGLE)
+    base = Checkpoint.open(tmp_path / "base")
+    seen: list[tuple[str, int, int]] = []
+    source = Doubled(base, {"b", "scalar"})
+    write_checkpoint(source, base, tmp_path / "out", lambda *at: seen.append(at), source.names)
+    written = load_file(tmp_path / "out" / SINGLE)
+    assert written.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(written[name], tensor * (2 if name in source.names else 1))
+    assert [done for _, done, _ in seen] == sorted(done for _, done, _ in seen)
+    assert seen[-1][1:] == (sum(t.numel() * t.element_size() for t in tensors.values()),) * 2
+
+
+def test_a_progress_that_raises_stops_the_writing(base: Checkpoint, tmp_path: Path) -> None:
+    def cancel(phase: str, done: int, total: int) -> None:
+        if done > total / 2:
+            raise JobCancelled
+
+    with pytest.raises(JobCancelled):
+        write_checkpoint(base, base, tmp_path, cancel, ())
+    assert not (tmp_path / INDEX).exists()
+
+
+def test_a_tensor_that_is_not_as_announced_is_never_written(
+    base: Checkpoint, tmp_path: Path
+) -> None:
+    source = Doubled(base, {CHANGED})
+    source.infos[CHANGED] = evolve(source.infos[CHANGED], shape=(1, 2))
+    with pytest.raises(MergeError, match="announced"):
+        write_checkpoint(source, base, tmp_path, no_progress, source.names)
+
+
+def test_a_source_with_other_tensors_than_the_layout_is_refused(
+    base: Checkpoint, tmp_path: Path
+) -> None:
+    source = Doubled(base, set())
+    del source.infos[CHANGED]
+    with pytest.raises(MergeError, match="up_proj"):
+        write_checkpoint(source, base, tmp_path, no_progress, ())
+
+
+def test_nothing_in_the_way_is_overwritten(base: Checkpoint, tmp_path: Path) -> None:
+    name = next(iter(base.shards))
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(FileExistsError):
+        write_checkpoint(base, base, tmp_path, no_progress, ())
+    assert (tmp_path / name).read_text() == "mine"
+
+
+# Reading
+
+
+def entry(dtype: str, shape: list[int], start: int, end: int) -> dict[str, object]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+
+
+def file_of(path: Path, header: bytes, data: bytes = b"", length: int | None = None) -> Path:
+    size = len(header) if length is None else length
+    path.write_bytes(size.to_bytes(8, "little") + header + data)
+    return path
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        {"a": entry("F32", [2], 0, 4)},
+        {"a": entry("F32", [1], 4, 8)},
+        {"a": entry("F32", [1], 0, 4), "b": entry("F32", [1], 0, 4)},
+        {"a": entry("F99", [1], 0, 4)},
+        {"a": entry("F32", [-1], 0, 4)},
+        {"a": entry("F32", [1], 0, 4) | {"more": 1}},
+        {"a": entry("F32", [True], 0, 4)},
+        {"a": entry("U8", [0, 1 << 60], 0, 0)},
+        {"a": 1},
+        {"__metadata__": {"a": 1}},
+    ],
+    ids=lambda document: json.dumps(document)[:60],
+)
+def test_a_header_that_lies_is_refused(document: dict[str, object], tmp_path: Path) -> None:
+    path = file_of(tmp_path / SINGLE, json.dumps(document).encode(), bytes(8))
+    with pytest.raises(MalformedError):
+        read_header(path)
+
+
+@pytest.mark.parametrize(
+    ("header", "length"),
+    [
+        (b"{}", 1 << 63),
+        (b"{}", 100_000_001),
+        (b" {}", None),
+        (b"[]", None),
+        (b'{"a":1,"a":1}', None),
+        (b'{"a":NaN}', None),
+        (b"[" * 100_000, None),
+        (b"\xff\xfe", None),
+    ],
+    ids=["huge", "over the cap", "space", "list", "twice", "NaN", "deep", "bytes"],
+)
+def test_a_header_that_is_no_strict_json_is_refused(
+    header: bytes, length: int | None, tmp_path: Path
+) -> None:
+    with pytest.raises(MalformedError):
+        read_header(file_of(tmp_path / SINGLE, header, length=length))
+
+
+def test_bytes_behind_the_last_tensor_are_refused(tmp_path: Path) -> None:
+    header = json.dumps({"a": entry("U8", [1], 0, 1)}).encode()
+    with pytest.raises(MalformedError, match="end at"):
+        read_header(file_of(tmp_path / SINGLE, header, b"12"))
+
+
+def test_a_pipe_instead_of_a_file_is_refused_without_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / SINGLE)
+    with pytest.raises(UnsafeFileError):
+        read_header(tmp_path / SINGLE)
+
+
+@pytest.mark.parametrize("file", ["../outside.safetensors", "/outside.safetensors", "a.bin"])
+def test_an_index_that_leads_out_of_the_directory_is_refused(file: str, tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(1)}, tmp_path / "outside.safetensors")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / INDEX).write_text(json.dumps({"weight_map": {"a": file}}))
+    with pytest.raises(UnsafeFileError):
+        Checkpoint.open(tmp_path / "model")
+
+
+def test_an_index_that_disagrees_with_its_shards_is_refused(
+    base: Checkpoint, tmp_path: Path
+) -> None:
+    write_checkpoint(base, base, tmp_path, no_progress, ())
+    index = json.loads((tmp_path / INDEX).read_text())
+    del index["weight_map"][CHANGED]
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    with pytest.raises(MalformedError, match="up_proj"):
+        Checkpoint.open(tmp_path)
+
+
+def test_where_there_is_a_single_file_it_is_taken_before_an_index(
+    base: Checkpoint, tmp_path: Path
+) -> None:
+    write_checkpoint(base, base, tmp_path, no_progress, ())
+    save_file({"a": torch.zeros(1)}, tmp_path / SINGLE)
+    assert Checkpoint.open(tmp_path).infos.keys() == {"a"}

@@ -1,0 +1,366 @@
+"""What a Trainer trains is registered when, and only when, the training has succeeded."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from customized_models._errors import (
+    AlreadyExistsError,
+    BaseModelMismatch,
+    RegistrationError,
+    UnsupportedAdapterError,
+    UnsupportedError,
+)
+from customized_models._models import CustomizedModel
+from customized_models._registry import ModelRegistry
+from customized_models.training import RegisterCallback, register_from_trainer
+
+EXAMPLES = [{"input_ids": [1, 5 + i, 7, 9, 2], "labels": [1, 5 + i, 7, 9, 2]} for i in range(8)]
+MakeTrainer = Callable[..., Trainer]
+
+
+@pytest.fixture
+def make_trainer(tiny_base: Path, tmp_path: Path) -> MakeTrainer:
+    """Trainers of a new LoRA on the tiny base: two steps, nothing saved, nothing reported."""
+
+    def make(*callbacks: TrainerCallback, model: Any = None, **options: Any) -> Trainer:
+        set_seed(0)
+        settings: dict[str, Any] = {
+            "output_dir": str(tmp_path / "out"),
+            "max_steps": 2,
+            "per_device_train_batch_size": 4,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "use_cpu": True,
+            "dataloader_pin_memory": False,
+        }
+        return Trainer(
+            model=model if model is not None else peft_model(tiny_base),
+            args=TrainingArguments(**(settings | options)),
+            train_dataset=EXAMPLES,
+            eval_dataset=EXAMPLES[:2],
+            processing_class=AutoTokenizer.from_pretrained(tiny_base),
+            callbacks=list(callbacks),
+        )
+
+    return make
+
+
+def peft_model(base: Path, name: str = "default") -> PeftModel:
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    return get_peft_model(AutoModelForCausalLM.from_pretrained(base), config, adapter_name=name)
+
+
+class Fail(TrainerCallback):
+    """Fails a training in its second step."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 2:
+            raise RuntimeError("the training failed")
+
+
+def test_a_training_that_succeeds_is_registered(
+    registry: ModelRegistry, make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    training_id = uuid.uuid4()
+    callback = RegisterCallback(
+        registry, train_name="support", training_id=training_id, datasets=["org/data"]
+    )
+    trainer = make_trainer(callback)
+    trainer.train()
+
+    model = callback.model
+    assert model is not None
+    assert model.name == callback.name
+    assert model.name.startswith("llama-tiny_support_")
+    assert model.training_id == training_id
+    assert registry.get(CustomizedModel, model.name) == model
+    assert list(registry.customized_models()) == [model]
+    assert list((tmp_path / "out").iterdir()) == []
+
+    trainer.save_model(str(tmp_path / "saved"))
+    with registry.checkout(model) as directory:
+        stored = load_file(directory / "adapter_model.safetensors")
+        assert (directory / "tokenizer.json").is_file()
+    saved = load_file(tmp_path / "saved" / "adapter_model.safetensors")
+    assert stored.keys() == saved.keys()
+    assert all(stored[name].equal(saved[name]) for name in saved)
+
+
+def test_the_card_has_the_configuration_and_what_was_measured(
+    registry: ModelRegistry, make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    callback = RegisterCallback(registry, train_name="support", datasets=["org/data"])
+    trainer = make_trainer(callback, eval_strategy="steps", eval_steps=1, learning_rate=0.25)
+    trainer.train()
+
+    assert callback.model is not None
+    card = callback.model.card
+    logged = {key: value for entry in trainer.state.log_history for key, value in entry.items()}
+    assert card.training.peft["method"] == "LoRA"
+    assert card.training.peft["r"] == 4
+    assert card.training.arguments["learning_rate"] == 0.25
+    assert card.training.arguments["max_steps"] == 2
+    assert card.training.datasets == ("org/data",)
+    assert card.evaluation.steps == 2
+    assert card.evaluation.log_entries == 2
+    assert card.evaluation.last_loss == logged["loss"]
+    assert card.evaluation.metrics["eval_loss"] == logged["eval_loss"]
+    assert str(tmp_path) not in str(card)
+
+
+def test_a_training_that_fails_registers_nothing(
+    registry: ModelRegistry, make_trainer: MakeTrainer
+) -> None:
+    callback = RegisterCallback(registry, train_name="support")
+    with pytest.raises(RuntimeError, match="the training failed"):
+        make_trainer(callback, Fail()).train()
+
+    assert callback.model is None
+    assert list(registry.customized_models()) == []
+
+
+def test_a_failed_training_keeps_its_name_when_it_is_run_again(
+    registry: ModelRegistry, make_trainer: MakeTrainer
+) -> None:
+    training_id = uuid.uuid4()
+    first = RegisterCallback(registry, train_name="support", training_id=training_id)
+    with pytest.raises(RuntimeError):
+        make_trainer(first, Fail()).train()
+
+    second = RegisterCallback(registry, train_name="support", training_id=training_id)
+    make_trainer(second).train()
+
+    assert second.model is not None
+    assert second.model.name == first.name
+
+
+def test_a_name_that_is_taken_is_refused_before_the_first_step(
+    registry: ModelRegistry, make_trainer: MakeTrainer
+) -> None:
+    one, other = (uuid.UUID(f"abcd{n}000-0000-4000-8000-000000000000") for n in (1, 2))
+    registry.reserve(train_name="support", base_model="llama-tiny", training_id=one)
+
+    trainer = make_trainer(RegisterCallback(registry, train_name="support", training_id=other))
+    with pytest.raises(AlreadyExistsError):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_the_base_is_found_by_the_path_it_was_trained_from(
+    registry: ModelRegistry, make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    callback = RegisterCallback(registry.root, train_name="support")
+    make_trainer(callback).train()
+    assert callback.model is not None
+    assert callback.model.base == "llama-tiny"
+
+    empty = RegisterCallback(tmp_path / "empty", train_name="support")
+    with pytest.raises(BaseModelMismatch, match="add_base_model"):
+        make_trainer(empty).train()
+
+
+def test_a_failed_registration_keeps_the_adapter_and_says_where(
+    registry: ModelRegistry, make_trainer: MakeTrainer, tiny_base: Path, tmp_path: Path
+) -> None:
+    class LoseBase(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if base.exists():
+                base.rename(tmp_path / "moved")
+
+    base = tmp_path / "base"
+    base.mkdir()
+    for path in tiny_base.iterdir():
+        os.link(path, base / path.name)
+    other = ModelRegistry(tmp_path / "other")
+    other.add_base_model("copy", base)
+    callback = RegisterCallback(other, train_name="support", base_model="copy")
+
+    with pytest.raises(RegistrationError, match="relocate_base_model") as caught:
+        make_trainer(callback, LoseBase()).train()
+
+    assert callback.model is None
+    assert Path(caught.value.directory).parent == tmp_path / "out"
+    other.relocate_base_model("copy", tmp_path / "moved")
+    model = other.register(
+        caught.value.directory,
+        train_name="support",
+        base_model="copy",
+        training_id=callback.training_id,
+    )
+    assert model.name == callback.name
+
+
+def test_a_callback_registers_one_training(
+    registry: ModelRegistry, make_trainer: MakeTrainer
+) -> None:
+    callback = RegisterCallback(registry, train_name="support")
+    trainer = make_trainer(callback)
+    trainer.train()
+    with pytest.raises(AlreadyExistsError, match="another callback"):
+        trainer.train()
+
+
+def test_a_trial_of_a_hyperparameter_search_is_not_registered(
+    registry: ModelRegistry, make_trainer: MakeTrainer
+) -> None:
+    callback = RegisterCallback(registry, train_name="support")
+    trainer = make_trainer(callback)
+    trainer.state.is_hyper_param_search = True
+    callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
+    callback.on_train_end(trainer.args, trainer.state, trainer.control, model=trainer.model)
+
+    assert callback.name is None
+    assert list(registry.customized_models()) == []
+
+
+def test_the_best_checkpoint_is_what_is_registered(
+    registry: ModelRegistry, make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    callback = RegisterCallback(registry, train_name="support")
+    trainer = make_trainer(
+        callback,
+        max_steps=3,
+        learning_rate=100.0,  # every step makes it worse
+        lr_scheduler_type="constant",
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+    )
+    trainer.train()
+
+    best = load_file(Path(trainer.state.best_model_checkpoint) / "adapter_model.safetensors")
+    assert trainer.state.best_global_step < 3
+    assert callback.model is not None
+    with registry.checkout(callback.model) as directory:
+        stored = load_file(directory / "adapter_model.safetensors")
+    assert all(stored[name].equal(best[name]) for name in best)
+
+
+def test_an_adapter_of_another_name_is_registered_alike(
+    registry: ModelRegistry, make_trainer: MakeTrainer, tiny_base: Path
+) -> None:
+    callback = RegisterCallback(registry, train_name="support")
+    trainer = make_trainer(callback, model=peft_model(tiny_base, "mine"))
+    trainer.train()
+    registered = register_from_trainer(registry, trainer, train_name="again")
+
+    assert callback.model is not None
+    assert registered is not None
+    with registry.checkout(callback.model) as one, registry.checkout(registered) as other:
+        assert {path.name for path in one.iterdir()} == {path.name for path in other.iterdir()}
+        for name in ("adapter_config.json", "adapter_model.safetensors", "tokenizer.json"):
+            assert (one / name).read_bytes() == (other / name).read_bytes()
+
+
+def test_a_model_that_is_no_adapter_is_refused_at_the_beginning(
+    registry: ModelRegistry, make_trainer: MakeTrainer, tiny_base: Path
+) -> None:
+    trainer = make_trainer(
+        RegisterCallback(registry, train_name="support"),
+        model=AutoModelForCausalLM.from_pretrained(tiny_base),
+    )
+    with pytest.raises(UnsupportedAdapterError, match="LlamaForCausalLM"):
+        trainer.train()
+
+
+def test_a_finished_trainer_is_registered(
+    registry: ModelRegistry, make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    trainer = make_trainer()
+    trainer.train()
+    measured = trainer.evaluate()
+
+    model = register_from_trainer(registry, trainer, train_name="support")
+
+    assert model is not None
+    assert registry.get(CustomizedModel, model.name) == model
+    assert model.card.evaluation.metrics["eval_loss"] == measured["eval_loss"]
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_an_adapter_left_by_a_failed_call_is_not_mixed_with_another(
+    registry: ModelRegistry, make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    trainer = make_trainer()
+    (tmp_path / "out" / "unregistered-support").mkdir(parents=True)
+    with pytest.raises(AlreadyExistsError, match="unregistered-support"):
+        register_from_trainer(registry, trainer, train_name="support")
+
+
+class Trap:
+    """Unpickled, it writes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.mkdir, (str(self.path),))
+
+
+def test_a_pickle_in_the_directory_is_neither_read_nor_copied(
+    registry: ModelRegistry, make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    trainer = make_trainer()
+    trainer.train()
+    trainer.save_model()
+    trainer.save_state()
+    out = tmp_path / "out"
+    assert (out / "training_args.bin").is_file()
+    for name in ("training_args.bin", "optimizer.pt"):
+        (out / name).write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
+
+    model = registry.register(out, train_name="support", base_model="llama-tiny")
+
+    assert not (tmp_path / "sprung").exists()
+    assert model.card.evaluation.steps == 2
+    with registry.checkout(model) as directory:
+        assert not {"training_args.bin", "optimizer.pt"} & {p.name for p in directory.iterdir()}
+        assert str(tmp_path) not in (directory / "README.md").read_text()
+        assert str(tmp_path) not in json.dumps(
+            json.loads((directory / "manifest.json").read_text())
+        )
+
+
+def test_sharded_weights_are_refused_with_the_way_out(
+    registry: ModelRegistry, make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from accelerate.state import AcceleratorState, DistributedType
+
+    trainer = make_trainer(RegisterCallback(registry, train_name="support"))
+    monkeypatch.setitem(AcceleratorState._shared_state, "distributed_type", DistributedType.FSDP)
+    callback = trainer.callback_handler.callbacks[-1]
+    with pytest.raises(UnsupportedError, match="register_from_trainer"):
+        callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
+
+
+def test_importing_the_library_does_not_import_the_trainer() -> None:
+    script = "import customized_models, sys; print('transformers' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "False\n"
