@@ -58,7 +58,7 @@ class RegistryArtifact:
         self._owner = owner
         base = registry.get(BaseModel, model.base)
         self.template: DeploymentTemplate | None = base.deployment_template
-        with registry.checkout(model if isinstance(model, CompleteModel) else base) as directory:
+        with registry._opened(model if isinstance(model, CompleteModel) else base) as directory:
             self._config = json_object(directory / "config.json")
         check_architecture(self._config)
         self.architecture: str = self._config["architectures"][0]

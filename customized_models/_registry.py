@@ -473,16 +473,24 @@ class ModelRegistry:
 
         lease = db.Lease(self._database)
         with self._database.write() as connection:
-            row = records.required(connection, type(model), model.name)
-            db.take_lease(
-                connection, lease.owner, [lease_key(model)], f"a checkout in {os.getpid()}"
-            )
-        with lease:
-            if isinstance(model, BaseModel):
-                yield unchanged(records.location_of(row))
-            else:
-                with self._storage.checkout(storage_key(model)) as directory:
-                    yield directory
+            records.required(connection, type(model), model.name)
+            purpose = f"a checkout in process {os.getpid()}"
+            db.take_lease(connection, lease.owner, [lease_key(model)], purpose)
+        with lease, self._opened(model) as directory:
+            yield directory
+
+    @contextmanager
+    def _opened(self, model: BaseModel | CustomizedModel | CompleteModel) -> Iterator[Path]:
+        """`checkout` for those who hold the model already, such as a job."""
+        from . import _records as records
+
+        if isinstance(model, BaseModel):
+            with self._database.read() as connection:
+                row = records.required(connection, BaseModel, model.name)
+            yield unchanged(records.location_of(row))
+        else:
+            with self._storage.checkout(storage_key(model)) as directory:
+                yield directory
 
     def local_path(self, model: BaseModel | CustomizedModel | CompleteModel) -> Path:
         """The model's directory on this host, for a look; `checkout` keeps it from being deleted.

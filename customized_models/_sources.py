@@ -50,7 +50,7 @@ class MergedSource:
 
 @contextmanager
 def merged_source(registry: ModelRegistry, customized: CustomizedModel) -> Iterator[MergedSource]:
-    """The customized model's merge, its parents kept from deletion while the block lasts.
+    """The customized model's merge, while the block lasts; the caller's job holds its parents.
 
     Raises:
         BaseModelMissingError, BaseModelMismatch: its base is gone or changed.
@@ -59,7 +59,7 @@ def merged_source(registry: ModelRegistry, customized: CustomizedModel) -> Itera
     from ._merging import open_merge
 
     base = registry.get(BaseModel, customized.base)
-    with registry.checkout(base) as base_directory, registry.checkout(customized) as directory:
+    with registry._opened(base) as base_directory, registry._opened(customized) as directory:
         layout = Checkpoint.open(base_directory)
         merge = open_merge(layout, Adapter.open(directory))
         files = combined_files(base_directory, directory)
@@ -70,10 +70,10 @@ def merged_source(registry: ModelRegistry, customized: CustomizedModel) -> Itera
 def model_source(
     registry: ModelRegistry, model: CustomizedModel | CompleteModel
 ) -> Iterator[ModelSource]:
-    """A customized or complete model, readable while the block lasts."""
+    """A customized or complete model, while the block lasts; the caller's job holds it."""
     if isinstance(model, CustomizedModel):
         with merged_source(registry, model) as merged:
             yield merged.source
     else:
-        with registry.checkout(model) as directory:
+        with registry._opened(model) as directory:
             yield ModelSource(small_files(directory), Checkpoint.open(directory))

@@ -54,12 +54,14 @@ class _Registration:
         *,
         train_name: str,
         base_model: str | None,
-        training_id: uuid.UUID,
+        training_id: uuid.UUID | None,
         training: TrainingConfiguration,
     ) -> _Registration:
         if base_model is None:
             stated = model.peft_config[_adapter_name(model)].base_model_name_or_path
             base_model = registry.find_base_model(stated).name
+        if training_id is None:
+            training_id = registry._drawn_id(train_name, base_model)
         name = registry.reserve(
             train_name=train_name, training_id=training_id, base_model=base_model
         )
@@ -101,8 +103,8 @@ class RegisterCallback(TrainerCallback):
     not part of the card.
 
     `base_model`: its technical name; if None, the registered base whose name, Hub id or path the
-    adapter's configuration names. `training_id`: drawn if None; the same one lets a resumed
-    training keep its name. `datasets`: names, for the card.
+    adapter's configuration names. `training_id`: drawn when the training begins if None; the same
+    one lets a resumed training keep its name. `datasets`: names, for the card.
 
     A callback is for one training. If registering fails, the adapter is kept under the Trainer's
     output directory and `RegistrationError` says where.
@@ -122,7 +124,7 @@ class RegisterCallback(TrainerCallback):
         self.registry = registry if isinstance(registry, ModelRegistry) else ModelRegistry(registry)
         self.train_name = train_name
         self.base_model = base_model
-        self.training_id = training_id or uuid.uuid4()
+        self.training_id = training_id
         self.datasets = tuple(datasets)
         self.name: str | None = None
         self.model: CustomizedModel | None = None
@@ -150,7 +152,7 @@ class RegisterCallback(TrainerCallback):
                 f"this RegisterCallback has registered {self.model.name}; "
                 f"another training needs another callback"
             )
-        _refuse_sharded()
+        _refuse_sharded(args)
         _adapter_name(kwargs["model"])
         if not state.is_world_process_zero:
             return
@@ -162,6 +164,7 @@ class RegisterCallback(TrainerCallback):
             training_id=self.training_id,
             training=_configuration(args, self.datasets),
         )
+        self.training_id = self._registration.training_id
         self.name = self._registration.name
 
     def on_train_end(
@@ -227,7 +230,7 @@ def register_from_trainer(
             model,
             train_name=train_name,
             base_model=base_model,
-            training_id=training_id or uuid.uuid4(),
+            training_id=training_id,
             training=_configuration(trainer.args, datasets),
         )
     trainer.save_model(str(directory))
@@ -269,16 +272,11 @@ def _adapter_directory(model: Any, directory: Path) -> Path:
     return directory if name == "default" else directory / name
 
 
-def _refuse_sharded() -> None:
-    from accelerate.state import (  # type: ignore[import-untyped]  # ships without types
-        AcceleratorState,
-        DistributedType,
-    )
-
-    sharded = {DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM}
-    if AcceleratorState().distributed_type in sharded:
+def _refuse_sharded(args: TrainingArguments) -> None:
+    kind = args.distributed_state.distributed_type.value
+    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         raise UnsupportedError(
-            f"the weights are sharded ({AcceleratorState().distributed_type.value}), and a "
-            f"callback cannot gather them: leave RegisterCallback out, and after "
-            f"trainer.train() call customized_models.training.register_from_trainer on every rank"
+            f"the weights are sharded ({kind}), and a callback cannot gather them: leave "
+            f"RegisterCallback out, and after trainer.train() call "
+            f"customized_models.training.register_from_trainer on every rank"
         )

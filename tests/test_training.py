@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate.state import DistributedType, PartialState
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import (
@@ -243,18 +244,18 @@ def test_the_best_checkpoint_is_what_is_registered(
     trainer = make_trainer(
         callback,
         max_steps=3,
-        learning_rate=100.0,  # every step makes it worse
-        lr_scheduler_type="constant",
+        learning_rate=0.1,
         eval_strategy="steps",
         eval_steps=1,
         save_strategy="steps",
         save_steps=1,
         load_best_model_at_end=True,
+        greater_is_better=True,  # so that the first step, with the largest loss, is the best
     )
     trainer.train()
 
     best = load_file(Path(trainer.state.best_model_checkpoint) / "adapter_model.safetensors")
-    assert trainer.state.best_global_step < 3
+    assert trainer.state.best_global_step == 1
     assert callback.model is not None
     with registry.checkout(callback.model) as directory:
         stored = load_file(directory / "adapter_model.safetensors")
@@ -349,11 +350,9 @@ def test_a_pickle_in_the_directory_is_neither_read_nor_copied(
 def test_sharded_weights_are_refused_with_the_way_out(
     registry: ModelRegistry, make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from accelerate.state import AcceleratorState, DistributedType
-
-    trainer = make_trainer(RegisterCallback(registry, train_name="support"))
-    monkeypatch.setitem(AcceleratorState._shared_state, "distributed_type", DistributedType.FSDP)
-    callback = trainer.callback_handler.callbacks[-1]
+    callback = RegisterCallback(registry, train_name="support")
+    trainer = make_trainer(callback)
+    monkeypatch.setitem(PartialState._shared_state, "distributed_type", DistributedType.FSDP)
     with pytest.raises(UnsupportedError, match="register_from_trainer"):
         callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
 

@@ -34,45 +34,71 @@ _NAME = "default"
 _WRAPPERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 
 
-def inject(skeleton: Skeleton, base: Checkpoint, adapter: Adapter) -> list[Target]:
-    """Put the adapter's layers into the skeleton and load its weights, both by PEFT itself.
+def inject(skeleton: Skeleton, adapter: Adapter) -> Injected:
+    """Have PEFT put the adapter's layers into the skeleton.
 
-    PEFT builds the layers on the meta device, without memory, whatever rank the configuration
-    states. Only once what it expects is what the adapter has do they get memory.
+    They are on the meta device as well: without memory, whatever rank the configuration states.
 
     Raises:
         UnsupportedAdapterError: PEFT cannot build it, or it targets layers of an unsupported kind.
-        UnmergedTensorsError: the adapter holds other tensors than its configuration calls for.
-        MalformedError: one of its tensors has a shape its configuration does not call for.
     """
-    model = skeleton.model
-    of_base = {id(parameter) for parameter in model.parameters()}
+    of_base = frozenset(id(parameter) for parameter in skeleton.model.parameters())
     try:
         config = PeftConfig.from_pretrained(str(adapter.directory))
         config.inference_mode = True
-        with torch.random.fork_rng(devices=[]):
-            peft_model = PeftModel(model, config, _NAME)
-    except (ValueError, TypeError, KeyError, RuntimeError, NotImplementedError) as error:
+        with torch.random.fork_rng(devices=[]), _quiet():
+            model = PeftModel(skeleton.model, config, _NAME)
+    except Exception as error:  # PEFT raises of all kinds at a configuration it does not like
         raise UnsupportedAdapterError(
             f"PEFT cannot build the adapter's layers: {shown(error, 500)}"
         ) from error
-    expected = get_peft_model_state_dict(
-        peft_model, adapter_name=_NAME, save_embedding_layers=False
-    )
-    _check_tensors(skeleton, base, adapter, expected)
-    targets = [Target(*found) for found in _wrapped(model)]
-    _give_memory(model, of_base)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*to a meta parameter.*")  # copies of the base's own
-        loaded = peft_model.load_adapter(
-            str(adapter.directory),
-            _NAME,
-            torch_device="cpu",
-            key_mapping=getattr(model, "_checkpoint_conversion_mapping", {}),
+    return Injected(model, [Target(*found) for found in _wrapped(skeleton.model)], of_base)
+
+
+@frozen
+class Injected:
+    """A skeleton with an adapter's layers in it."""
+
+    model: PeftModel = field(repr=False)
+    targets: list[Target]
+    of_base: frozenset[int] = field(repr=False)
+
+    def load(self, skeleton: Skeleton, base: Checkpoint, adapter: Adapter) -> None:
+        """Have PEFT load the adapter's weights, if they are exactly what its layers call for.
+
+        Raises:
+            UnmergedTensorsError: the adapter holds other tensors than its configuration calls for.
+            MalformedError: one of its tensors has a shape its configuration does not call for.
+        """
+        expected = get_peft_model_state_dict(
+            self.model, adapter_name=_NAME, save_embedding_layers=False
         )
-    if strayed := {*loaded.missing_keys, *loaded.unexpected_keys}:
-        raise UnmergedTensorsError(f"PEFT did not load {listed(strayed)}", strayed)
-    return targets
+        _check_tensors(skeleton, base, adapter, expected)
+        self._give_memory()
+        with _quiet():
+            loaded = self.model.load_adapter(
+                str(adapter.directory),
+                _NAME,
+                torch_device="cpu",
+                key_mapping=getattr(skeleton.model, "_checkpoint_conversion_mapping", {}),
+            )
+        if strayed := {*loaded.missing_keys, *loaded.unexpected_keys}:
+            raise UnmergedTensorsError(f"PEFT did not load {listed(strayed)}", strayed)
+
+    def _give_memory(self) -> None:
+        for module in self.model.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None and id(parameter) not in self.of_base:
+                    memory = torch.empty(parameter.shape, dtype=parameter.dtype)
+                    module._parameters[name] = torch.nn.Parameter(memory, requires_grad=False)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Nothing PEFT warns of goes on here: it is refused, or means the values that are not there."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _check_tensors(
@@ -107,14 +133,6 @@ def _is_copy(name: str, skeleton: Skeleton, base: Checkpoint, adapter: Adapter) 
         return False
     copy, own = read_tensor(adapter.directory / info.file, info), base.read(of)
     return torch.equal(copy.view(torch.uint8), own.view(torch.uint8))
-
-
-def _give_memory(model: torch.nn.Module, of_base: set[int]) -> None:
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and id(parameter) not in of_base:
-                memory = torch.empty(parameter.shape, dtype=parameter.dtype)
-                module._parameters[name] = torch.nn.Parameter(memory, requires_grad=False)
 
 
 def _wrapped(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:

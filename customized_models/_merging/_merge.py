@@ -37,11 +37,12 @@ def plan(base: Checkpoint, adapter: Adapter) -> Merge:
     skeleton = build_skeleton(base)
     shapes = {name: tuple(p.shape) for name, p in skeleton.model.named_parameters()}
     dtype = next(skeleton.model.parameters()).dtype
-    targets = inject(skeleton, base, adapter)
+    injected = inject(skeleton, adapter)
     modules = {}
-    for target in targets:
+    for target in injected.targets:
         names = _checkpoint_names(target, skeleton, base, shapes)
         modules.update({names[name]: _Module(target, names) for name in target.changed})
+    injected.load(skeleton, base, adapter)
     return Merge(base, modules, dtype)
 
 
@@ -119,14 +120,27 @@ class Merge:
         if name not in self._modules:
             return self._base.read(name)
         module = self._modules[name]
-        values = {
-            parameter: self._base.read(of).to(self._dtype) for parameter, of in module.names.items()
-        }
-        merged = module.target.merge({p: value.clone() for p, value in values.items()})
+        merged = module.target.merge(
+            {parameter: self._before(of) for parameter, of in module.names.items()}
+        )
         for parameter, of in module.names.items():
-            _check(of, merged[parameter], values[parameter], of in self.changed)
+            self._check(of, merged[parameter])
         self._unread.discard(name)
         return next(merged[p] for p, of in module.names.items() if of == name)
+
+    def _before(self, name: str) -> torch.Tensor:
+        """A fresh copy of the base's tensor, as transformers would load it."""
+        return self._base.read(name).to(self._dtype)
+
+    def _check(self, name: str, merged: torch.Tensor) -> None:
+        extremes = torch.stack(torch.aminmax(merged))  # NaN if there is any
+        if not torch.isfinite(extremes).all():
+            raise NonFiniteError(f"merging gives NaN or infinity in {shown(name)}")
+        same = torch.equal(merged, self._before(name))
+        if same and name in self.changed:
+            raise UnchangedTargetsError(f"the adapter leaves {shown(name)} as it is in the base")
+        if not same and name not in self.changed:
+            raise MergeError(f"merging changed {shown(name)}, which the adapter does not target")
 
     def finish(self) -> None:
         """State that every tensor has been taken.
@@ -136,12 +150,3 @@ class Merge:
         """
         if self._unread:
             raise UnmergedTensorsError(f"never merged: {listed(self._unread)}", self._unread)
-
-
-def _check(name: str, merged: torch.Tensor, before: torch.Tensor, changes: bool) -> None:
-    if not torch.isfinite(merged).all():
-        raise NonFiniteError(f"merging gives NaN or infinity in {shown(name)}")
-    if torch.equal(merged, before) == changes:
-        if changes:
-            raise UnchangedTargetsError(f"the adapter leaves {shown(name)} as it is in the base")
-        raise MergeError(f"merging changed {shown(name)}, which the adapter does not target")

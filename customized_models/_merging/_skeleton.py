@@ -13,7 +13,7 @@ from attrs import field, frozen
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from .._checkpoints import INDEX, Checkpoint, json_object
-from .._errors import UnsupportedArchitectureError, shown
+from .._errors import CustomizedModelsError, UnsupportedArchitectureError, shown
 from ._versions import private
 
 
@@ -48,7 +48,9 @@ def build_skeleton(base: Checkpoint) -> Skeleton:
             model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 config, dtype=dtype, attn_implementation="eager", trust_remote_code=False
             )
-    except (ValueError, KeyError, TypeError, AttributeError, ImportError, OSError) as error:
+    except CustomizedModelsError:
+        raise
+    except Exception as error:  # its classes raise of all kinds at a config that they do not like
         raise UnsupportedArchitectureError(
             f"transformers builds no causal language model from the base's config.json: "
             f"{shown(error, 500)}"

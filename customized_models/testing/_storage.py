@@ -144,11 +144,17 @@ class StorageContract:
         assert list(storage.keys()) == []
 
     def test_a_staging_that_fails_leaves_nothing(self, storage: Storage) -> None:
-        with pytest.raises(RuntimeError), storage.staging("contract") as directory:
-            (directory / "weights").write_bytes(b"1")
-            raise RuntimeError
+        staged = []
 
-        assert not directory.exists()
+        def fail() -> None:
+            with storage.staging("contract") as directory:
+                staged.append(directory)
+                (directory / "weights").write_bytes(b"1")
+                raise RuntimeError
+
+        with pytest.raises(RuntimeError):
+            fail()
+        assert not staged[0].exists()
         assert list(storage.keys()) == []
 
     def test_a_file_is_read_by_ranges(self, storage: Storage) -> None:

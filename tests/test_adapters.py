@@ -1,0 +1,380 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from customized_models._adapters import CONFIG, WEIGHTS, Adapter, check_fits, copy_adapter
+from customized_models._checkpoints import Checkpoint
+from customized_models._errors import (
+    BaseModelMismatch,
+    MalformedError,
+    UnsafeFileError,
+    UnsupportedAdapterError,
+)
+from customized_models._patterns import check_pattern
+from customized_models.testing import tiny_llama, tiny_lora, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("adapter")
+    base = tiny_llama(directory / "base", tokenizer=False)
+    return tiny_lora(directory / "adapter", base)
+
+
+@pytest.fixture
+def untrusted(trained: Path, tmp_path: Path) -> Path:
+    """A copy of a good adapter, for a test to spoil."""
+    directory = tmp_path / "untrusted"
+    directory.mkdir()
+    for name in (CONFIG, WEIGHTS):
+        (directory / name).write_bytes((trained / name).read_bytes())
+    return directory
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    directory = tmp_path / "copy"
+    directory.mkdir()
+    return directory
+
+
+def set_config(directory: Path, **values: Any) -> None:
+    config = json.loads((directory / CONFIG).read_text())
+    (directory / CONFIG).write_text(json.dumps(config | values))
+
+
+# Copying
+
+
+def test_a_copy_has_the_weights_tokenizer_and_template_and_nothing_else(
+    untrusted: Path, copy: Path
+) -> None:
+    tiny_tokenizer().save_pretrained(untrusted)
+    for name in ("optimizer.pt", "training_args.bin", "README.md", "model.py", "config.json"):
+        (untrusted / name).write_text("x")
+    copy_adapter(untrusted, copy)
+    kept = {CONFIG, WEIGHTS, "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    assert {path.name for path in copy.iterdir()} == kept
+    assert set(Adapter.open(copy).files) == kept
+    for name in kept - {CONFIG}:
+        assert (copy / name).read_bytes() == (untrusted / name).read_bytes()
+
+
+def test_two_saves_of_one_adapter_have_one_canonical_configuration(
+    untrusted: Path, copy: Path, tmp_path: Path
+) -> None:
+    copy_adapter(untrusted, copy)
+    config = json.loads((untrusted / CONFIG).read_text())
+    config["target_modules"].reverse()
+    reordered = json.dumps(dict(reversed(config.items())))
+    (untrusted / CONFIG).write_text(reordered)
+    other = tmp_path / "other"
+    other.mkdir()
+    copy_adapter(untrusted, other)
+    assert (other / CONFIG).read_bytes() == (copy / CONFIG).read_bytes()
+    assert json.loads((copy / CONFIG).read_text())["target_modules"] == ["down_proj", "q_proj"]
+
+
+@pytest.mark.parametrize(
+    ("stated", "kept"),
+    [
+        ("org/model", "org/model"),
+        ("/home/someone/model", None),
+        ("../../etc", None),
+        ("https://example.org/x", None),
+        (None, None),
+        (5, None),
+    ],
+)
+def test_only_a_hub_id_is_kept_as_the_name_of_the_base(
+    stated: object, kept: str | None, untrusted: Path, copy: Path
+) -> None:
+    set_config(untrusted, base_model_name_or_path=stated)
+    copy_adapter(untrusted, copy)
+    assert json.loads((copy / CONFIG).read_text())["base_model_name_or_path"] == kept
+
+
+def test_a_local_directory_that_reads_like_a_hub_id_is_not_kept(
+    untrusted: Path, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (untrusted / "org" / "model").mkdir(parents=True)
+    monkeypatch.chdir(untrusted)
+    set_config(untrusted, base_model_name_or_path="org/model")
+    copy_adapter(untrusted, copy)
+    assert json.loads((copy / CONFIG).read_text())["base_model_name_or_path"] is None
+
+
+def test_pickled_weights_are_refused_with_the_way_out(untrusted: Path, copy: Path) -> None:
+    (untrusted / WEIGHTS).rename(untrusted / "adapter_model.bin")
+    with pytest.raises(UnsupportedAdapterError, match="safe_serialization=True"):
+        copy_adapter(untrusted, copy)
+
+
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
+def test_an_adapter_without_its_files_is_malformed(name: str, untrusted: Path, copy: Path) -> None:
+    (untrusted / name).unlink()
+    with pytest.raises(MalformedError, match=re.escape(name)):
+        copy_adapter(untrusted, copy)
+
+
+def make_link(path: Path) -> None:
+    path.symlink_to("/etc/hostname")
+
+
+def make_dangling_link(path: Path) -> None:
+    path.symlink_to("nowhere")
+
+
+def make_socket(path: Path) -> None:
+    here = Path.cwd()
+    os.chdir(path.parent)  # a socket's path may have 100 bytes only
+    try:
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(path.name)
+    finally:
+        os.chdir(here)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [make_link, make_dangling_link, os.mkfifo, os.mkdir, make_socket],
+    ids=lambda m: m.__name__,
+)
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS, "tokenizer.json"])
+def test_what_is_no_plain_file_is_refused_without_waiting(
+    make: Callable[[Path], None], name: str, untrusted: Path, copy: Path
+) -> None:
+    (untrusted / name).unlink(missing_ok=True)
+    make(untrusted / name)
+    with pytest.raises(UnsafeFileError, match=re.escape(name)):
+        copy_adapter(untrusted, copy)
+
+
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS, "tokenizer.json", "chat_template.jinja"])
+def test_an_oversized_file_is_refused_before_it_is_read(
+    name: str, untrusted: Path, copy: Path
+) -> None:
+    with (untrusted / name).open("ab") as file:
+        os.truncate(file.fileno(), 1 << 40)  # sparse: takes no space
+    with pytest.raises(UnsafeFileError, match=re.escape(name)):
+        copy_adapter(untrusted, copy)
+    assert not (copy / name).exists() or (copy / name).stat().st_size == 0
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "null", '"x"', '{"r": 4, "r": 8}', '{"lora_alpha": NaN}', '{"lora_alpha": 1e400}',
+     '{"r": ' + "9" * 5000 + "}", '{"a":' * 100_000, "{'r': 4}", "\ufeff{}"],
+    ids=["empty", "list", "null", "string", "twice", "NaN", "infinite", "digits", "deep", "python",
+         "byte order mark"],
+)  # fmt: skip
+def test_a_configuration_that_is_no_strict_json_object_is_refused(
+    text: str, untrusted: Path, copy: Path
+) -> None:
+    (untrusted / CONFIG).write_text(text, encoding="utf-8")
+    with pytest.raises(MalformedError):
+        copy_adapter(untrusted, copy)
+
+
+# Opening
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("peft_type", None),
+        ("peft_type", ["LORA"]),
+        ("r", 0),
+        ("r", -1),
+        ("r", 4.5),
+        ("r", "4"),
+        ("r", True),
+        ("r", 1_000_000),
+        ("lora_alpha", "8"),
+        ("lora_alpha", None),
+        ("rank_pattern", [1]),
+        ("rank_pattern", {"q_proj": 0}),
+        ("alpha_pattern", {"q_proj": "x"}),
+        ("alpha_pattern", {"q_proj(": 1}),
+        ("target_modules", 5),
+        ("target_modules", [1, 2]),
+        ("target_modules", [""]),
+        ("modules_to_save", "lm_head"),
+    ],
+)
+def test_a_setting_of_the_wrong_kind_is_malformed(key: str, value: object, untrusted: Path) -> None:
+    set_config(untrusted, **{key: value})
+    with pytest.raises(MalformedError, match=key):
+        Adapter.open(untrusted)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("auto_mapping", {"base_model_class": "system", "parent_library": "os"}),
+        ("auto_mapping", {"base_model_class": "A", "parent_library": "transformers.pipelines"}),
+        ("megatron_config", {"x": 1}),
+        ("megatron_core", "os"),
+        ("corda_config", {"cache_file": "/etc/passwd"}),
+        ("tokenizer_name_or_path", "someone/else"),
+        ("prompt_tuning_init_state_dict_path", "/etc/passwd"),
+        ("adapters", {"a": "someone/else"}),
+    ],
+)  # fmt: skip
+def test_settings_that_lead_to_code_or_other_files_are_refused(
+    key: str, value: object, untrusted: Path
+) -> None:
+    set_config(untrusted, **{key: value})
+    with pytest.raises(UnsupportedAdapterError, match=key.partition("_")[0]):
+        Adapter.open(untrusted)
+
+
+def test_the_class_that_peft_notes_for_an_adapter_without_task_is_accepted(
+    trained: Path, tmp_path: Path
+) -> None:
+    from peft import LoraConfig
+
+    from customized_models.testing import tiny_adapter
+
+    config = LoraConfig(r=2, target_modules=["q_proj"])
+    directory = tiny_adapter(tmp_path / "adapter", trained.parent / "base", config)
+    assert json.loads((directory / CONFIG).read_text())["auto_mapping"]
+    assert Adapter.open(directory).config["r"] == 2
+
+
+@pytest.mark.parametrize("key", ["target_modules", "exclude_modules", "layers_pattern"])
+def test_a_pattern_that_takes_for_ever_is_refused(key: str, untrusted: Path) -> None:
+    set_config(untrusted, **{key: "(.+)+x"})
+    with pytest.raises(UnsupportedAdapterError, match=key):
+        Adapter.open(untrusted)
+
+
+@pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_takes_for_ever_is_refused_as_a_key(key: str, untrusted: Path) -> None:
+    set_config(untrusted, **{key: {"(.+)+x": 4}})
+    with pytest.raises(UnsupportedAdapterError, match=key):
+        Adapter.open(untrusted)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "q_proj",
+        r"model\.layers\.0\.self_attn\.q_proj",
+        r"^model\.layers\.\d+\.mlp\.(up|down)_proj$",
+        r".*\.(q_proj|v_proj)$",
+        r".*layers\.(0|1|12)\..*[qv]_proj",
+        r"(?:.*?(?:language|text).*?(?:self_attn|attention|attn|mlp).*?(?:q_proj|v_proj).*?)"
+        r"|(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|mlp)\.(?:(?:q_proj|v_proj)))",
+    ],
+)
+def test_patterns_as_people_write_them_are_accepted(pattern: str) -> None:
+    check_pattern("target_modules", pattern)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["(a+)+", "(a|a)*", "(.*)*x", ".*.*.*x", "(l|l)(a|a)(y|y)x", r"(\w+\s?)*", "(?=a)", r"(a)\1",
+     "(.?){30}", ".?.?.?", "(x.*)?.*y", "(?:a?.*|b).*x", "[^a]*", "(?i)a", "a" * 30_000,
+     "".join(f"(a{i}|b)" for i in range(20))],
+    ids=lambda pattern: pattern[:20],
+)  # fmt: skip
+def test_patterns_of_unbounded_cost_are_refused(pattern: str) -> None:
+    with pytest.raises(UnsupportedAdapterError, match="list the modules' names"):
+        check_pattern("target_modules", pattern)
+
+
+def save_weights(directory: Path, tensors: dict[str, torch.Tensor]) -> None:
+    save_file(tensors, directory / WEIGHTS)
+
+
+def test_weights_without_tensors_are_malformed(untrusted: Path) -> None:
+    save_weights(untrusted, {})
+    with pytest.raises(MalformedError, match="no tensors"):
+        Adapter.open(untrusted)
+
+
+def test_a_tensor_without_elements_is_malformed(untrusted: Path) -> None:
+    save_weights(untrusted, load_file(untrusted / WEIGHTS) | {"x": torch.zeros(0, 4)})
+    with pytest.raises(MalformedError, match="without elements"):
+        Adapter.open(untrusted)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float64, torch.float8_e4m3fn])
+def test_tensors_of_odd_dtypes_are_refused(dtype: torch.dtype, untrusted: Path) -> None:
+    tensors = load_file(untrusted / WEIGHTS)
+    name = next(iter(tensors))
+    save_weights(untrusted, tensors | {name: tensors[name].to(dtype)})
+    with pytest.raises(UnsupportedAdapterError, match=re.escape(name)):
+        Adapter.open(untrusted)
+
+
+def test_a_header_of_endless_tensors_is_refused_before_it_is_parsed(untrusted: Path) -> None:
+    blank = b"{}".ljust(40 << 20)
+    (untrusted / WEIGHTS).write_bytes(len(blank).to_bytes(8, "little") + blank)
+    with pytest.raises(MalformedError, match="header of"):
+        Adapter.open(untrusted)
+
+
+# Fitting a base
+
+
+def base_of(directory: Path, **options: Any) -> Checkpoint:
+    return Checkpoint.open(tiny_llama(directory, tokenizer=False, **options))
+
+
+def test_an_adapter_fits_the_base_it_was_trained_on(trained: Path) -> None:
+    check_fits(Adapter.open(trained), Checkpoint.open(trained.parent / "base"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"hidden_size": 32}, {"num_hidden_layers": 1}, {"intermediate_size": 80},
+     {"num_attention_heads": 2, "head_dim": 16}],
+    ids=lambda options: next(iter(options)),
+)  # fmt: skip
+def test_an_adapter_does_not_fit_a_base_of_other_size(
+    options: dict[str, int], trained: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(BaseModelMismatch, match=r"layers\.[01]\."):
+        check_fits(Adapter.open(trained), base_of(tmp_path / "base", **options))
+
+
+def test_an_adapter_for_modules_that_the_base_lacks_does_not_fit(
+    untrusted: Path, trained: Path
+) -> None:
+    tensors = load_file(untrusted / WEIGHTS)
+    save_weights(untrusted, {name.replace("layers", "h"): t for name, t in tensors.items()})
+    base = Checkpoint.open(trained.parent / "base")
+    check_fits(Adapter.open(untrusted), base)  # a checkpoint may call its layers otherwise
+    renamed = {re.sub(r"layers\.(\d)\.\w+", r"h.\1.other", n): t for n, t in tensors.items()}
+    save_weights(untrusted, renamed)
+    with pytest.raises(BaseModelMismatch, match="none names a module"):
+        check_fits(Adapter.open(untrusted), base)
+
+
+def test_a_layer_beyond_the_last_is_named(untrusted: Path, trained: Path) -> None:
+    tensors = load_file(untrusted / WEIGHTS)
+    name = next(iter(tensors))
+    tensors[re.sub(r"layers\.\d", "layers.99", name)] = tensors[name].clone()
+    save_weights(untrusted, tensors)
+    with pytest.raises(BaseModelMismatch, match=r"layers\.99"):
+        check_fits(Adapter.open(untrusted), Checkpoint.open(trained.parent / "base"))
+
+
+def test_a_saved_head_of_another_vocabulary_does_not_fit(untrusted: Path, trained: Path) -> None:
+    tensors = load_file(untrusted / WEIGHTS)
+    tensors["base_model.model.lm_head.weight"] = torch.zeros(321, 64)
+    save_weights(untrusted, tensors)
+    with pytest.raises(BaseModelMismatch, match="lm_head"):
+        check_fits(Adapter.open(untrusted), Checkpoint.open(trained.parent / "base"))
