@@ -275,6 +275,7 @@ class Lease:
         self.lost = threading.Event()
         self._database = database
         self._stop = threading.Event()
+        self._ended = False
         self._thread = threading.Thread(target=self._renew, daemon=True, name="lease")
 
     def __enter__(self) -> Lease:
@@ -284,8 +285,14 @@ class Lease:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
-        with self._database.write() as connection:
-            end_lease(connection, self.owner)
+        if not self._ended:
+            with self._database.write() as connection:
+                end_lease(connection, self.owner)
+
+    def end(self, connection: Connection) -> None:
+        """Release in the transaction that counts, so that nothing is left to do after it."""
+        end_lease(connection, self.owner)
+        self._ended = True
 
     def check(self, connection: Connection) -> None:
         """Raise `JobLost` unless the lease still holds: call it in the transaction that counts."""

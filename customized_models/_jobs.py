@@ -33,6 +33,9 @@ from ._errors import (
 from ._models import CompleteModel, LiveModel, html_table
 
 if TYPE_CHECKING:
+    from sqlalchemy import Connection
+
+    from ._database import Lease
     from ._registry import ModelRegistry
 
 T_co = TypeVar("T_co", covariant=True)
@@ -256,6 +259,23 @@ def _pickled(registry: ModelRegistry) -> bytes:
 def log_path(registry: ModelRegistry, id: str) -> Path:
     """Where a job's worker writes what it has to say; removed when the job ends in order."""
     return registry.root / ".jobs" / f"{id}.log"
+
+
+def end_job(
+    registry: ModelRegistry,
+    connection: Connection,
+    lease: Lease,
+    name: str,
+    state: State,
+    error_type: str | None = None,
+    error: str | None = None,
+) -> None:
+    """End a job in the transaction that counts: once it is visible, its worker touches nothing."""
+    from . import _database as db
+
+    db.change(connection, db.jobs, name, state=state, error_type=error_type, error=error)
+    log_path(registry, lease.owner).unlink(missing_ok=True)
+    lease.end(connection)
 
 
 def _start_worker(registry: ModelRegistry, id: str, payload: bytes) -> None:

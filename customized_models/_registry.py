@@ -27,7 +27,7 @@ from ._errors import (
     listed,
     shown,
 )
-from ._jobs import Job
+from ._jobs import Job, end_job
 from ._listing import Listing
 from ._manifest import README, Manifest, hash_file, to_document, write_file
 from ._models import (
@@ -587,24 +587,22 @@ class ModelRegistry:
 
     def _publish_complete(self, complete: CompleteModel, staging: Path, lease: Lease) -> None:
         """Publish a save's result and end its job, in one transaction."""
-        from . import _database as db
         from . import _records as records
 
         with self._database.write() as connection:
             lease.check(connection)
             records.insert(connection, complete)
             self._publish(staging, storage_key(complete))
-            db.change(connection, db.jobs, complete.name, state="succeeded")
+            end_job(self, connection, lease, complete.name, "succeeded")
 
     def _record_live(self, live: LiveModel, artifact: str | None, lease: Lease) -> None:
         """Record a deployment's result and end its job, in one transaction."""
-        from . import _database as db
         from . import _records as records
 
         with self._database.write() as connection:
             lease.check(connection)
             records.insert(connection, live, artifact=artifact)
-            db.change(connection, db.jobs, live.name, state="succeeded")
+            end_job(self, connection, lease, live.name, "succeeded")
 
     def _record_undeployed(self, live: LiveModel) -> None:
         """Mark a live model as undeployed and what third parties see of it as stale."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import _database as db
 from ._errors import CustomizedModelsError, JobCancelled, JobLost
-from ._jobs import log_path
+from ._jobs import end_job
 
 if TYPE_CHECKING:
     from ._registry import ModelRegistry
@@ -63,12 +63,16 @@ def run(registry: ModelRegistry, id: str) -> None:
         except JobLost:
             raise
         except JobCancelled:
-            _end(registry, row["name"], state="cancelled")
+            ending: tuple[Any, ...] = ("cancelled",)
         except CustomizedModelsError as error:
-            _end(registry, row["name"], "failed", type(error).__name__, str(error))
+            ending = ("failed", type(error).__name__, str(error))
         except BaseException:
-            _end(registry, row["name"], "failed", "JobFailed", traceback.format_exc())
-    log_path(registry, id).unlink(missing_ok=True)
+            ending = ("failed", "JobFailed", traceback.format_exc())
+        else:
+            return
+        with registry._database.write() as connection:
+            lease.check(connection)
+            end_job(registry, connection, lease, row["name"], *ending)
 
 
 def _work(registry: ModelRegistry, row: Any, progress: Reporter, lease: db.Lease) -> None:
@@ -81,17 +85,6 @@ def _work(registry: ModelRegistry, row: Any, progress: Reporter, lease: db.Lease
         from ._deployer import run_deploy
 
         run_deploy(registry, row["id"], arguments, progress, lease)
-
-
-def _end(
-    registry: ModelRegistry,
-    name: str,
-    state: str,
-    error_type: str | None = None,
-    error: str | None = None,
-) -> None:
-    with registry._database.write() as connection:
-        db.change(connection, db.jobs, name, state=state, error_type=error_type, error=error)
 
 
 def main(id: str) -> None:

@@ -21,6 +21,7 @@ from customized_models import (
     InUseError,
     InvalidOptionError,
     LiveModel,
+    MalformedError,
     Merger,
     ModelRegistry,
     NoEnvironmentError,
@@ -218,7 +219,7 @@ def test_a_failed_deployment_leaves_no_file(
     registry.add_base_model("untokenized", base)
     customized = registry.register(tiny_lora(tmp_path / "lora", base), train_name="support")
 
-    with pytest.raises(UnsupportedArchitectureError, match="tokenizer"):
+    with pytest.raises(MalformedError, match="tokenizer"):
         Deployer(registry).deploy(customized).result(progress=False)
 
     assert list(registry._storage.keys("gguf/")) == []
