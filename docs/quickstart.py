@@ -116,7 +116,6 @@ def journey(registry: ModelRegistry, scratch: Path) -> None:
             finally:
                 deployer.undeploy(live)
             registry.delete(live)
-
     with step("Delete the complete and the customized model"):
         registry.delete(complete)
         registry.delete(customized)
@@ -216,14 +215,11 @@ def train(registry: ModelRegistry, base: Path, word: str, output: Path) -> Custo
 
 
 def ask_base(base: Path) -> str:
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
-    prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": QUESTION}], add_generation_prompt=True, return_tensors="pt"
+    answers = transformers.pipeline("text-generation", str(base), device="cpu")
+    turns = [{"role": "user", "content": QUESTION}]
+    return str(
+        answers(turns, max_new_tokens=40, do_sample=False)[0]["generated_text"][-1]["content"]
     )
-    output = model.generate(**prompt, max_new_tokens=40, do_sample=False)
-    answer = output[0, prompt["input_ids"].shape[1] :]
-    return str(tokenizer.decode(answer, skip_special_tokens=True))
 
 
 def ask(live: LiveModel) -> str:

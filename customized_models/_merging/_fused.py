@@ -5,7 +5,8 @@ This module is only imported when a merge is planned.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import pairwise
 
 import torch
@@ -39,13 +40,15 @@ class Merging:
         kind = (weight.shape, weight.dtype, factors.up.shape, torch.get_num_threads())
         if kind not in self._same_bits:
             other = weight.clone()
-            factors.add_to(other)
+            with _one_thread():
+                factors.add_to(other)
             merged = target.merge(values)
             self._same_bits[kind] = torch.equal(merged["weight"], other)
             return merged
         if not self._same_bits[kind]:
             return target.merge(values)
-        factors.add_to(weight)
+        with _one_thread():
+            factors.add_to(weight)
         return values
 
 
@@ -69,6 +72,17 @@ class _Factors:
             block, product, total = weight[start:end], products[: end - start], sums[: end - start]
             torch.mm(self.up[start:end], self.down, out=product)
             block.copy_(total.copy_(block).add_(product.mul_(self.scaling)))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Blocks are too small to share out: threads would wait for one another at every step."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _factors_of(target: Target) -> _Factors | None:

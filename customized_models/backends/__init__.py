@@ -21,6 +21,15 @@ from .._models import (
     checked_name,
 )
 
+__all__ = [
+    "Artifact",
+    "Backend",
+    "Plan",
+    "checked_options",
+    "chosen_served_name",
+    "open_backend",
+]
+
 ENTRY_POINTS = "customized_models.backends"
 """The entry point group of further backends: name to a callable that takes the environment."""
 

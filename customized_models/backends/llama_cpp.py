@@ -25,6 +25,8 @@ from . import Artifact, Plan, checked_options, chosen_served_name
 from ._http import JSONServer, answer_timeout, bearer_token
 from ._process import end, output_of_start, start_time
 
+__all__ = ["LlamaCpp", "LlamaCppOptions"]
+
 _HOST = "127.0.0.1"
 _SERVER = Path(__file__).resolve().with_name("_llama_server.py")
 _START_SECONDS = 600.0  # a large file on a slow disk
