@@ -134,6 +134,18 @@ class ModelCard(_Shown):
     training: TrainingConfiguration = field(factory=TrainingConfiguration)
     evaluation: EvaluationSummary = field(factory=EvaluationSummary)
 
+    def __str__(self) -> str:
+        """One line for lists: method, rank, and how the loss went."""
+        peft, evaluation = self.training.peft, self.evaluation
+        parts = [str(peft.get("method", "unknown method"))]
+        if "r" in peft:
+            parts.append(f"rank {peft['r']}")
+        if evaluation.steps is not None:
+            parts.append(f"{evaluation.steps} steps")
+        if evaluation.last_loss is not None:
+            parts.append(f"loss {evaluation.last_loss:.4g}")
+        return ", ".join(parts)
+
 
 @frozen
 class BaseModelCard(_Shown):
@@ -154,6 +166,10 @@ class BaseModelCard(_Shown):
     license: str | None = None
     generation: Mapping[str, Any] = field(factory=dict, repr=False)
     chat_template: bool = False
+
+    def __str__(self) -> str:
+        """One line for lists."""
+        return f"{self.architecture}, {self.parameters:,} parameters, {self.dtype}"
 
 
 @frozen

@@ -26,7 +26,7 @@ from customized_models._errors import (
     UnsupportedArchitectureError,
     UnsupportedVersionError,
 )
-from customized_models._merging import Merge, open_merge
+from customized_models._merging import Merge, _fused, _injection, open_merge
 from customized_models.testing import tiny_llama, tiny_lora
 
 pytestmark = [
@@ -233,6 +233,67 @@ def test_a_tied_model_merges_what_is_not_tied(bases: Callable[..., Path], tmp_pa
     base = bases(tied=True)
     assert "lm_head.weight" not in Checkpoint.open(base).infos
     assert_parity(base, tiny_lora(tmp_path / "adapter", base), tmp_path, 4)
+
+
+# Row blocks instead of PEFT's whole products
+
+
+@pytest.fixture
+def merged_by_peft(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The paths of the layers that PEFT's own merge is called for."""
+    paths: list[str] = []
+    merge = _injection.Target.merge
+
+    def noted(target: _injection.Target, values: Any) -> dict[str, torch.Tensor]:
+        paths.append(target.path)
+        return merge(target, values)
+
+    monkeypatch.setattr(_injection.Target, "merge", noted)
+    return paths
+
+
+WIDE = {"hidden_size": 512, "intermediate_size": 4096}  # more than one block in each MLP layer
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_of_each_shape_peft_merges_one_layer_and_blocks_the_rest_with_the_same_bits(
+    dtype: str, bases: Callable[..., Path], tmp_path: Path, merged_by_peft: list[str]
+) -> None:
+    base = bases(dtype=dtype, **WIDE)
+    adapter = tiny_lora(tmp_path / "adapter", base, target_modules="all-linear")
+    assert_parity(base, adapter, tmp_path, 14)
+    shapes = {Checkpoint.open(base).infos[f"{path}.weight"].shape for path in merged_by_peft}
+    assert len(shapes) == len(merged_by_peft) == 4
+
+
+def test_where_blocks_give_other_bits_peft_merges_every_layer(
+    bases: Callable[..., Path],
+    tmp_path: Path,
+    merged_by_peft: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def rounded_twice(factors: _fused._Factors, weight: torch.Tensor) -> None:
+        weight += (factors.up @ factors.down * factors.scaling).to(weight.dtype)
+
+    monkeypatch.setattr(_fused._Factors, "add_to", rounded_twice)
+    base = bases(**WIDE)
+    adapter = tiny_lora(tmp_path / "adapter", base, target_modules="all-linear")
+    assert_parity(base, adapter, tmp_path, 14)
+    assert len(merged_by_peft) == 14
+
+
+def test_threads_are_as_many_after_a_merge_as_before(
+    base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        merge = opened(base, adapter, tmp_path)
+        for name in merge.changed:
+            merge.read(name)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 # Reading

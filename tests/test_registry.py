@@ -350,6 +350,15 @@ def test_a_listing_shows_escaped_in_a_notebook_without_being_consumed(
     assert len(list(listing)) == 2
 
 
+def test_every_entry_of_a_list_shows_base_train_name_card_and_name(
+    registry: ModelRegistry, tiny_adapter: Path
+) -> None:
+    customized = registry.register(tiny_adapter, train_name="support")
+    page = registry.customized_models()._repr_html_()
+    for shown in ("llama-tiny", "support", "LoRA, rank 4", customized.name):
+        assert f"<td>{shown}</td>" in page
+
+
 def test_every_value_has_a_short_repr_and_a_table(
     registry: ModelRegistry, tiny_adapter: Path
 ) -> None:
