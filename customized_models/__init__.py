@@ -24,6 +24,7 @@ from ._errors import (
     NoTemplateError,
     NotFoundError,
     NotLocalError,
+    NotReproducible,
     RegistrationError,
     ServerAnswerError,
     ServerUnreachableError,
@@ -53,6 +54,7 @@ from ._models import (
     ThirdPartyModel,
     TrainingConfiguration,
 )
+from ._plan import MergePlan
 from ._registry import ModelRegistry
 from ._storage import LocalStorage, Storage
 
@@ -85,6 +87,7 @@ __all__ = [
     "LocalStorage",
     "MalformedError",
     "MergeError",
+    "MergePlan",
     "Merger",
     "ModelCard",
     "ModelRegistry",
@@ -93,6 +96,7 @@ __all__ = [
     "NonFiniteError",
     "NotFoundError",
     "NotLocalError",
+    "NotReproducible",
     "RegistrationError",
     "Served",
     "ServerAnswerError",

@@ -53,6 +53,9 @@ _CHUNK = 8 * _MIB
 _SETS = ("target_modules", "modules_to_save", "exclude_modules", "target_parameters")
 _REGEX_FIELDS = ("target_modules", "exclude_modules", "layers_pattern")
 _DTYPES = ("F16", "BF16", "F32")
+_INDEX_DTYPES = ("I64", "I32", "I16", "U8", "BOOL")
+_INDEXED = ("FROD", "SHIRA", "SUPERTUNING", "UNILORA")  # they save which elements they change
+_SHARED = ("UNILORA",)  # all that it trains is one vector for all modules
 _MAX_RANK = 1 << 16
 _LOADS_CODE = ("megatron_config", "adapters", "tokenizer_kwargs")
 _PATH_FIELD = re.compile(r".*(_path|_file|_dir|_directory|_or_id)", re.ASCII)
@@ -145,9 +148,10 @@ class Adapter:
             raise MalformedError(f"{WEIGHTS} holds no tensors")
         if empty := {name for name, info in tensors.items() if not info.size}:
             raise MalformedError(f"tensors without elements in {WEIGHTS}: {listed(empty)}")
-        if odd := {name for name, info in tensors.items() if info.dtype not in _DTYPES}:
+        dtypes = _DTYPES + (_INDEX_DTYPES if config["peft_type"] in _INDEXED else ())
+        if odd := {name for name, info in tensors.items() if info.dtype not in dtypes}:
             raise UnsupportedAdapterError(
-                f"tensors of other dtypes than {', '.join(_DTYPES)}: {listed(odd)}"
+                f"tensors of other dtypes than {', '.join(dtypes)}: {listed(odd)}"
             )
         files = tuple(sorted(name for name in _MAX_BYTES if (directory / name).is_file()))
         return cls(directory.resolve(), config, tensors, files)
@@ -156,10 +160,10 @@ class Adapter:
 def _check_config(config: Mapping[str, Any]) -> None:
     if not re.fullmatch(r"[A-Z0-9_]{1,40}", str(config.get("peft_type")), re.ASCII):
         raise MalformedError(f"peft_type {shown(config.get('peft_type'))} is no PEFT type")
-    lowest = 1 if config["peft_type"] == "LORA" else 0
-    if "r" in config:
-        _check_rank("r", config["r"], lowest)
-    if "lora_alpha" in config:
+    plain = config["peft_type"] == "LORA"  # other types may leave them open
+    if "r" in config and (plain or config["r"] is not None):
+        _check_rank("r", config["r"], 1 if plain else 0)
+    if "lora_alpha" in config and (plain or config["lora_alpha"] is not None):
         _check_number("lora_alpha", config["lora_alpha"])
     for key in ("rank_pattern", "alpha_pattern"):
         patterns = config.get(key) or {}
@@ -167,6 +171,8 @@ def _check_config(config: Mapping[str, Any]) -> None:
             raise MalformedError(f"{key} is no object")
         for pattern, value in patterns.items():
             check_pattern(key, pattern)
+            if config["peft_type"] == "ADALORA" and _are_masks(value):
+                continue  # which of a module's ranks are left
             (_check_number if key == "alpha_pattern" else _check_rank)(f"{key} value", value)
     for key in _SETS + _REGEX_FIELDS:
         _check_names(key, config.get(key))
@@ -176,6 +182,10 @@ def _check_config(config: Mapping[str, Any]) -> None:
 def _check_rank(what: str, value: object, lowest: int = 1) -> None:
     if type(value) is not int or not lowest <= value <= _MAX_RANK:
         raise MalformedError(f"{what} {shown(value)} is no whole number {lowest} to {_MAX_RANK}")
+
+
+def _are_masks(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, bool) for item in value)
 
 
 def _check_number(what: str, value: object) -> None:
@@ -254,7 +264,8 @@ def check_fits(adapter: Adapter, base: Checkpoint) -> None:
         found = True
         if not _same_shape(path, info, target, adapter):
             wrong.add(name)
-    if wrong or not found:
+    elsewhere = adapter.config["peft_type"] in _SHARED or adapter.config.get("target_parameters")
+    if wrong or not (found or elsewhere):
         reason = f"they do not fit: {listed(wrong)}" if wrong else "none names a module of it"
         raise BaseModelMismatch(
             f"the adapter's tensors are not for this base model: {reason}; "
@@ -299,8 +310,10 @@ def _target(path: str, infos: Mapping[str, TensorInfo]) -> TensorInfo | None:
 def _same_shape(path: str, info: TensorInfo, target: TensorInfo, adapter: Adapter) -> bool:
     """Whether a LoRA factor or a full copy goes with its target; other kinds are not looked at."""
     if _tail(path) == _tail(target.name):
-        return info.shape == target.shape
-    if len(target.shape) != 2 or len(info.shape) != 2:
+        resizable = _layer(path) < 0 and len(info.shape) == 2  # embeddings, for added tokens
+        return info.shape[resizable:] == target.shape[resizable:]
+    blocks = adapter.config.get("use_bdlora")
+    if len(target.shape) != 2 or len(info.shape) != 2 or blocks:
         return True
     out, into = target.shape[::-1] if adapter.config.get("fan_in_fan_out") else target.shape
     if path.endswith(".lora_A.weight"):

@@ -1,4 +1,4 @@
-"""Safetensors checkpoints: strict headers, shards and index, tensors read and written singly.
+"""Safetensors checkpoints: strict headers, shards and index, tensors read singly.
 
 Nothing here maps a file into memory: a mapped file that shrinks kills the process, and views of
 one mapping share what an in-place operation writes.
@@ -7,22 +7,18 @@ one mapping share what an in-place operation writes.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import math
 import os
 import stat
-from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from attrs import field, frozen
 
-from ._errors import MalformedError, MergeError, UnsafeFileError, listed, shown
-from ._models import Progress
+from ._errors import MalformedError, UnsafeFileError, listed, shown
 
 if TYPE_CHECKING:
     import torch
@@ -310,153 +306,3 @@ class ModelSource:
 
     files: Mapping[str, Path]
     tensors: TensorSource
-
-
-# Writing
-
-CHUNK = 8 << 20  # bytes held at once of what is copied
-PIECE = 64 << 20  # bytes between two calls of `progress`
-
-
-def write_checkpoint(
-    source: TensorSource,
-    layout: Checkpoint,
-    directory: Path,
-    progress: Progress,
-    changed: Collection[str],
-) -> Mapping[str, FileDigest]:
-    """Write `source` into `directory` as shards like those of `layout`; their digests by name.
-
-    File names, tensor order and metadata are the layout's. The `changed` tensors come from
-    `source`, of which two are in memory at a time; all other bytes are copied from the layout's
-    files. Every file is hashed on its way and pushed to the disk. Nothing may be in the way.
-
-    Raises:
-        MergeError: `source` has other tensors than `layout`, or gives one that is not as it said.
-    """
-    if odd := source.infos.keys() ^ layout.infos.keys():
-        raise MergeError(f"the merge and its base do not have the same tensors: {listed(odd)}")
-    total = sum(info.size for info in source.infos.values())
-    done, digests = 0, {}
-    for file, header in layout.shards.items():
-        infos = [source.infos[name] for name in header.tensors]
-        with (
-            opened(layout.directory / file) as fd,
-            _Output(directory / file) as output,
-            ThreadPoolExecutor(1) as behind,  # entered last: idle before the files are closed
-        ):
-            pending: deque[Future[None]] = deque()
-            for size, work in _pieces(fd, header, infos, source, changed):
-                progress("merging", done, total)
-                pending.append(behind.submit(work, output))
-                done += size
-                while len(pending) > 1:
-                    pending.popleft().result()
-            while pending:
-                pending.popleft().result()
-            digests[file] = output.finish()
-    if SINGLE not in layout.shards:
-        digests[INDEX] = _write_index(source, layout, directory)
-    progress("merging", total, total)
-    return digests
-
-
-def _pieces(
-    fd: int,
-    header: Header,
-    infos: list[TensorInfo],
-    source: TensorSource,
-    changed: Collection[str],
-) -> Iterator[tuple[int, Callable[[_Output], None]]]:
-    """One shard from front to back: how many bytes of tensors, and what puts them out."""
-    head = _header_bytes(fd, header, infos)
-    yield 0, lambda output: output.write(head)
-    start = end = header.data_start
-    for info, old in zip(infos, header.tensors.values(), strict=True):
-        if info.name not in changed:
-            end = old.end
-            continue
-        yield from _copies(fd, start, end)
-        data = _tensor_bytes(source.read(info.name), info)
-        yield info.size, lambda output, data=data: output.write(data)  # type: ignore[misc]
-        del data
-        start = end = old.end
-    yield from _copies(fd, start, end)
-
-
-def _copies(fd: int, start: int, end: int) -> Iterator[tuple[int, Callable[[_Output], None]]]:
-    while start < end:
-        size = min(PIECE, end - start)
-        yield size, lambda output, at=start, size=size: output.copy(fd, at, size)  # type: ignore[misc]
-        start += size
-
-
-def _header_bytes(fd: int, header: Header, infos: list[TensorInfo]) -> bytes | bytearray:
-    """The file's first bytes: the layout's own where every dtype and shape is the layout's."""
-    old = header.tensors
-    if all((i.dtype, i.shape) == (old[i.name].dtype, old[i.name].shape) for i in infos):
-        return read_at(fd, 0, header.data_start, "header")
-    document: dict[str, Any] = {"__metadata__": dict(header.metadata)} if header.metadata else {}
-    position = 0
-    for info in infos:
-        offsets = [position, position := position + info.size]
-        document[info.name] = {"dtype": info.dtype, "shape": info.shape, "data_offsets": offsets}
-    raw = json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode()
-    raw += b" " * (-len(raw) % 8)
-    return len(raw).to_bytes(8, "little") + raw
-
-
-def _tensor_bytes(tensor: torch.Tensor, info: TensorInfo) -> memoryview:
-    """The elements of `tensor`, which must be as `info` states, in row-major order."""
-    import torch
-
-    if (dtype_name(tensor.dtype), tuple(tensor.shape)) != (info.dtype, info.shape):
-        raise MergeError(
-            f"{shown(info.name)} was announced as {info.dtype} {info.shape} "
-            f"but came as {tensor.dtype} {tuple(tensor.shape)}"
-        )
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-class _Output:
-    """A new file, hashed while it is written."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("xb", buffering=0)
-        self._hash = hashlib.sha256()
-        self._size = 0
-        self._buffer = memoryview(bytearray(CHUNK))
-
-    def __enter__(self) -> _Output:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def write(self, data: bytes | bytearray | memoryview) -> None:
-        view = memoryview(data)
-        self._hash.update(view)
-        self._size += len(view)
-        while view:
-            view = view[self._file.write(view) :]
-
-    def copy(self, fd: int, start: int, size: int) -> None:
-        for at in range(start, start + size, CHUNK):
-            view = self._buffer[: min(CHUNK, start + size - at)]
-            read_into(view, fd, at, "the base model")
-            self.write(view)
-
-    def finish(self) -> FileDigest:
-        os.fsync(self._file.fileno())
-        return FileDigest(self._size, self._hash.hexdigest())
-
-
-def _write_index(source: TensorSource, layout: Checkpoint, directory: Path) -> FileDigest:
-    """The layout's index with the size that is true now."""
-    document = json_object(layout.directory / INDEX)
-    metadata = document.get("metadata")
-    document["metadata"] = metadata if isinstance(metadata, dict) else {}
-    document["metadata"]["total_size"] = sum(info.size for info in source.infos.values())
-    with _Output(directory / INDEX) as output:
-        output.write(json.dumps(document, indent=2, sort_keys=True).encode() + b"\n")
-        return output.finish()

@@ -22,6 +22,7 @@
     + UnmergedTensorsError
     + UnchangedTargetsError
     + NonFiniteError
+    + NotReproducible
   x JobError
     + JobFailed
     + JobLost
@@ -151,6 +152,10 @@ class UnchangedTargetsError(MergeError):
 
 class NonFiniteError(MergeError):
     """A merged tensor holds NaN or infinity."""
+
+
+class NotReproducible(MergeError):
+    """Merging again gives other bytes; the message names what differs in the recipes."""
 
 
 class JobError(CustomizedModelsError):

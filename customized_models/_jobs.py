@@ -216,7 +216,7 @@ def start_job(
     """
     from . import _database as db
 
-    payload = _pickled(registry)
+    payload = pickled(registry)
     for attempt in range(100):
         id = uuid.uuid4()
         try:
@@ -244,7 +244,12 @@ def start_job(
     return Job(registry, id)
 
 
-def _pickled(registry: ModelRegistry) -> bytes:
+def pickled(registry: ModelRegistry) -> bytes:
+    """The registry as another interpreter can load it.
+
+    Raises:
+        JobFailed: its storage does not pickle, or is defined in `__main__`.
+    """
     try:
         payload = pickle.dumps(registry)
     except Exception as error:

@@ -1,23 +1,35 @@
-"""`Merger`: a customized model becomes a complete one, in the background."""
+"""`Merger`: a customized model becomes a complete one, in the background, and can do so again."""
 
 from __future__ import annotations
 
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attrs import evolve
 
-from ._checkpoints import FileDigest, write_checkpoint
-from ._errors import UnsupportedQuantizationError, shown
+from ._checkpoints import FileDigest
+from ._child import ask
+from ._errors import (
+    BaseModelMismatch,
+    NotFoundError,
+    UnmergedTensorsError,
+    UnsupportedQuantizationError,
+    shown,
+)
 from ._jobs import Job, start_job
-from ._manifest import README, Manifest, hash_file, to_document, write_file
+from ._journal import Journal
+from ._manifest import README, Manifest, digest_of, hash_file, to_document, write_file
 from ._models import BaseModel, CompleteModel, CustomizedModel, Progress, complete_name
+from ._plan import MergePlan, plan_merge
+from ._proof import check_rebuilt, derive_again, prove
 from ._readme import render_complete
 from ._sources import MergedSource, merged_source
+from ._writer import write_checkpoint
 
 if TYPE_CHECKING:
     from ._database import Lease
@@ -42,7 +54,10 @@ class Merger:
         """Merge the adapter into its base and publish the result; returns at once.
 
         Every tensor the adapter changes has the bits that PEFT's `merge_and_unload` gives it;
-        every other one has the base's bytes.
+        every other one has the base's bytes. A sample of both is read back, and compared with
+        what PEFT itself makes of base and adapter, before anything is published. After a kill, the
+        next save of the same model takes over the shards that were complete; while the lease of
+        the killed one lasts (15 seconds, none if this process has seen it end) it starts afresh.
 
         Raises:
             UnsupportedQuantizationError: `quantization` was given. It belongs to deployment.
@@ -54,14 +69,87 @@ class Merger:
                 f"standard format for quantized complete models. Quantization belongs to "
                 f"deployment: Deployer(registry).deploy(complete, quantization=...)"
             )
-        customized = self._registry.get(CustomizedModel, customized.name)
+        return self._start(self._registry.get(CustomizedModel, customized.name), {})
+
+    def _start(
+        self, customized: CustomizedModel, arguments: Mapping[str, Any]
+    ) -> Job[CompleteModel]:
         return start_job(
             self._registry,
             "save",
             lambda id: complete_name(customized.name, id),
-            {"customized": customized.name},
+            {"customized": customized.name, **arguments},
             holds=(f"customized/{customized.name}", f"base/{customized.base}"),
         )
+
+    def plan(self, customized: CustomizedModel) -> MergePlan:
+        """What `save` would change, write and need; refused where `save` would be.
+
+        Only headers and the adapter are read. It takes the seconds that an interpreter needs to
+        import torch, transformers and PEFT: it runs in one of its own, because it sets globals
+        of theirs, and those here are yours.
+
+        Raises:
+            UnsupportedError, BaseModelMismatch, MergeError: `save` would end with the same error.
+            BaseModelMissingError: the base model's files are gone.
+            NotFoundError: the customized model has been deleted.
+        """
+        base = self._registry.get(BaseModel, customized.base)
+        with self._registry.checkout(customized), self._registry.checkout(base):
+            return ask(plan_merge, self._registry, customized.name)
+
+    def verify(self, complete: CompleteModel) -> None:
+        """Merge again, in an interpreter of its own, and compare every stored byte.
+
+        It returns when it is done, and takes as long as a save. `ModelRegistry.verify` compares
+        with the manifest alone and needs no parents.
+
+        Raises:
+            IntegrityError: the bytes are not those of the manifest, or not what base and adapter
+                give; the message names tensors and files.
+            NotReproducible: they are not, but versions, threads or processor differ as well.
+            NotFoundError: the complete model or one of its parents has been deleted.
+            BaseModelMissingError, BaseModelMismatch: the base model's files are gone or changed.
+        """
+        with self._parents(complete), self._registry.checkout(complete):
+            ask(derive_again, self._registry, complete)
+
+    def rebuild(self, complete: CompleteModel) -> Job[CompleteModel]:
+        """Save again what `complete` was, deleted or not: the same digest under a new name.
+
+        The job ends with `NotReproducible` if other bytes come out; nothing is published then.
+
+        Raises:
+            NotFoundError: the customized model or the base model has been deleted.
+            BaseModelMissingError, BaseModelMismatch: the base model's files are gone or changed.
+        """
+        with self._parents(complete) as customized:
+            expected = {"digest": complete.digest, "recipe": dict(complete.recipe)}
+            return self._start(customized, {"expected": expected})
+
+    @contextmanager
+    def _parents(self, complete: CompleteModel) -> Iterator[CustomizedModel]:
+        """The customized model it was made of, kept with its base while the block lasts."""
+        try:
+            base = self._registry.get(BaseModel, complete.base)
+            customized = self._registry.get(CustomizedModel, complete.customized)
+        except NotFoundError as error:
+            raise NotFoundError(
+                f"{complete.name} cannot be merged again: {error}. Once that has been added again "
+                f"under its name, with the same bytes, it can"
+            ) from error
+        if customized.digest != complete.customized_digest:
+            raise NotFoundError(
+                f"{complete.name} was made of {complete.customized_digest}, but {customized.name} "
+                f"is {customized.digest} now"
+            )
+        if base.digest != complete.base_digest:
+            raise BaseModelMismatch(
+                f"{complete.name} was made on {complete.base_digest}, but base model {base.name} "
+                f"is {base.digest} now"
+            )
+        with self._registry.checkout(customized), self._registry.checkout(base):
+            yield customized
 
 
 def run_save(
@@ -77,10 +165,17 @@ def run_save(
         registry._storage.staging(f"save-{id}") as staging,
         merged_source(registry, customized) as merged,
     ):
-        content = _write(merged, staging, progress)
         base = registry.get(BaseModel, customized.base)
         parents = {"base": base.digest, "customized": customized.digest}
+        journal = Journal(staging, digest_of([parents, merged.merge.recipe]))
+        for lost in registry._claim_lost_saves(customized.name):
+            with registry._storage.staging(f"save-{lost}") as abandoned:
+                journal.take_over(abandoned, merged.layout.shards, progress)
+        content = _write(merged, staging, progress, journal)
+        prove(merged, staging, id, progress)
         manifest = Manifest("complete", content, parents, merged.merge.recipe, {})
+        if expected := arguments.get("expected"):
+            manifest = check_rebuilt(expected, manifest)
         complete = CompleteModel(
             name=complete_name(customized.name, uuid.UUID(id)),
             customized=customized.name,
@@ -91,7 +186,7 @@ def run_save(
             digest=manifest.digest,
             customized_digest=customized.digest,
             base_digest=base.digest,
-            recipe=merged.merge.recipe,
+            recipe=manifest.recipe,
             card=customized.card,
         )
         evolve(manifest, record=to_document(complete)).write(staging)
@@ -99,12 +194,19 @@ def run_save(
         registry._publish_complete(complete, staging, lease)
 
 
-def _write(merged: MergedSource, staging: Path, progress: Progress) -> dict[str, FileDigest]:
+def _write(
+    merged: MergedSource, staging: Path, progress: Progress, journal: Journal
+) -> dict[str, FileDigest]:
     """Weights and small files into `staging`; their digests."""
-    content = dict(
-        write_checkpoint(merged.merge, merged.layout, staging, progress, merged.merge.changed)
-    )
-    merged.merge.finish()
+    merge, layout = merged.merge, merged.layout
+    taken_over = {name for file in journal.shards for name in layout.shards[file].tensors}
+    content = dict(write_checkpoint(merge, layout, staging, progress, merge.changed, journal))
+    try:
+        merge.finish()
+    except UnmergedTensorsError as error:
+        if not taken_over.issuperset(error.names):
+            raise
+    journal.end()
     for name, path in merged.source.files.items():
         shutil.copyfile(path, staging / name)
         content[name] = hash_file(staging / name)

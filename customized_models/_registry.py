@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import uuid
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ from ._errors import (
     listed,
     shown,
 )
-from ._jobs import Job, end_job
+from ._jobs import RUNNING, Job, end_job
 from ._listing import Listing
 from ._manifest import README, Manifest, hash_file, to_document, write_file
 from ._models import (
@@ -594,6 +595,27 @@ class ModelRegistry:
             records.insert(connection, complete)
             self._publish(staging, storage_key(complete))
             end_job(self, connection, lease, complete.name, "succeeded")
+
+    def _claim_lost_saves(self, customized: str) -> list[str]:
+        """The ids of saves of that customized model whose workers have gone without a word.
+
+        Each is given out once, and cannot publish any more: what it left is the claimant's.
+        """
+        from sqlalchemy import select
+
+        from . import _database as db
+
+        under_way = select(db.jobs).where(db.jobs.c.kind == "save", db.jobs.c.state.in_(RUNNING))
+        with self._database.write() as connection:
+            lost = [
+                row
+                for row in connection.execute(under_way).mappings().all()
+                if json.loads(row["arguments"])["customized"] == customized
+                and not db.lease_holds(connection, row["id"])
+            ]
+            for row in lost:
+                db.change(connection, db.jobs, row["name"], state="lost")
+        return [row["id"] for row in lost]
 
     def _record_live(self, live: LiveModel, artifact: str | None, lease: Lease) -> None:
         """Record a deployment's result and end its job, in one transaction."""

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
 
 from ._adapters import Adapter
 from ._bases import small_files
-from ._checkpoints import Checkpoint, ModelSource
+from ._checkpoints import Checkpoint, ModelSource, json_object
 from ._models import BaseModel, CompleteModel, CustomizedModel
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ class MergedSource:
 
     source: ModelSource
     layout: Checkpoint
+    adapter: Adapter
     merge: Merge
 
 
@@ -61,9 +64,24 @@ def merged_source(registry: ModelRegistry, customized: CustomizedModel) -> Itera
     base = registry.get(BaseModel, customized.base)
     with registry._opened(base) as base_directory, registry._opened(customized) as directory:
         layout = Checkpoint.open(base_directory)
-        merge = open_merge(layout, Adapter.open(directory))
+        adapter = Adapter.open(directory)
+        merge = open_merge(layout, adapter)
         files = combined_files(base_directory, directory)
-        yield MergedSource(ModelSource(files, merge), layout, merge)
+        with _configured(files, merge.config) as configured:
+            yield MergedSource(ModelSource(configured, merge), layout, adapter, merge)
+
+
+@contextmanager
+def _configured(files: dict[str, Path], changes: Mapping[str, Any]) -> Iterator[dict[str, Path]]:
+    """`files` with a `config.json` that has these values in place of its own."""
+    if not changes:
+        yield files
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        changed = Path(directory, "config.json")
+        document = json_object(files["config.json"]) | changes
+        changed.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n")
+        yield files | {"config.json": changed}
 
 
 @contextmanager

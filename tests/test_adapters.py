@@ -372,9 +372,9 @@ def test_a_layer_beyond_the_last_is_named(untrusted: Path, trained: Path) -> Non
         check_fits(Adapter.open(untrusted), Checkpoint.open(trained.parent / "base"))
 
 
-def test_a_saved_head_of_another_vocabulary_does_not_fit(untrusted: Path, trained: Path) -> None:
+def test_a_saved_head_of_another_width_does_not_fit(untrusted: Path, trained: Path) -> None:
     tensors = load_file(untrusted / WEIGHTS)
-    tensors["base_model.model.lm_head.weight"] = torch.zeros(321, 64)
+    tensors["base_model.model.lm_head.weight"] = torch.zeros(320, 65)
     save_weights(untrusted, tensors)
     with pytest.raises(BaseModelMismatch, match="lm_head"):
         check_fits(Adapter.open(untrusted), Checkpoint.open(trained.parent / "base"))

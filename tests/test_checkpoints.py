@@ -17,9 +17,10 @@ from customized_models._checkpoints import (
     Checkpoint,
     TensorInfo,
     read_header,
-    write_checkpoint,
 )
 from customized_models._errors import JobCancelled, MalformedError, MergeError, UnsafeFileError
+from customized_models._journal import JOURNAL, Journal
+from customized_models._writer import write_checkpoint
 from customized_models.testing import tiny_llama
 
 CHANGED = "model.layers.0.mlp.up_proj.weight"
@@ -163,6 +164,50 @@ def test_nothing_in_the_way_is_overwritten(base: Checkpoint, tmp_path: Path) -> 
     with pytest.raises(FileExistsError):
         write_checkpoint(base, base, tmp_path, no_progress, ())
     assert (tmp_path / name).read_text() == "mine"
+
+
+def test_shards_that_a_killed_writer_completed_are_taken_over_and_not_read_again(
+    base: Checkpoint, tmp_path: Path
+) -> None:
+    names = [CHANGED, EMBEDDING]
+    killed, again, whole = (tmp_path / name for name in ("killed", "again", "whole"))
+    for directory in (killed, again, whole):
+        directory.mkdir()
+    uninterrupted = write_checkpoint(Doubled(base, set(names)), base, whole, no_progress, names)
+
+    def kill(phase: str, done: int, total: int) -> None:
+        if done > total / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_checkpoint(base, base, killed, kill, (), Journal(killed, "other key"))
+    journal = Journal(again, "key")
+    journal.take_over(killed, base.shards, no_progress)
+    assert journal.shards == {}
+
+    (killed / JOURNAL).unlink()
+    for path in killed.iterdir():
+        path.unlink()
+    source = Doubled(base, set(names))
+    with pytest.raises(KeyboardInterrupt):
+        write_checkpoint(source, base, killed, kill, names, Journal(killed, "key"))
+    complete = (killed / JOURNAL).read_text().count("digest")
+    damaged, *sound = sorted(base.shards)[:complete]
+    with (killed / damaged).open("ab") as file:
+        file.write(b"more")
+    with (killed / JOURNAL).open("ab") as file:
+        file.write(b'{"file":"')  # what a kill leaves of a line
+    inodes = {name: (killed / name).stat().st_ino for name in sound}
+    journal.take_over(killed, base.shards, no_progress)
+    assert sorted(journal.shards) == sound
+
+    digests = write_checkpoint(source, base, again, no_progress, names, journal)
+    journal.end()
+    assert digests == uninterrupted
+    assert {name: (again / name).stat().st_ino for name in sound} == inodes
+    assert {p.name: p.read_bytes() for p in again.iterdir()} == {
+        p.name: p.read_bytes() for p in whole.iterdir()
+    }
 
 
 # Reading

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.metadata
+import json
 import os
 import signal
 import sqlite3
@@ -126,6 +127,25 @@ def test_the_adapters_own_tokenizer_and_template_win(
 
     with registry.checkout(complete) as directory:
         assert AutoTokenizer.from_pretrained(directory).chat_template == "{{ messages }}"
+
+
+def test_a_tied_model_whose_head_was_trained_is_saved_untied(tmp_path: Path) -> None:
+    base = tiny_llama(tmp_path / "tied", tied=True, dtype="float32")
+    adapter = tiny_lora(tmp_path / "adapter", base, target_modules=["lm_head", "q_proj"])
+    registry = ModelRegistry(tmp_path / "models")
+    registry.add_base_model("tied", base)
+    customized = registry.register(adapter, train_name="head")
+    complete = Merger(registry).save(customized).result(progress=False)
+
+    tokens = torch.arange(8)[None]
+    trained = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+    with registry.checkout(complete) as directory:
+        merged = AutoModelForCausalLM.from_pretrained(directory)
+    registry.verify(complete)
+
+    assert merged.config.tie_word_embeddings is False
+    with torch.no_grad():
+        torch.testing.assert_close(merged(tokens).logits, trained(tokens).logits)
 
 
 def test_quantization_is_refused_with_the_reason(
@@ -323,6 +343,37 @@ def test_a_killed_worker_is_a_lost_job_and_frees_what_it_held(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the worker through /proc")
+def test_a_save_after_a_kill_takes_over_the_shards_that_were_complete(
+    slow: tuple[ModelRegistry, CustomizedModel],
+) -> None:
+    registry, customized = slow
+    job = Merger(registry).save(customized)
+    staging = registry.root / ".staging" / f"save-{job.id}"
+    journal = staging / "shards.jsonl"
+    for _ in range(600):
+        if journal.is_file() and journal.read_bytes().count(b"digest") >= 3:
+            break
+        time.sleep(0.05)
+    os.kill(worker_of(job.id), signal.SIGKILL)
+    with pytest.raises(JobLost):
+        job.result(progress=False)
+    entries = [json.loads(line) for line in journal.read_bytes().splitlines()[1:]]
+    inodes = {entry["file"]: (staging / entry["file"]).stat().st_ino for entry in entries}
+    assert 3 <= len(inodes) < 100
+
+    complete = Merger(registry).save(customized).result(progress=False)
+
+    directory = registry.local_path(complete)
+    assert {file: (directory / file).stat().st_ino for file in inodes} == inodes
+    assert not (directory / journal.name).exists()
+    assert list((registry.root / ".staging").iterdir()) == []
+    registry.verify(complete)
+    assert [lost.id for lost in registry.jobs("lost")] == [job.id]
+    uninterrupted = Merger(registry).save(customized).result(progress=False)
+    assert uninterrupted.digest == complete.digest
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the worker through /proc")
 def test_another_process_sees_a_killed_worker_within_the_lease(
     slow: tuple[ModelRegistry, CustomizedModel],
 ) -> None:
@@ -360,7 +411,7 @@ def stop_outside_a_transaction(worker: int, registry: ModelRegistry) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the worker through /proc")
-def test_a_worker_stopped_beyond_its_lease_publishes_nothing(
+def test_a_worker_stopped_beyond_its_lease_publishes_nothing_and_disturbs_nobody(
     slow: tuple[ModelRegistry, CustomizedModel],
 ) -> None:
     registry, customized = slow
@@ -371,15 +422,20 @@ def test_a_worker_stopped_beyond_its_lease_publishes_nothing(
     try:
         with pytest.raises(JobLost):
             job.result(timeout=60, progress=False)
-        registry.delete(customized)  # nobody holds it any more
+        successor = Merger(registry).save(customized)  # takes over what is there
     finally:
         os.kill(worker, signal.SIGCONT)
+    complete = successor.result(progress=False)
     for _ in range(600):
-        if not Path(f"/proc/{worker}").exists() or job.state == "lost":
+        if job.state == "lost" and not Path(f"/proc/{worker}").exists():  # asking reaps it
             break
         time.sleep(0.1)
+    else:
+        raise AssertionError("the worker goes on without its lease")
 
-    assert list(registry.complete_models()) == []
+    assert list(registry.complete_models()) == [complete]
+    registry.verify(complete)
+    assert list((registry.root / ".staging").iterdir()) == []
 
 
 def test_a_storage_of_one_process_cannot_run_jobs(

@@ -13,7 +13,7 @@ import torch
 from attrs import frozen
 from peft.tuners.lora import Linear
 
-from ._injection import Target
+from ._target import Target
 
 _BLOCK = 1 << 20  # elements: four megabytes in float32, so that a block stays in the cache
 _MIN_ROWS = 64  # products of fewer rows take another path in the math library, with other bits
@@ -87,7 +87,7 @@ def _one_thread() -> Iterator[None]:
 
 def _factors_of(target: Target) -> _Factors | None:
     """Those of a layer for which PEFT computes exactly this, else None."""
-    layer = target.wrapper
+    layer = target.module
     if type(layer) is not Linear or len(layer.active_adapters) != 1 or layer.disable_adapters:
         return None
     (name,) = layer.active_adapters

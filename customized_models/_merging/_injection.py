@@ -1,4 +1,4 @@
-"""PEFT's own layers in a skeleton, and one of them merged at a time.
+"""PEFT's own layers in a skeleton, holding exactly what the adapter's file holds.
 
 This module is only imported when a merge is planned.
 """
@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from attrs import field, frozen
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
-from peft.tuners.lora import Linear
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.tuners.lora.layer import MultiheadAttention
+from peft.utils import AuxiliaryTrainingWrapper
 
-from .._adapters import PREFIX, Adapter
-from .._checkpoints import Checkpoint, read_tensor
+from .._adapters import Adapter
+from .._checkpoints import read_tensor
 from .._errors import (
+    CustomizedModelsError,
     MalformedError,
     UnmergedTensorsError,
     UnsupportedAdapterError,
@@ -27,43 +27,70 @@ from .._errors import (
     listed,
     shown,
 )
-from ._skeleton import Skeleton
+from ._refusals import reads_values
+from ._skeleton import Skeleton, base_parameter
+from ._target import WRAPPERS, Target, base_of
+from ._values import Placeholders, has_memory, place_on_cpu, values_while_injecting
 from ._versions import installed
 
 _NAME = "default"
-_WRAPPERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 
 
 def inject(skeleton: Skeleton, adapter: Adapter) -> Injected:
     """Have PEFT put the adapter's layers into the skeleton.
 
-    They are on the meta device as well: without memory, whatever rank the configuration states.
+    Those of a plain LoRA are on the meta device as well: without memory, whatever rank the
+    configuration states. Others are on the CPU, because PEFT computes what they start from.
 
     Raises:
         UnsupportedAdapterError: PEFT cannot build it, or it targets layers of an unsupported kind.
     """
-    of_base = frozenset(id(parameter) for parameter in skeleton.model.parameters())
+    on_cpu = reads_values(adapter.config)
+    if on_cpu:
+        place_on_cpu(skeleton.model)
+    placeholders = Placeholders(skeleton.model)
     try:
         config = PeftConfig.from_pretrained(str(adapter.directory))
         config.inference_mode = True
-        with torch.random.fork_rng(devices=[]), _quiet():
+        values = values_while_injecting(skeleton, placeholders, config) if on_cpu else nullcontext()
+        with torch.random.fork_rng(devices=[]), _quiet(), values:
             model = PeftModel(skeleton.model, config, _NAME)
+    except CustomizedModelsError:
+        raise
     except Exception as error:  # PEFT raises of all kinds at a configuration it does not like
         raise UnsupportedAdapterError(
             f"PEFT cannot build the adapter's layers: {shown(error, 500)}"
         ) from error
-    return Injected(model, [Target(*found) for found in _wrapped(skeleton.model)], of_base)
+    return Injected(skeleton, adapter, model, placeholders)
 
 
 @frozen
 class Injected:
     """A skeleton with an adapter's layers in it."""
 
+    skeleton: Skeleton = field(repr=False)
+    adapter: Adapter = field(repr=False)
     model: PeftModel = field(repr=False)
-    targets: list[Target]
-    of_base: frozenset[int] = field(repr=False)
+    placeholders: Placeholders = field(repr=False)
 
-    def load(self, skeleton: Skeleton, base: Checkpoint, adapter: Adapter) -> None:
+    def targets(self) -> list[Target]:
+        """What the adapter changes, once it is loaded."""
+        kind, found = str(self.adapter.config["peft_type"]), []
+        for path, module in _wrapped(self.skeleton.model):
+            found.append(Target(path, kind, module, self._own(base_of(module), recurse=True)))
+        inside = tuple(f"{target.path}." for target in found)
+        for path, module in self.skeleton.model.named_modules():
+            own = {} if f"{path}.".startswith(inside) else self._own(module, recurse=False)
+            if own:
+                found.append(Target(path, kind, module, own))
+        return found
+
+    def _own(self, module: torch.nn.Module, *, recurse: bool) -> dict[str, torch.Tensor]:
+        """Parameters of the base that are no longer without a value."""
+        every = module.named_parameters(recurse=recurse)
+        return {name: p.data for name, p in every if p not in self.placeholders}
+
+    def load(self) -> None:
         """Have PEFT load the adapter's weights, if they are exactly what its layers call for.
 
         Raises:
@@ -73,24 +100,56 @@ class Injected:
         expected = get_peft_model_state_dict(
             self.model, adapter_name=_NAME, save_embedding_layers=False
         )
-        _check_tensors(skeleton, base, adapter, expected)
-        self._give_memory()
+        expected |= self._resized(expected)
+        self._refuse_overwriting(expected)
+        _check_tensors(self.skeleton, self.adapter, expected)
+        self._give_memory(expected)
         with _quiet():
             loaded = self.model.load_adapter(
-                str(adapter.directory),
+                str(self.adapter.directory),
                 _NAME,
                 torch_device="cpu",
-                key_mapping=getattr(skeleton.model, "_checkpoint_conversion_mapping", {}),
+                key_mapping=getattr(self.skeleton.model, "_checkpoint_conversion_mapping", {}),
             )
-        if strayed := {*loaded.missing_keys, *loaded.unexpected_keys}:
+        missing = {*loaded.missing_keys} & expected.keys()
+        copies = self.adapter.tensors.keys() - expected.keys()
+        if strayed := {*missing, *loaded.unexpected_keys} - copies:
             raise UnmergedTensorsError(f"PEFT did not load {listed(strayed)}", strayed)
 
-    def _give_memory(self) -> None:
-        for module in self.model.modules():
+    def _resized(self, expected: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The base's embeddings that come along because they have another number of rows."""
+        if self.skeleton.vocabulary is None:
+            return {}
+        empty = self.model.named_parameters(remove_duplicate=False)
+        return {
+            name: parameter
+            for name, parameter in empty
+            if parameter in self.placeholders
+            and name in self.adapter.tensors.keys() - expected.keys()
+            and base_parameter(name) in self.skeleton.embeddings
+        }
+
+    def _refuse_overwriting(self, expected: Mapping[str, torch.Tensor]) -> None:
+        """The base's own tensors may come with an adapter that trained biases or new tokens."""
+        bases = {name for name, p in self.model.named_parameters() if p in self.placeholders}
+        odd = {name for name in bases & expected.keys() if not name.endswith(".bias")}
+        if self.skeleton.vocabulary is not None:
+            odd = {name for name in odd if base_parameter(name) not in self.skeleton.embeddings}
+        if odd:
+            raise UnmergedTensorsError(f"the adapter addresses the base's own: {listed(odd)}", odd)
+
+    def _give_memory(self, expected: Mapping[str, torch.Tensor]) -> None:
+        given: dict[int, torch.nn.Parameter] = {}  # what was one parameter stays one
+        for path, module in self.model.named_modules():
             for name, parameter in module._parameters.items():
-                if parameter is not None and id(parameter) not in self.of_base:
-                    memory = torch.empty(parameter.shape, dtype=parameter.dtype)
-                    module._parameters[name] = torch.nn.Parameter(memory, requires_grad=False)
+                if parameter is None:
+                    continue
+                of_base = parameter in self.placeholders
+                if f"{path}.{name}" in expected if of_base else not has_memory(parameter):
+                    if of_base or id(parameter) not in given:
+                        memory = torch.empty(parameter.shape, dtype=parameter.dtype)
+                        given[id(parameter)] = torch.nn.Parameter(memory, requires_grad=False)
+                    module._parameters[name] = given[id(parameter)]
 
 
 @contextmanager
@@ -102,10 +161,10 @@ def _quiet() -> Iterator[None]:
 
 
 def _check_tensors(
-    skeleton: Skeleton, base: Checkpoint, adapter: Adapter, expected: Mapping[str, torch.Tensor]
+    skeleton: Skeleton, adapter: Adapter, expected: Mapping[str, torch.Tensor]
 ) -> None:
     extra = adapter.tensors.keys() - expected.keys()
-    if extra := {name for name in extra if not _is_copy(name, skeleton, base, adapter)}:
+    if extra := {name for name in extra if not _is_copy(name, skeleton, adapter)}:
         raise UnmergedTensorsError(
             f"the adapter holds tensors that its configuration does not call for, or that address "
             f"the base's own: {listed(extra)}",
@@ -125,13 +184,26 @@ def _check_tensors(
             )
 
 
-def _is_copy(name: str, skeleton: Skeleton, base: Checkpoint, adapter: Adapter) -> bool:
-    """Whether it is a base's tensor, bit for bit: PEFT saves that of a targeted `lm_head` along."""
-    of = skeleton.names.get(name.removeprefix(PREFIX).replace(".base_layer.", "."))
-    info = adapter.tensors[name]
-    if of is None or (info.dtype, info.shape) != (base.infos[of].dtype, base.infos[of].shape):
+def _is_copy(name: str, skeleton: Skeleton, adapter: Adapter) -> bool:
+    """Whether it is bit for bit a tensor of the base, or of the adapter under another name.
+
+    PEFT saves both along, for a targeted `lm_head` and for a saved one.
+    """
+    parameter, info = base_parameter(name), adapter.tensors[name]
+    twin = adapter.tensors.get(name.replace(".modules_to_save.", "."))
+    of = skeleton.base.infos.get(
+        skeleton.names.get(skeleton.tied.get(parameter, parameter), parameter)
+    )
+    if twin is not None and twin is not info:
+        directory, of = adapter.directory, twin
+    else:
+        directory = skeleton.base.directory
+    if of is None or (info.dtype, info.shape) != (of.dtype, of.shape):
         return False
-    copy, own = read_tensor(adapter.directory / info.file, info), base.read(of)
+    copy, own = (
+        read_tensor(adapter.directory / info.file, info),
+        read_tensor(directory / of.file, of),
+    )
     return torch.equal(copy.view(torch.uint8), own.view(torch.uint8))
 
 
@@ -141,91 +213,27 @@ def _wrapped(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
     for path, module in model.named_modules():
         if path.startswith(inside):
             continue
-        if isinstance(module, _WRAPPERS):
+        if isinstance(module, WRAPPERS):
             _check_kind(path, module)
             inside = (*inside, f"{path}.")
             yield path, module
 
 
 def _check_kind(path: str, module: Any) -> None:
-    if isinstance(module, ModulesToSaveWrapper):
-        used = ("original_module", "unload_and_optionally_merge_module")
-        nested = any(isinstance(inner, _WRAPPERS) for inner in module.modules() if inner != module)
-        if nested or module.state_dict().keys() != dict(module.named_parameters()).keys():
-            raise UnsupportedAdapterError(
-                f"{shown(path)} in modules_to_save holds adapted layers or buffers; this is not "
-                f"supported yet"
-            )
-    elif type(module) is Linear and type(module.get_base_layer()) is torch.nn.Linear:
-        used = ("merge", "merged_adapters")
-    else:
-        kind = type(module.get_base_layer()) if isinstance(module, BaseTunerLayer) else type(module)
+    base = base_of(module)
+    nested = any(isinstance(inner, WRAPPERS) for inner in base.modules())
+    if nested or isinstance(module, MultiheadAttention):
         raise UnsupportedAdapterError(
-            f"{shown(path)} is a {kind.__name__}; only adapters on Linear layers are supported yet"
+            f"{shown(path)} is a {type(module).__name__} of PEFT around a {type(base).__name__} "
+            f"that is adapted inside as well; this is not supported yet"
         )
+    auxiliary = isinstance(module, AuxiliaryTrainingWrapper)
+    if auxiliary and base.state_dict().keys() != dict(base.named_parameters()).keys():
+        raise UnsupportedAdapterError(
+            f"{shown(path)} in modules_to_save holds buffers; this is not supported yet"
+        )
+    used = ("unload_and_optionally_merge_module",) if auxiliary else ("merge", "merged_adapters")
     if missing := [name for name in used if not hasattr(module, name)]:
         raise UnsupportedVersionError(
             f"the {type(module).__name__} of PEFT {installed()['peft']} has no {missing[0]}"
         )
-
-
-@frozen
-class Target:
-    """A layer that PEFT wrapped. `path`: its name in the model."""
-
-    path: str
-    wrapper: Any = field(repr=False)
-
-    @property
-    def parameters(self) -> tuple[str, ...]:
-        """The base's parameters that a merge reads or replaces, below `path`."""
-        return tuple(name for name, _ in self._base.named_parameters())
-
-    @property
-    def changed(self) -> tuple[str, ...]:
-        """Those that come out changed."""
-        if isinstance(self.wrapper, ModulesToSaveWrapper):
-            return self.parameters
-        return ("weight",)  # a LoRA without biases
-
-    @property
-    def _base(self) -> torch.nn.Module:
-        saved = isinstance(self.wrapper, ModulesToSaveWrapper)
-        base: torch.nn.Module = (
-            self.wrapper.original_module if saved else self.wrapper.get_base_layer()
-        )
-        return base
-
-    def merge(self, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The merged parameters. `values`: the base's, all of them; they may be written to.
-
-        This is what PEFT's `merge_and_unload` does with one module.
-        """
-        with torch.no_grad(), _filled(self._base, values):
-            if hasattr(self.wrapper, "unload_and_optionally_merge_module"):
-                merged = self.wrapper.unload_and_optionally_merge_module(
-                    merge=True, safe_merge=False, adapter_names=None
-                )
-            else:
-                self.wrapper.merge(safe_merge=False, adapter_names=None)
-                merged = self.wrapper.get_base_layer()
-                self.wrapper.merged_adapters.clear()  # so that it can be merged again
-            return {name: parameter.data for name, parameter in merged.named_parameters()}
-
-
-@contextmanager
-def _filled(module: torch.nn.Module, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Give `module` values for as long as the block lasts."""
-    empty = dict(module.named_parameters())
-    try:
-        for name, value in values.items():
-            _set(module, name, torch.nn.Parameter(value, requires_grad=False))
-        yield
-    finally:
-        for name, parameter in empty.items():
-            _set(module, name, parameter)
-
-
-def _set(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter) -> None:
-    path, _, leaf = name.rpartition(".")
-    module.get_submodule(path)._parameters[leaf] = parameter

@@ -14,96 +14,109 @@ from attrs import evolve, frozen
 from .._adapters import Adapter, check_fits
 from .._checkpoints import Checkpoint, TensorInfo, dtype_name
 from .._errors import (
-    BaseModelMismatch,
     MergeError,
     NonFiniteError,
     UnchangedTargetsError,
     UnmergedTensorsError,
     UnsupportedAdapterError,
-    UnsupportedArchitectureError,
     listed,
     shown,
 )
 from ._fused import Merging
-from ._injection import Target, inject
+from ._injection import inject
 from ._skeleton import Skeleton, build_skeleton
+from ._target import Target, move_together
 from ._versions import installed
-
-_MERGEABLE = ("F16", "BF16", "F32")
 
 
 def plan(base: Checkpoint, adapter: Adapter) -> Merge:
     """See `open_merge`, which has refused by configuration what it can."""
     check_fits(adapter, base)
-    skeleton = build_skeleton(base)
-    shapes = {name: tuple(p.shape) for name, p in skeleton.model.named_parameters()}
-    dtype = next(skeleton.model.parameters()).dtype
+    skeleton = build_skeleton(base, adapter)
     injected = inject(skeleton, adapter)
-    modules = {}
-    for target in injected.targets:
-        names = _checkpoint_names(target, skeleton, base, shapes)
-        modules.update({names[name]: _Module(target, names) for name in target.changed})
-    injected.load(skeleton, base, adapter)
-    return Merge(base, modules, dtype)
+    injected.load()
+    targets = injected.targets()
+    modules: dict[str, _Module] = {}
+    for target in targets:
+        if not target.changed:
+            raise UnsupportedAdapterError(
+                f"the adapter trains a bias of {shown(target.path)}, which has none in the base"
+            )
+        modules.update(_named(target, skeleton))
+    untied = _untie(targets, skeleton, modules)
+    config: dict[str, Any] = {"tie_word_embeddings": False} if untied else {}
+    if skeleton.vocabulary is not None:
+        config["vocab_size"] = skeleton.vocabulary
+    return Merge(skeleton, modules, untied, config)
 
 
 @frozen
 class _Module:
-    """A layer to merge, and the checkpoint's name of each of its parameters."""
+    """A layer to merge, and for each of its parameters the checkpoint's tensor before and after."""
 
     target: Target
+    sources: Mapping[str, str]
     names: Mapping[str, str]
 
 
-def _checkpoint_names(
-    target: Target, skeleton: Skeleton, base: Checkpoint, shapes: Mapping[str, tuple[int, ...]]
+def _named(target: Target, skeleton: Skeleton) -> dict[str, _Module]:
+    """The layer under the name of each tensor that it changes."""
+    paths = {name: f"{target.path}.{name}" for name in target.parameters}
+    sources = {name: skeleton.tensor(path).name for name, path in paths.items()}
+    names = {n: path if path in skeleton.tied else sources[n] for n, path in paths.items()}
+    module = _Module(target, sources, names)
+    return {names[name]: module for name in target.changed}
+
+
+def _untie(
+    targets: list[Target], skeleton: Skeleton, modules: dict[str, _Module]
 ) -> dict[str, str]:
-    names = {}
-    for name in target.parameters:
-        parameter = f"{target.path}.{name}"
-        if parameter in skeleton.tied:
-            raise UnsupportedAdapterError(
-                f"the adapter changes {shown(parameter)}, which the base model ties to another "
-                f"tensor: PEFT would change both, which is not what was trained"
-            )
-        if parameter in skeleton.converted:
-            raise UnsupportedArchitectureError(
-                f"transformers converts {shown(parameter)} while it loads the base; merging into "
-                f"converted tensors is not supported yet"
-            )
-        if parameter not in skeleton.names:
-            raise BaseModelMismatch(f"the base model's files lack {shown(parameter)}")
-        info = base.infos[skeleton.names[parameter]]
-        if info.shape != shapes[parameter]:
-            raise BaseModelMismatch(
-                f"{shown(info.name)} has the shape {info.shape} in the base's files and "
-                f"{shapes[parameter]} by its config.json"
-            )
-        if info.dtype not in _MERGEABLE:
-            raise UnsupportedAdapterError(
-                f"{shown(info.name)} is quantized to {info.dtype}; use the model it was made from"
-            )
-        names[name] = info.name
-    return names
+    """Which of the base's tensors each new one starts from, if head and embedding part ways.
+
+    PEFT would change both, or neither, where the adapter was trained with one of them changed.
+    """
+    by_path = {f"{target.path}.weight": target for target in targets}
+    for head, embedding in skeleton.tied.items():
+        ends = [by_path[name] for name in (head, embedding) if name in by_path]
+        if not ends:
+            continue
+        if not move_together(ends):
+            return {head: skeleton.tensor(embedding).name}
+        if embedding not in by_path:
+            raise UnsupportedAdapterError(f"the adapter has {shown(head)} but not {embedding}")
+        modules.pop(head, None)
+    return {}
 
 
 class Merge:
     """An adapter merged into its base, seen as a checkpoint; a `TensorSource`.
 
     `infos`: every tensor; where one is not as in the base's file, its offsets mean nothing.
-    `changed`: the names that the adapter changes. `recipe`: what the merged bits depend on.
+    `changed`: the names that the adapter changes, or that the base does not have. `recipe`: what
+    the merged bits depend on. `config`: what must stand in `config.json` in place of the base's
+    values, because the adapter unties the output layer or has another vocabulary.
     """
 
-    def __init__(self, base: Checkpoint, modules: Mapping[str, _Module], dtype: torch.dtype):
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        modules: Mapping[str, _Module],
+        untied: Mapping[str, str],
+        config: Mapping[str, Any],
+    ) -> None:
+        base, dtype = skeleton.base, skeleton.dtype
+        self.config = config
+        self._untied = untied
         self._base = base
         self._modules = modules
         self._dtype = dtype
         self._merging = Merging()
-        self._unread = set(modules)
-        self.changed = frozenset(modules)
+        self.changed = frozenset(modules.keys() | untied.keys())
+        self._unread = set(self.changed)
         self.infos: Mapping[str, TensorInfo] = {
             **base.infos,
-            **{name: evolve(base.infos[name], dtype=dtype_name(dtype)) for name in modules},
+            **{name: evolve(base.infos[of], name=name) for name, of in untied.items()},
+            **{name: _merged_info(name, module, skeleton) for name, module in modules.items()},
         }
         self.recipe: Mapping[str, Any] = {
             "arithmetic": "peft merge_and_unload, each module by itself",
@@ -120,13 +133,18 @@ class Merge:
             UnchangedTargetsError: the merged tensor is the base's.
         """
         if name not in self._modules:
-            return self._base.read(name)
+            self._unread.discard(name)
+            return self._base.read(self._untied.get(name, name))
         module = self._modules[name]
-        values = {parameter: self._before(of) for parameter, of in module.names.items()}
-        heads = {parameter: _head(value).clone() for parameter, value in values.items()}
+        values, heads = {}, {}
+        for parameter, of in module.sources.items():
+            own = module.target.own.get(parameter)
+            before = self._before(of)
+            heads[parameter] = _head(before).clone()
+            values[parameter] = before if own is None else own.clone()
         merged = self._merging.merge(module.target, values)
-        for parameter, of in module.names.items():
-            self._check(of, merged[parameter], heads[parameter])
+        for parameter in module.names:
+            self._check(module, parameter, merged[parameter], heads[parameter])
         self._unread.discard(name)
         return next(merged[p] for p, of in module.names.items() if of == name)
 
@@ -134,14 +152,19 @@ class Merge:
         """A fresh copy of the base's tensor, as transformers would load it."""
         return self._base.read(name).to(self._dtype)
 
-    def _check(self, name: str, merged: torch.Tensor, head: torch.Tensor) -> None:
+    def _check(
+        self, module: _Module, parameter: str, merged: torch.Tensor, head: torch.Tensor
+    ) -> None:
+        name, changed = module.names[parameter], module.target.changed
         extremes = torch.stack(torch.aminmax(merged))  # NaN if there is any
         if not torch.isfinite(extremes).all():
             raise NonFiniteError(f"merging gives NaN or infinity in {shown(name)}")
-        same = torch.equal(_head(merged), head) and torch.equal(merged, self._before(name))
-        if same and name in self.changed:
+        beside = parameter.endswith("bias") and len(changed) > 1  # its gradient may have been 0
+        same = torch.equal(_head(merged), head)
+        same = same and torch.equal(merged, self._before(module.sources[parameter]))
+        if same and parameter in changed and not beside:
             raise UnchangedTargetsError(f"the adapter leaves {shown(name)} as it is in the base")
-        if not same and name not in self.changed:
+        if not same and parameter not in changed:
             raise MergeError(f"merging changed {shown(name)}, which the adapter does not target")
 
     def finish(self) -> None:
@@ -152,6 +175,13 @@ class Merge:
         """
         if self._unread:
             raise UnmergedTensorsError(f"never merged: {listed(self._unread)}", self._unread)
+
+
+def _merged_info(name: str, module: _Module, skeleton: Skeleton) -> TensorInfo:
+    parameter = next(p for p, of in module.names.items() if of == name)
+    shape = skeleton.shapes[f"{module.target.path}.{parameter}"]
+    of = skeleton.base.infos[module.sources[parameter]]
+    return evolve(of, name=name, shape=shape, dtype=dtype_name(skeleton.dtype))
 
 
 def _head(tensor: torch.Tensor) -> torch.Tensor:

@@ -12,28 +12,90 @@ import torch
 from attrs import field, frozen
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from .._checkpoints import INDEX, Checkpoint, json_object
-from .._errors import CustomizedModelsError, UnsupportedArchitectureError, shown
+from .._adapters import PREFIX, Adapter
+from .._checkpoints import INDEX, Checkpoint, TensorInfo, json_object
+from .._errors import (
+    BaseModelMismatch,
+    CustomizedModelsError,
+    MalformedError,
+    UnsupportedAdapterError,
+    UnsupportedArchitectureError,
+    shown,
+)
 from ._versions import private
+
+_MERGEABLE = ("F16", "BF16", "F32")
 
 
 @frozen
 class Skeleton:
     """A model without values and where its parameters come from.
 
-    `names`: the checkpoint's name of each parameter that is one tensor of it, unconverted.
-    `converted`: parameters that transformers computes from tensors of other shapes. `tied`:
-    parameters that share their weights with another one.
+    `dtype`: that of all parameters. `shapes`: theirs, by name. `names`: the checkpoint's name of
+    each parameter that is one tensor of it, unconverted. `converted`: parameters that transformers
+    computes from tensors of other shapes. `tied`: the output layer's weight, and the embedding's
+    that it is; other parameters that share their weights are in `shared`. `vocabulary`: the number
+    of rows that both have, if the adapter came with a resized vocabulary.
     """
 
     model: PreTrainedModel = field(repr=False)
+    base: Checkpoint = field(repr=False)
+    dtype: torch.dtype
+    shapes: Mapping[str, tuple[int, ...]] = field(repr=False)
     names: Mapping[str, str] = field(repr=False)
     converted: frozenset[str] = field(repr=False)
-    tied: frozenset[str]
+    tied: Mapping[str, str]
+    shared: frozenset[str] = field(repr=False)
+    embeddings: frozenset[str] = field(repr=False)
+    vocabulary: int | None = None
+
+    def tensor(self, parameter: str) -> TensorInfo:
+        """The checkpoint's tensor that `parameter` is loaded from.
+
+        Raises:
+            UnsupportedAdapterError: it is one of several that are tied, or quantized.
+            UnsupportedArchitectureError: transformers computes it from several tensors.
+            BaseModelMismatch: the base's files lack it, or have another shape.
+        """
+        parameter = self.tied.get(parameter, parameter)
+        if parameter in self.shared:
+            raise UnsupportedAdapterError(
+                f"the adapter changes {shown(parameter)}, which the base model ties to another "
+                f"tensor: PEFT would change both, which is not what was trained"
+            )
+        if parameter in self.converted:
+            raise UnsupportedArchitectureError(
+                f"transformers converts {shown(parameter)} while it loads the base; merging into "
+                f"converted tensors is not supported yet"
+            )
+        if parameter not in self.names:
+            raise BaseModelMismatch(f"the base model's files lack {shown(parameter)}")
+        info = self.base.infos[self.names[parameter]]
+        resized = self.vocabulary is not None and parameter in self.embeddings
+        if info.shape != self.shapes[parameter] and not resized:
+            raise BaseModelMismatch(
+                f"{shown(info.name)} has the shape {info.shape} in the base's files and "
+                f"{self.shapes[parameter]} by its config.json"
+            )
+        if info.dtype not in _MERGEABLE:
+            raise UnsupportedAdapterError(
+                f"{shown(info.name)} is quantized to {info.dtype}; use the model it was made from"
+            )
+        return info
+
+    def read(self, parameter: str) -> torch.Tensor:
+        """A fresh copy of the parameter's values, as transformers would load them.
+
+        Raises:
+            UnsupportedAdapterError, UnsupportedArchitectureError, BaseModelMismatch: as `tensor`.
+        """
+        return self.base.read(self.tensor(parameter).name).to(self.dtype)
 
 
-def build_skeleton(base: Checkpoint) -> Skeleton:
+def build_skeleton(base: Checkpoint, adapter: Adapter) -> Skeleton:
     """The model class, dtype and names that `from_pretrained(base, dtype="auto")` comes to.
+
+    If `adapter` comes with embeddings of another number of rows, the model has those.
 
     Raises:
         UnsupportedArchitectureError: transformers has no such causal language model, or keeps
@@ -44,10 +106,11 @@ def build_skeleton(base: Checkpoint) -> Skeleton:
             base.directory, local_files_only=True, trust_remote_code=False
         )
         dtype = _dtype(config, base)
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                config, dtype=dtype, attn_implementation="eager", trust_remote_code=False
-            )
+        model = _empty_model(config, dtype)
+        vocabulary = _resized(adapter, model)
+        if vocabulary is not None:
+            config.vocab_size = vocabulary
+            model = _empty_model(config, dtype)
     except CustomizedModelsError:
         raise
     except Exception as error:  # its classes raise of all kinds at a config that they do not like
@@ -61,8 +124,69 @@ def build_skeleton(base: Checkpoint) -> Skeleton:
             f"merging into one is not supported yet"
         )
     names, converted = _names(model, base)
-    ties = model.all_tied_weights_keys or {}
-    return Skeleton(model.eval(), names, converted, frozenset(ties) | frozenset(ties.values()))
+    tied, shared = _ties(model, names)
+    return Skeleton(
+        model=model.eval(),  # type: ignore[no-untyped-call]
+        base=base,
+        dtype=dtype,
+        shapes={name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)},
+        names=names,
+        converted=converted,
+        tied=tied,
+        shared=shared,
+        embeddings=frozenset(_embeddings(model)),
+        vocabulary=vocabulary,
+    )
+
+
+def _empty_model(config: Any, dtype: torch.dtype) -> PreTrainedModel:
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(  # type: ignore[no-any-return,no-untyped-call]
+            config, dtype=dtype, attn_implementation="eager", trust_remote_code=False
+        )
+
+
+def _embeddings(model: PreTrainedModel) -> list[str]:
+    """Names of the weights of the output layer and the embedding, in this order."""
+    ends: list[Any] = [
+        model.get_output_embeddings(),  # type: ignore[no-untyped-call]
+        model.get_input_embeddings(),
+    ]
+    paths = {id(module): path for path, module in model.named_modules()}
+    return [f"{paths[id(module)]}.weight" for module in ends if id(module) in paths]
+
+
+def _ties(
+    model: PreTrainedModel, names: Mapping[str, str]
+) -> tuple[dict[str, str], frozenset[str]]:
+    """The output layer tied to the embedding, and all that is tied in another way."""
+    ties = dict(model.all_tied_weights_keys or {})
+    ends = _embeddings(model)
+    plain = len(ends) == 2 and ties == dict([ends]) and ends[0] not in names
+    if plain and getattr(model.config, "tie_word_embeddings", False):
+        return ties, frozenset()
+    return {}, frozenset(ties) | frozenset(ties.values())
+
+
+def _resized(adapter: Adapter, model: PreTrainedModel) -> int | None:
+    """How many rows the adapter's own embeddings have, if not as many as the model's."""
+    rows = set()
+    for parameter in _embeddings(model):
+        count, size = model.get_parameter(parameter).shape
+        for name, info in adapter.tensors.items():
+            if base_parameter(name) == parameter and info.shape[1:] == (size,):
+                rows |= {info.shape[0]} - {count}
+    if len(rows) > 1:
+        raise MalformedError(f"the adapter's embeddings have {sorted(rows)} rows")
+    return next(iter(rows), None)
+
+
+def base_parameter(name: str) -> str:
+    """The base's parameter that a tensor of an adapter is, if it is one."""
+    path = name.removeprefix(PREFIX)
+    for inside in (".base_layer.", ".token_adapter.", ".original_module."):
+        path = path.replace(inside, ".")
+    return path.replace(".base_layer.", ".")
 
 
 def _dtype(config: Any, base: Checkpoint) -> torch.dtype:

@@ -52,8 +52,9 @@ def merge_with_peft(directory: Path) -> None:
 
 def merge_with_ours(directory: Path) -> None:
     from customized_models._adapters import Adapter
-    from customized_models._checkpoints import Checkpoint, write_checkpoint
+    from customized_models._checkpoints import Checkpoint
     from customized_models._merging import open_merge
+    from customized_models._writer import write_checkpoint
 
     base = Checkpoint.open(directory / "base")
     merge = open_merge(base, Adapter.open(directory / "checked"))

@@ -1,0 +1,153 @@
+"""`MergePlan`: what a save will change, write and need, known before it begins."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from attrs import field, frozen
+
+from ._adapters import PREFIX
+from ._checkpoints import ITEM_SIZE, TensorInfo
+from ._models import CustomizedModel, html_table
+from ._sources import MergedSource, merged_source
+from ._writer import CHUNK
+
+if TYPE_CHECKING:
+    from ._registry import ModelRegistry
+
+ROWS = 20  # of a table that is shown
+_FLOAT32 = ITEM_SIZE["F32"]
+_FIRST_USE = 256 << 20  # bytes: seen with DoRA, which makes the libraries load most
+_HEADER = ("tensor", "dtype", "shape", "bytes", "from")
+
+
+@frozen
+class Change:
+    """A tensor of the complete model that differs from the base's.
+
+    `tensor`: its name in the checkpoint. `size`: bytes. `adapter_tensors`: those that it is
+    computed from, by the names in the adapter's file; none if its module goes by another name
+    there than in the checkpoint.
+    """
+
+    tensor: str
+    dtype: str
+    shape: tuple[int, ...]
+    size: int
+    adapter_tensors: tuple[str, ...]
+
+
+@frozen
+class MergePlan:
+    """What `Merger.save` would do with a customized model; shown as a table.
+
+    `customized`, `base`: names. `changes`: the tensors that change, in checkpoint order.
+    `others`: adapter tensors that stand under none of them: copies of the base's own, which PEFT
+    saves along, and those of modules that transformers renames. `tensors`: how many the complete
+    model has. `size`: bytes of all its tensors, which is what a save writes but for headers and
+    small files. `memory`: an upper estimate of the worker's peak in bytes, over what it takes to
+    import torch, transformers and PEFT. `recipe`: what the merged bits will depend on here.
+
+    A plain LoRA is merged by PEFT and by our faster kernel once for each shape; where their bits
+    agree, the kernel merges the other tensors of that shape, else PEFT does. Which it will be is
+    only known then.
+    """
+
+    customized: str
+    base: str
+    changes: tuple[Change, ...]
+    others: tuple[str, ...]
+    tensors: int
+    size: int
+    memory: int
+    recipe: Mapping[str, Any] = field(hash=False)
+
+    def __repr__(self) -> str:
+        return (
+            f"<MergePlan {self.customized}: {len(self.changes)} of {self.tensors} tensors change, "
+            f"{self.size:,} bytes to write, at most about {self.memory:,} bytes of memory>"
+        )
+
+    def __str__(self) -> str:
+        rows = [_HEADER, *self._rows()]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER))]
+        lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+        return "\n".join((repr(self), *lines))
+
+    def _repr_html_(self) -> str:
+        rows: list[tuple[object, ...]] = [*self._rows()]
+        return f"<p>{html.escape(repr(self))}</p>{html_table(_HEADER, rows)}"
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        rows: list[tuple[str, ...]] = [
+            (c.tensor, c.dtype, str(c.shape), f"{c.size:,}", ", ".join(c.adapter_tensors))
+            for c in self.changes[:ROWS]
+        ]
+        if len(self.changes) > ROWS:
+            rows.append((f"and {len(self.changes) - ROWS} more", "", "", "", ""))
+        return rows
+
+
+def plan_merge(registry: ModelRegistry, name: str) -> MergePlan:
+    """The plan for the customized model `name`; imports torch and PEFT, so for an own process."""
+    customized = registry.get(CustomizedModel, name)
+    with merged_source(registry, customized) as merged:
+        infos = merged.merge.infos
+        changed = [name for name in infos if name in merged.merge.changed]
+        sources, others = _sources_of(merged.adapter.tensors, changed)
+        return MergePlan(
+            customized=customized.name,
+            base=customized.base,
+            changes=tuple(_change(infos[name], sources[name]) for name in changed),
+            others=others,
+            tensors=len(infos),
+            size=sum(info.size for info in infos.values()),
+            memory=_memory(merged),
+            recipe=dict(merged.merge.recipe),
+        )
+
+
+def _change(info: TensorInfo, adapter_tensors: Iterable[str]) -> Change:
+    return Change(info.name, info.dtype, info.shape, info.size, tuple(adapter_tensors))
+
+
+def _sources_of(
+    adapter_tensors: Iterable[str], changed: Iterable[str]
+) -> tuple[dict[str, list[str]], tuple[str, ...]]:
+    """The adapter's tensors by the changed tensor whose module they lie in, and the others."""
+    sources: dict[str, list[str]] = {name: [] for name in changed}
+    others: list[str] = []
+    for name in adapter_tensors:
+        path = name.removeprefix(PREFIX)
+        if path in sources:  # a whole tensor, of modules_to_save
+            sources[path].append(name)
+            continue
+        while (module := f"{path}.weight") not in sources and "." in path:
+            path = path.rpartition(".")[0]
+        sources.get(module, others).append(name)
+    return sources, tuple(others)
+
+
+def _memory(merged: MergedSource) -> int:
+    """The most bytes at once, which is at the largest changed tensor.
+
+    The adapter as read, and as PEFT's layers hold it in float32: twice, for the proof opens it
+    again. Of the changed tensor: what was read and its cast, a copy that the kernel works on, and
+    PEFT's product and scaled product in float32; of another one, what is being written or was
+    read back. And what the libraries load when they are first used.
+    """
+    adapter = merged.adapter.tensors.values()
+    held = sum(info.size + 2 * math.prod(info.shape) * _FLOAT32 for info in adapter)
+    infos, base = merged.merge.infos, merged.layout.infos
+    changed = merged.merge.changed
+    at_once = (
+        base.get(name, infos[name]).size
+        + 2 * infos[name].size
+        + 2 * math.prod(infos[name].shape) * _FLOAT32
+        for name in changed
+    )
+    another = max((infos[name].size for name in changed), default=0)
+    return held + max(at_once, default=0) + another + 2 * CHUNK + _FIRST_USE

@@ -1,0 +1,189 @@
+"""What lies on the disk, compared with what base and adapter give when they are opened afresh."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any
+
+from attrs import evolve
+
+from ._adapters import Adapter
+from ._checkpoints import Checkpoint, TensorInfo, opened, read_at
+from ._errors import IntegrityError, MergeError, NotReproducible, listed, shown
+from ._manifest import Manifest, hash_file
+from ._models import CompleteModel, CustomizedModel, Progress
+from ._sources import MergedSource, merged_source
+from ._writer import CHUNK
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+
+    from ._merging import Merge
+    from ._registry import ModelRegistry
+
+SAMPLES = 8  # tensors of each kind
+
+
+def prove(merged: MergedSource, directory: Path, seed: str, progress: Progress) -> None:
+    """Sample what was written into `directory` and compare it with base and adapter.
+
+    All names, dtypes and shapes are compared. Of the changed tensors one of each shape, at most
+    `SAMPLES`, is merged once more in a merge opened afresh, which has PEFT itself merge the first
+    of a shape; of the others `SAMPLES` are compared with the base's bytes. `seed` decides which.
+    Files are opened again, but what they hold may still come from the system's cache.
+
+    It costs a second plan of the merge and reading the sampled tensors twice.
+
+    Raises:
+        MergeError: naming the tensors that differ.
+    """
+    from ._merging import open_merge
+
+    base = Checkpoint.open(merged.layout.directory)
+    merge = open_merge(base, Adapter.open(merged.adapter.directory))
+    written = Checkpoint.open(directory)
+    draw = random.Random(seed)
+    names = _one_of_each_shape(merge, draw)[:SAMPLES]
+    others = sorted(base.infos.keys() - merge.changed)
+    names += draw.sample(others, min(SAMPLES, len(others)))
+    if wrong := different(written, base, merge, names, progress):
+        raise MergeError(
+            f"what was written is not what base and adapter give: {listed(wrong)}; "
+            f"nothing was published. If it happens again, suspect this machine's disk or memory"
+        )
+
+
+def _one_of_each_shape(merge: Merge, draw: random.Random) -> list[str]:
+    by_shape: dict[object, list[str]] = {}
+    for name in sorted(merge.changed):
+        by_shape.setdefault(merge.infos[name].shape, []).append(name)
+    chosen = [draw.choice(names) for names in by_shape.values()]
+    draw.shuffle(chosen)
+    return chosen
+
+
+def different(
+    written: Checkpoint,
+    base: Checkpoint,
+    merge: Merge,
+    names: Collection[str],
+    progress: Progress,
+) -> set[str]:
+    """Those of `names` whose bytes in `written` are not the merge's or, if unchanged, the base's.
+
+    Any tensor of another dtype or shape than the merge states, missing or additional is among
+    them, whether it was asked for or not.
+    """
+    wrong = set(written.infos.keys() ^ merge.infos.keys())
+    wrong |= {
+        name
+        for name in written.infos.keys() & merge.infos.keys()
+        if _kind(written.infos[name]) != _kind(merge.infos[name])
+    }
+    total, done = sum(merge.infos[name].size for name in names), 0
+    for name in names:
+        progress("proving", done, total)
+        done += merge.infos[name].size
+        if name in wrong:
+            continue
+        if name in merge.changed:
+            same = _same_bytes(written.read(name), merge.read(name))
+        else:
+            same = _same_range(written, base, name)
+        if not same:
+            wrong.add(name)
+    progress("proving", total, total)
+    return wrong
+
+
+def _kind(info: TensorInfo) -> tuple[str, tuple[int, ...]]:
+    return info.dtype, info.shape
+
+
+def _same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
+    import torch
+
+    flat = (tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other))
+    return torch.equal(*flat)
+
+
+def _same_range(written: Checkpoint, base: Checkpoint, name: str) -> bool:
+    one, other = written.infos[name], base.infos[name]
+    with (
+        opened(written.directory / one.file) as here,
+        opened(base.directory / other.file) as there,
+    ):
+        return all(
+            read_at(here, one.start + at, min(CHUNK, one.size - at), one.file)
+            == read_at(there, other.start + at, min(CHUNK, one.size - at), other.file)
+            for at in range(0, one.size, CHUNK)
+        )
+
+
+def derive_again(registry: ModelRegistry, complete: CompleteModel) -> None:
+    """See `Merger.verify`; imports torch and PEFT, so for an own process."""
+    customized = registry.get(CustomizedModel, complete.customized)
+    with (
+        registry._opened(complete) as directory,
+        merged_source(registry, customized) as merged,
+    ):
+        manifest = Manifest.read(directory)
+        if manifest.digest != complete.digest:
+            raise IntegrityError(f"{complete.name} is stored as {manifest.digest}, not as recorded")
+        manifest.verify(directory)
+        written, merge = Checkpoint.open(directory), merged.merge
+        wrong = different(written, merged.layout, merge, merge.infos, _silent)
+        wrong |= _other_files(manifest, merged.source.files)
+        if wrong:
+            _refuse(complete, merge.recipe, f"other bytes in {listed(wrong)}")
+
+
+def _other_files(manifest: Manifest, files: Mapping[str, Path]) -> set[str]:
+    return {name for name, path in files.items() if manifest.content.get(name) != hash_file(path)}
+
+
+def check_rebuilt(expected: Mapping[str, Any], manifest: Manifest) -> Manifest:
+    """The manifest of a rebuilt model, under the recipe of the first, if it has its digest.
+
+    `expected`: `digest` and `recipe` of the first. A recipe that differs in what turns out not to
+    matter here is as good: the content is the same.
+
+    Raises:
+        NotReproducible: the content is not the same.
+    """
+    again = evolve(manifest, recipe=expected["recipe"])
+    if again.digest != expected["digest"]:
+        raise NotReproducible(
+            f"merging again gives {again.digest}, not {expected['digest']}; "
+            f"{_differences(expected['recipe'], manifest.recipe)}"
+        )
+    return again
+
+
+def _refuse(complete: CompleteModel, now: Mapping[str, Any], found: str) -> None:
+    """Raise what it means that `complete` is not what merging gives now."""
+    if complete.recipe == now:
+        raise IntegrityError(
+            f"{complete.name} is not what its base and adapter give: {found}; every field of its "
+            f"recipe is the same here"
+        )
+    raise NotReproducible(
+        f"merging again gives {found} of {complete.name}; {_differences(complete.recipe, now)}"
+    )
+
+
+def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Which fields of two recipes differ, for a message."""
+    fields = [
+        f"{field} ({shown(then.get(field))} then, {shown(now.get(field))} now)"
+        for field in sorted({*then, *now})
+        if then.get(field) != now.get(field)
+    ]
+    return f"the recipes differ in {', '.join(fields) or 'nothing'}"
+
+
+def _silent(phase: str, done: int, total: int) -> None:
+    """Progress that nobody watches."""

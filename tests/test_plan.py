@@ -1,0 +1,220 @@
+"""The plan of a save: what it says, and that it is true."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from attrs import evolve
+from safetensors.torch import load_file, save_file
+
+from customized_models import (
+    BaseModelMissingError,
+    CustomizedModel,
+    JobFailed,
+    Merger,
+    ModelRegistry,
+    NotFoundError,
+    UnmergedTensorsError,
+    UnsupportedAdapterError,
+)
+from customized_models.testing import MemoryStorage, tiny_llama, tiny_lora
+
+
+@pytest.fixture
+def customized(registry: ModelRegistry, tiny_adapter: Path) -> CustomizedModel:
+    return registry.register(tiny_adapter, train_name="support")
+
+
+def test_a_plan_names_every_adapter_tensor_under_the_tensor_it_changes(
+    registry: ModelRegistry, customized: CustomizedModel, tiny_adapter: Path
+) -> None:
+    plan = Merger(registry).plan(customized)
+
+    assert (plan.customized, plan.base) == (customized.name, "llama-tiny")
+    expected = {
+        f"model.layers.{layer}.{module}.weight": {
+            f"base_model.model.model.layers.{layer}.{module}.lora_{factor}.weight"
+            for factor in "AB"
+        }
+        for layer in range(2)
+        for module in ("self_attn.q_proj", "mlp.down_proj")
+    }
+    assert {c.tensor: set(c.adapter_tensors) for c in plan.changes} == expected
+    assert (
+        set().union(*expected.values())
+        == load_file(tiny_adapter / "adapter_model.safetensors").keys()
+    )
+    assert plan.others == ()
+
+
+def test_a_plan_says_what_the_save_then_does(
+    registry: ModelRegistry, customized: CustomizedModel, tiny_base: Path
+) -> None:
+    plan = Merger(registry).plan(customized)
+    complete = Merger(registry).save(customized).result(progress=False)
+
+    with registry.checkout(complete) as directory:
+        written = {k: v for f in directory.glob("*.safetensors") for k, v in load_file(f).items()}
+    base = {k: v for f in tiny_base.glob("*.safetensors") for k, v in load_file(f).items()}
+    assert plan.tensors == len(written)
+    assert plan.size == sum(t.numel() * t.element_size() for t in written.values())
+    assert {c.tensor: c.shape for c in plan.changes} == {
+        name: tuple(t.shape) for name, t in written.items() if not t.equal(base[name])
+    }
+    assert {c.dtype for c in plan.changes} == {"BF16"}
+    assert plan.recipe == complete.recipe
+
+
+def test_a_whole_module_that_was_trained_stands_under_its_own_tensor(
+    registry: ModelRegistry, tiny_base: Path, tmp_path: Path
+) -> None:
+    adapter = tiny_lora(tmp_path / "adapter", tiny_base, modules_to_save=["lm_head"])
+    plan = Merger(registry).plan(registry.register(adapter, train_name="head"))
+
+    sources = {c.tensor: c.adapter_tensors for c in plan.changes}
+    assert sources["lm_head.weight"] == ("base_model.model.lm_head.weight",)
+    assert len(sources) == 5
+
+
+def test_what_a_save_refuses_is_refused_by_the_plan(
+    registry: ModelRegistry, tiny_base: Path, tmp_path: Path
+) -> None:
+    adapter = tiny_lora(tmp_path / "adapter", tiny_base)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"of_tomorrow": True}))
+    customized = registry.register(adapter, train_name="new")
+
+    with pytest.raises(UnsupportedAdapterError, match="of_tomorrow"):
+        Merger(registry).plan(customized)
+
+
+def test_adapter_tensors_that_nothing_calls_for_are_all_named(
+    registry: ModelRegistry, tiny_adapter: Path, tmp_path: Path
+) -> None:
+    file = "adapter_model.safetensors"
+    (tmp_path / "adapter").mkdir()
+    config = (tiny_adapter / "adapter_config.json").read_text()
+    (tmp_path / "adapter" / "adapter_config.json").write_text(config)
+    tensors = load_file(tiny_adapter / file)
+    extra = "base_model.model.model.layers.0.self_attn.v_proj.lora_A.weight"
+    tensors[extra] = next(t for n, t in tensors.items() if "q_proj.lora_A" in n).clone()
+    save_file(tensors, tmp_path / "adapter" / file)
+    customized = registry.register(tmp_path / "adapter", train_name="more")
+
+    with pytest.raises(UnmergedTensorsError) as caught:
+        Merger(registry).plan(customized)
+    assert caught.value.names == (extra,)
+
+
+def test_a_base_whose_files_are_gone_cannot_be_planned(tmp_path: Path) -> None:
+    base = tiny_llama(tmp_path / "base")
+    registry = ModelRegistry(tmp_path / "models")
+    registry.add_base_model("moved", base)
+    adapter = tiny_lora(tmp_path / "adapter", base)
+    customized = registry.register(adapter, train_name="support")
+    base.rename(tmp_path / "elsewhere")
+    with pytest.raises(BaseModelMissingError, match="relocate_base_model"):
+        Merger(registry).plan(customized)
+
+
+def test_a_deleted_model_cannot_be_planned(
+    registry: ModelRegistry, customized: CustomizedModel
+) -> None:
+    registry.delete(customized)
+    with pytest.raises(NotFoundError):
+        Merger(registry).plan(customized)
+
+
+def test_planning_loads_nothing_into_the_caller_and_leaves_nothing_behind(
+    registry: ModelRegistry, customized: CustomizedModel
+) -> None:
+    script = (
+        "import sys, json; from customized_models import CustomizedModel, Merger, ModelRegistry\n"
+        "registry = ModelRegistry(sys.argv[1])\n"
+        "plan = Merger(registry).plan(registry.get(CustomizedModel, sys.argv[2]))\n"
+        "assert plan.changes\n"
+        "print(json.dumps([m for m in ('torch', 'transformers', 'peft') if m in sys.modules]))"
+    )
+    output = subprocess.check_output(
+        [sys.executable, "-c", script, str(registry.root), customized.name], text=True
+    )
+    assert json.loads(output) == []
+    assert list(registry.jobs()) == []
+    assert list((registry.root / ".staging").iterdir()) == []
+    registry.delete(customized)  # no lease is left
+
+
+def test_a_plan_is_a_value_and_a_table_in_terminals_and_an_escaped_one_in_notebooks(
+    registry: ModelRegistry, customized: CustomizedModel
+) -> None:
+    plan = Merger(registry).plan(customized)
+    assert pickle.loads(pickle.dumps(plan)) == plan
+    assert len({plan, evolve(plan, memory=0)}) == 2
+    assert len(repr(plan)) < 200
+    assert repr(plan).startswith(f"<MergePlan {customized.name}: 4 of 21 tensors change")
+    first, header, *rows = str(plan).splitlines()
+    assert first == repr(plan)
+    assert header.split() == ["tensor", "dtype", "shape", "bytes", "from"]
+    assert [row.split()[0] for row in rows] == [change.tensor for change in plan.changes]
+    assert "&lt;MergePlan" in plan._repr_html_()
+
+    hostile = evolve(plan.changes[0], tensor="<script>")
+    shown = evolve(plan, changes=(hostile,) * 30)
+    assert "<script>" not in shown._repr_html_()
+    assert str(shown).splitlines()[-1] == "and 10 more"
+
+
+PEAK = """
+import sys
+from customized_models import CustomizedModel, ModelRegistry
+from customized_models._plan import plan_merge
+from customized_models._proof import prove
+from customized_models._sources import merged_source
+from customized_models._writer import write_checkpoint
+import torch, transformers, peft, peft.tuners.lora
+from customized_models._merging import Merge  # the imports are not counted
+transformers.AutoModelForCausalLM, transformers.AutoConfig
+
+def peak():
+    status = open("/proc/self/status").read()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+registry = ModelRegistry(sys.argv[1])
+customized = registry.get(CustomizedModel, sys.argv[2])
+print(plan_merge(registry, customized.name).memory)
+before = peak()
+with merged_source(registry, customized) as merged, registry._storage.staging("peak") as out:
+    write_checkpoint(merged.merge, merged.layout, out, lambda *_: None, merged.merge.changed)
+    prove(merged, out, "seed", lambda *_: None)
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
+def test_a_save_stays_within_the_memory_that_its_plan_states(tmp_path: Path) -> None:
+    base = tiny_llama(tmp_path / "base", hidden_size=2048, intermediate_size=8192)
+    registry = ModelRegistry(tmp_path / "models")
+    registry.add_base_model("wide", base)
+    adapter = tiny_lora(tmp_path / "adapter", base, r=16, target_modules="all-linear")
+    customized = registry.register(adapter, train_name="wide")
+
+    output = subprocess.check_output(
+        [sys.executable, "-c", PEAK, str(registry.root), customized.name], text=True
+    )
+    stated, taken = map(int, output.split())
+    assert stated / 3 < taken < stated
+
+
+def test_a_registry_of_one_process_cannot_be_planned_in_another(
+    tiny_base: Path, tiny_adapter: Path, tmp_path: Path
+) -> None:
+    registry = ModelRegistry(tmp_path / "models", storage=MemoryStorage())
+    registry.add_base_model("llama-tiny", tiny_base)
+    customized = registry.register(tiny_adapter, train_name="support")
+    with pytest.raises(JobFailed, match="pickles"):
+        Merger(registry).plan(customized)
