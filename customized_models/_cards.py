@@ -28,9 +28,6 @@ from ._models import (
     is_hub_id,
 )
 from ._readme import MAX_README, plain_text, readme_header, storable_card
-from ._readme import parse_card as parse_card
-from ._readme import render_complete as render_complete
-from ._readme import render_customized as render_customized
 
 PEFT_SETTINGS = {
     "peft_type", "task_type", "peft_version", "revision", "r", "lora_alpha", "lora_dropout",

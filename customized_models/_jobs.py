@@ -104,7 +104,8 @@ class Job(Generic[T_co]):
                 if deadline is not None and time.monotonic() > deadline:
                     raise JobTimeoutError(f"{self!r} after {timeout} seconds; it goes on")
                 time.sleep(POLL_SECONDS)
-            bar.update(row["phase"], row["done"], row["total"])
+            done = row["total"] if row["state"] == "succeeded" else row["done"]
+            bar.update(row["phase"], done, row["total"])
         return self._outcome(row)
 
     def __await__(self) -> Generator[Any, None, T_co]:

@@ -55,7 +55,7 @@ def readme_header(text: str) -> dict[str, Any]:
     Raises:
         MalformedError: it does not parse under these rules.
     """
-    import yaml  # type: ignore[import-untyped]  # ships without types
+    import yaml
 
     block = _HEADER.match(text)
     if block is None:
