@@ -28,16 +28,13 @@ from ._models import (
     is_hub_id,
 )
 from ._readme import MAX_README, plain_text, readme_header, storable_card
-from ._readme import parse_card as parse_card
-from ._readme import render_complete as render_complete
-from ._readme import render_customized as render_customized
 
 PEFT_SETTINGS = {
     "peft_type", "task_type", "peft_version", "revision", "r", "lora_alpha", "lora_dropout",
     "target_modules", "exclude_modules", "target_parameters", "modules_to_save",
     "layers_to_transform", "layers_pattern", "layer_replication", "rank_pattern",
     "alpha_pattern", "bias", "lora_bias", "fan_in_fan_out", "use_dora", "use_rslora",
-    "use_qalora", "qalora_group_size", "init_lora_weights", "init_weights",
+    "use_qalora", "init_lora_weights", "init_weights",
     "trainable_token_indices", "ensure_weight_tying", "alpha", "rank_dropout",
     "module_dropout", "decompose_both", "decompose_factor", "oft_block_size",
     "boft_block_size", "boft_block_num", "boft_n_butterfly_factor", "feedforward_modules",
@@ -45,13 +42,16 @@ PEFT_SETTINGS = {
 }  # fmt: skip
 """The keys of `adapter_config.json` that a card repeats."""
 
+SETS = {"target_modules", "modules_to_save", "exclude_modules", "target_parameters"}
+"""Of these, the lists whose order means nothing and differs from run to run."""
+
 TRAINER_ARGUMENTS = {
     "learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size",
-    "per_device_eval_batch_size", "gradient_accumulation_steps", "lr_scheduler_type",
+    "gradient_accumulation_steps", "lr_scheduler_type",
     "warmup_steps", "warmup_ratio", "weight_decay", "optim", "adam_beta1", "adam_beta2",
     "adam_epsilon", "max_grad_norm", "seed", "data_seed", "full_determinism", "bf16", "fp16",
     "tf32", "gradient_checkpointing", "label_smoothing_factor", "neftune_noise_alpha",
-    "eval_strategy", "eval_steps", "save_strategy", "save_steps", "load_best_model_at_end",
+    "eval_strategy", "eval_steps", "save_strategy", "load_best_model_at_end",
     "metric_for_best_model", "greater_is_better", "torch_compile", "use_liger_kernel",
     "max_length", "packing", "completion_only_loss", "assistant_only_loss", "beta",
     "loss_type",
@@ -165,6 +165,8 @@ def peft_settings(adapter_config: Mapping[str, Any]) -> dict[str, Any]:
     settings: dict[str, Any] = {"method": ", ".join([_METHODS.get(kind, kind), *variants])}
     for key in sorted(PEFT_SETTINGS & adapter_config.keys()):
         value = adapter_config[key]
+        if key in SETS and isinstance(value, list):
+            value = sorted(map(str, value))
         if value not in (None, False, [], {}, ""):
             settings[key] = value
     return settings

@@ -11,6 +11,7 @@ import json
 import pickle
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Generator, Mapping
@@ -46,7 +47,7 @@ POLL_SECONDS = 0.1
 MAKES: Mapping[str, type[Any]] = {"save": CompleteModel, "deploy": LiveModel}
 """The class of what each kind of job makes."""
 
-_children: dict[str, subprocess.Popen[bytes]] = {}  # by job id, so that they can be reaped
+_children: dict[str, subprocess.Popen[bytes]] = {}  # by job id: the workers we started
 
 
 class Job(Generic[T_co]):
@@ -103,7 +104,8 @@ class Job(Generic[T_co]):
                 if deadline is not None and time.monotonic() > deadline:
                     raise JobTimeoutError(f"{self!r} after {timeout} seconds; it goes on")
                 time.sleep(POLL_SECONDS)
-            bar.update(row["phase"], row["done"], row["total"])
+            done = row["total"] if row["state"] == "succeeded" else row["done"]
+            bar.update(row["phase"], done, row["total"])
         return self._outcome(row)
 
     def __await__(self) -> Generator[Any, None, T_co]:
@@ -303,4 +305,7 @@ def _start_worker(registry: ModelRegistry, id: str, payload: bytes) -> None:
     assert child.stdin is not None
     with suppress(BrokenPipeError), child.stdin:  # if it died already, its log says why
         child.stdin.write(payload)
+    threading.Thread(target=child.wait, daemon=True, name="reaper").start()  # no zombies
+    for other in [other for other, known in _children.items() if known.returncode == 0]:
+        _children.pop(other, None)
     _children[id] = child

@@ -27,6 +27,7 @@ MAX_README = 4 << 20  # bytes; cards with thousands of benchmark results have ab
 MAX_DEPTH = 24  # levels of mappings and lists in a README's header
 
 _HEADER = re.compile(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", re.DOTALL)
+_MARKS = re.compile(r"[\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])")  # within a word, _ marks nothing
 
 
 def plain_text(path: Path, limit: int) -> str:
@@ -54,7 +55,7 @@ def readme_header(text: str) -> dict[str, Any]:
     Raises:
         MalformedError: it does not parse under these rules.
     """
-    import yaml  # type: ignore[import-untyped]  # ships without types
+    import yaml
 
     block = _HEADER.match(text)
     if block is None:
@@ -170,7 +171,7 @@ def _escaped(value: object) -> str:
     """`value` on one line, with nothing in it that Markdown or HTML would act on."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     text = html.escape(" ".join(text.split()), quote=False).replace("://", "&#58;//")
-    return re.sub(r"([\\`*_\[\]|~$])", r"\\\1", text)
+    return _MARKS.sub(r"\\\g<0>", text)
 
 
 def parse_card(source: str | Path) -> ModelCard:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import importlib
 import inspect
 from pathlib import Path
@@ -41,7 +42,7 @@ def signature(item: object) -> str:
     """The call signature as it is written, or nothing for what is not called."""
     if isinstance(item, classmethod | staticmethod):
         item = item.__func__
-    if not callable(item) or (inspect.isclass(item) and issubclass(item, Exception)):
+    if not callable(item) or (inspect.isclass(item) and issubclass(item, Exception | enum.Enum)):
         return ""
     try:
         return str(inspect.signature(item)).replace("'", "")

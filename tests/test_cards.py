@@ -211,6 +211,7 @@ def test_paths_and_what_is_off_stay_out_of_the_peft_settings() -> None:
         "base_model_name_or_path": "/home/someone/models/base",
         "corda_config": {"cache_file": "/home/someone/cache"},
         "target_modules": "all-linear",
+        "modules_to_save": ["lm_head", "embed_tokens"],
         "use_dora": False,
         "rank_pattern": {},
         "lora_alpha": 16,
@@ -219,6 +220,7 @@ def test_paths_and_what_is_off_stay_out_of_the_peft_settings() -> None:
         "method": "LoRA",
         "peft_type": "LORA",
         "target_modules": "all-linear",
+        "modules_to_save": ["embed_tokens", "lm_head"],
         "lora_alpha": 16,
     }
 
@@ -351,12 +353,12 @@ def test_a_base_that_is_not_on_the_hub_is_not_named_as_if_it_were(name: str) -> 
 
 
 def test_odd_text_stays_text_in_the_rendered_page() -> None:
-    odd = "<script>\n# x | `y` [z](http://a.b) *bold*"
+    odd = "<script>\n# x | `y` [z](http://a.b) *bold* _it_ a_b"
     card = ModelCard(TrainingConfiguration(arguments={odd: odd}))
     body = render_customized(customized(card), BASE).rpartition("\n---\n")[2]
 
     row = next(line for line in body.splitlines() if "script" in line)
-    cell = r"&lt;script&gt; # x \| \`y\` \[z\](http&#58;//a.b) \*bold\*"
+    cell = r"&lt;script&gt; # x \| \`y\` \[z\](http&#58;//a.b) \*bold\* \_it\_ a_b"
     assert row == f"| {cell} | {cell} |"
 
 

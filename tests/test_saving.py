@@ -231,6 +231,20 @@ def test_peft_may_be_used_in_the_caller_while_a_save_runs(
     assert job.result(progress=False).customized == customized.name
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads process states from /proc")
+def test_a_worker_that_has_ended_is_no_zombie(
+    registry: ModelRegistry, customized: CustomizedModel
+) -> None:
+    job = Merger(registry).save(customized)
+    stat = Path(f"/proc/{worker_of(job.id)}/stat")
+    job.result(progress=False)
+    for _ in range(200):
+        if not stat.exists():
+            return
+        time.sleep(0.05)
+    raise AssertionError(stat.read_text())
+
+
 def test_several_saves_run_at_once_and_can_be_awaited(
     registry: ModelRegistry, customized: CustomizedModel
 ) -> None:
