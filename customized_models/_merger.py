@@ -200,6 +200,8 @@ def _write(
     """Weights and small files into `staging`; their digests."""
     merge, layout = merged.merge, merged.layout
     taken_over = {name for file in journal.shards for name in layout.shards[file].tensors}
+    if list(layout.shards)[-1] in journal.shards:  # which also has what the base lacks
+        taken_over |= merge.infos.keys() - layout.infos.keys()
     content = dict(write_checkpoint(merge, layout, staging, progress, merge.changed, journal))
     try:
         merge.finish()

@@ -79,7 +79,7 @@ def _configured(files: dict[str, Path], changes: Mapping[str, Any]) -> Iterator[
         return
     with tempfile.TemporaryDirectory() as directory:
         changed = Path(directory, "config.json")
-        document = json_object(files["config.json"]) | changes
+        document = {**json_object(files["config.json"]), **changes}
         changed.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n")
         yield files | {"config.json": changed}
 

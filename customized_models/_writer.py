@@ -47,10 +47,10 @@ def write_checkpoint(
     """Write `source` into `directory` as shards like those of `layout`; their digests by name.
 
     File names, tensor order and metadata are the layout's; tensors that it lacks come last, in
-    the last file. The `changed` tensors come from
-    `source`, of which two are in memory at a time; all other bytes are copied from the layout's
-    files. Every file is hashed on its way and pushed to the disk. Nothing may be in the way but
-    shards that `journal` has as complete, which stay; it is told of all others.
+    the last file. The `changed` tensors come from `source`, of which two are in memory at a time;
+    all other bytes are copied from the layout's files. Every file is hashed on its way and pushed
+    to the disk. Nothing may be in the way but shards that `journal` has as complete, which stay;
+    it is told of all others.
 
     Raises:
         MergeError: `source` lacks tensors of `layout`, or gives one that is not as it said.
