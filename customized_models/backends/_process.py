@@ -86,9 +86,9 @@ def output_of_start(command: Sequence[str], seconds: float, progress: Progress) 
         start_new_session=True,
     )
     assert process.stdout is not None
-    try:
-        with process.stdout, selectors.DefaultSelector() as selector:
-            selector.register(process.stdout, selectors.EVENT_READ)
+    with process.stdout, selectors.DefaultSelector() as selector:
+        selector.register(process.stdout, selectors.EVENT_READ)
+        try:
             output, until = b"", time.monotonic() + seconds
             while time.monotonic() < until:
                 progress("starting", 0, 1)
@@ -98,19 +98,14 @@ def output_of_start(command: Sequence[str], seconds: float, progress: Progress) 
                         process.wait()
                         return output
                     output = (output + piece)[-_KEPT:]
-        raise DeploymentError(f"the server was not ready within {seconds:g} seconds")
-    except BaseException:
-        _kill_session(process)
-        raise
-
-
-def _kill_session(process: subprocess.Popen[bytes]) -> None:
-    """Kill all that `process` started, and wait until the system knows none of it any more."""
-    until = time.monotonic() + _GRACE
-    # PermissionError is macOS's answer once all of them are zombies.
-    with suppress(ProcessLookupError, PermissionError):
-        while time.monotonic() < until:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.poll()
-            time.sleep(0.02)
-    process.wait()
+            raise DeploymentError(f"the server was not ready within {seconds:g} seconds")
+        except BaseException:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            # The server is no child of ours: that it is gone, and its port with it, shows here.
+            until = time.monotonic() + _GRACE
+            while time.monotonic() < until and selector.select(_GRACE):
+                if not os.read(process.stdout.fileno(), _KEPT):
+                    break
+            raise

@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ __all__ = ["LlamaCpp", "LlamaCppOptions"]
 
 _HOST = "127.0.0.1"
 _SERVER = Path(__file__).resolve().with_name("_llama_server.py")
+_PORT_SECONDS = 2.0  # the system frees the port of a killed server a moment after it is gone
 _START_SECONDS = 600.0  # a large file on a slow disk
 
 
@@ -140,15 +142,14 @@ class LlamaCpp:
     def _refuse_taken_port(self) -> None:
         if self._environment.port is None:
             return
-        with socket.socket() as trial:
-            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                trial.bind((_HOST, self._environment.port))
-            except OSError as error:
-                raise AlreadyExistsError(
-                    f"port {self._environment.port} of this host is taken ({error.strerror}): "
-                    f"undeploy what it serves, or use an environment without a port"
-                ) from error
+        until = time.monotonic() + _PORT_SECONDS
+        while (error := _bind_error(self._environment.port)) and time.monotonic() < until:
+            time.sleep(0.02)
+        if error:
+            raise AlreadyExistsError(
+                f"port {self._environment.port} of this host is taken ({error.strerror}): "
+                f"undeploy what it serves, or use an environment without a port"
+            ) from error
 
     def _aliases(self, port: int) -> list[str]:
         """The names that the server at that port goes by."""
@@ -158,6 +159,17 @@ class LlamaCpp:
         if not isinstance(models, list) or not all(isinstance(model, dict) for model in models):
             raise ServerAnswerError(f"the server at {url} does not list models")
         return [str(model.get("id")) for model in models]
+
+
+def _bind_error(port: int) -> OSError | None:
+    """Why nothing can listen on that port of this host; None if something can."""
+    with socket.socket() as trial:
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            trial.bind((_HOST, port))
+        except OSError as error:
+            return error
+    return None
 
 
 def _reported(output: bytes) -> dict[str, Any]:
