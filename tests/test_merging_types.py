@@ -280,6 +280,23 @@ def test_indices_beyond_a_weight_are_refused(base: Path, tmp_path: Path) -> None
         merge.read(min(merge.changed))
 
 
+@pytest.mark.parametrize("key", ["r", "rank_pattern"])
+def test_a_rank_beyond_what_the_file_holds_is_refused_before_it_takes_memory(
+    key: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = tiny_adapter(tmp_path / "adapter", base, other("LoHaConfig", r=4)())
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config[key] = {"q_proj": 65536} if key == "rank_pattern" else 65536
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+
+    def never(*_: Any) -> None:
+        raise AssertionError("PEFT was asked to build the layers")
+
+    monkeypatch.setattr("customized_models._merging._injection.PeftModel", never)
+    with pytest.raises(MalformedError, match="65536"):
+        opened(base, adapter, tmp_path)
+
+
 def test_saved_modules_beside_trained_norms_are_refused(base: Path, tmp_path: Path) -> None:
     config = other("LNTuningConfig", target_modules=["norm"])()
     adapter = tiny_adapter(tmp_path / "adapter", base, config)

@@ -23,10 +23,12 @@ def open_merge(base: Checkpoint, adapter: Adapter) -> Merge:
     Every tensor that the adapter changes will have the bits and dtype that
     `PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype="auto"), adapter)
     .merge_and_unload()` gives it on the CPU; every other tensor has the bytes of the base's file.
+    An output layer and an embedding that are tied come apart if the adapter changes one of them.
 
     Raises:
         UnsupportedAdapterError: a type or option that cannot be merged exactly, or an adapter
-            that changes a tied tensor; the message names it.
+            that changes tensors that are tied in another way; the message names it.
+        MalformedError: the configuration states sizes that the adapter's tensors do not have.
         UnsupportedArchitectureError: transformers has no such causal language model, or it
             converts tensors that the adapter changes while it loads them.
         UnsupportedVersionError: an installed package lacks what this builds on.

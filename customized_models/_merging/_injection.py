@@ -44,9 +44,11 @@ def inject(skeleton: Skeleton, adapter: Adapter) -> Injected:
 
     Raises:
         UnsupportedAdapterError: PEFT cannot build it, or it targets layers of an unsupported kind.
+        MalformedError: it states a rank that none of its tensors can have.
     """
     on_cpu = reads_values(adapter.config)
     if on_cpu:
+        _refuse_unheld_rank(adapter)
         place_on_cpu(skeleton.model)
     placeholders = Placeholders(skeleton.model)
     try:
@@ -62,6 +64,20 @@ def inject(skeleton: Skeleton, adapter: Adapter) -> Injected:
             f"PEFT cannot build the adapter's layers: {shown(error, 500)}"
         ) from error
     return Injected(skeleton, adapter, model, placeholders)
+
+
+def _refuse_unheld_rank(adapter: Adapter) -> None:
+    """PEFT will make layers of the ranks that are stated: let no file claim more than it brings."""
+    largest = max(max(info.shape, default=0) for info in adapter.tensors.values())
+    stated = {key: adapter.config.get(key) for key in ("r", "init_r", "target_r")}
+    patterns = adapter.config.get("rank_pattern") or {}
+    stated |= {f"rank_pattern {shown(key)}": value for key, value in patterns.items()}
+    for key, rank in stated.items():
+        if type(rank) is int and rank > largest:
+            raise MalformedError(
+                f"the adapter's configuration states {key} {rank}, but no dimension of its "
+                f"tensors is larger than {largest}"
+            )
 
 
 @frozen
