@@ -35,6 +35,9 @@ ITEM_SIZE = {
 }  # fmt: skip
 """Bytes per element of each dtype name in a safetensors header."""
 
+FLOATS = ("F16", "BF16", "F32")
+"""The dtypes of models that are not quantized."""
+
 _TORCH = {
     "BOOL": "bool", "U8": "uint8", "I8": "int8", "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu", "I16": "int16", "U16": "uint16",
@@ -229,10 +232,18 @@ def to_tensor(data: bytearray, info: TensorInfo) -> torch.Tensor:
     """`data` seen as the tensor that `info` states; they share memory."""
     import torch
 
-    dtype = getattr(torch, _TORCH[info.dtype])
+    dtype = torch_dtype(info.dtype)
     if not data:
         return torch.empty(info.shape, dtype=dtype)
     return torch.frombuffer(data, dtype=dtype).view(info.shape)
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch dtype of that name in a header: `torch_dtype("BF16") == torch.bfloat16`."""
+    import torch
+
+    dtype: torch.dtype = getattr(torch, _TORCH[name])
+    return dtype
 
 
 def dtype_name(dtype: torch.dtype) -> str:

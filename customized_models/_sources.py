@@ -73,13 +73,15 @@ def merged_source(registry: ModelRegistry, customized: CustomizedModel) -> Itera
 
 @contextmanager
 def _configured(files: dict[str, Path], changes: Mapping[str, Any]) -> Iterator[dict[str, Path]]:
-    """`files` with a `config.json` that has these values in place of its own."""
+    """`files` with a `config.json` that has these values in place of its own; None removes one."""
     if not changes:
         yield files
         return
     with tempfile.TemporaryDirectory() as directory:
         changed = Path(directory, "config.json")
         document = {**json_object(files["config.json"]), **changes}
+        removed = {key for key in changes if changes[key] is None}
+        document = {key: value for key, value in document.items() if key not in removed}
         changed.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n")
         yield files | {"config.json": changed}
 

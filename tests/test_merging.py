@@ -451,7 +451,7 @@ def test_a_targeted_head_whose_saved_base_is_not_the_base_is_refused(
     ("key", "value"),
     [
         ("peft_type", "PROMPT_TUNING"),
-        ("task_type", "SEQ_CLS"),
+        ("task_type", "LATER"),
         ("layer_replication", [[0, 2], [1, 2]]),
         ("alora_invocation_tokens", [1]),
         ("use_qalora", True),
@@ -473,24 +473,19 @@ def test_what_cannot_be_merged_exactly_is_refused_by_name(
         opened(base, adapter, tmp_path)
 
 
+def test_a_head_that_was_not_saved_with_the_adapter_is_missed(
+    base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    change_config(adapter, task_type="SEQ_CLS")
+    with pytest.raises(BaseModelMismatch, match=r"score\.weight.*ForSequenceClassification"):
+        opened(base, adapter, tmp_path)
+
+
 def test_an_unknown_switch_that_is_off_does_not_matter(
     base: Path, adapter: Path, tmp_path: Path
 ) -> None:
     change_config(adapter, velora_config=None, use_bdlora=None, loftq_config={}, lora_bias=False)
     assert opened(base, adapter, tmp_path).changed
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_an_adapter_on_converted_experts_is_refused(tmp_path: Path) -> None:
-    base = moe(tmp_path / "base")
-    adapter = tiny_lora(
-        tmp_path / "adapter",
-        base,
-        target_modules=[],
-        target_parameters=["mlp.experts.down_proj"],
-    )
-    with pytest.raises(UnsupportedArchitectureError, match="converts"):
-        opened(base, adapter, tmp_path)
 
 
 @pytest.mark.parametrize("key", ["quantization_config", "compression_config"])

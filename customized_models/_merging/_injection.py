@@ -31,7 +31,7 @@ from ._refusals import reads_values
 from ._skeleton import Skeleton, base_parameter
 from ._target import WRAPPERS, Target, base_of
 from ._values import Placeholders, has_memory, place_on_cpu, values_while_injecting
-from ._versions import installed
+from ._versions import installed, private
 
 _NAME = "default"
 
@@ -104,7 +104,7 @@ class Injected:
     def _own(self, module: torch.nn.Module, *, recurse: bool) -> dict[str, torch.Tensor]:
         """Parameters of the base that are no longer without a value."""
         every = module.named_parameters(recurse=recurse)
-        return {name: p.data for name, p in every if p not in self.placeholders}
+        return {name: p.data for name, p in every if p not in self.placeholders and has_memory(p)}
 
     def load(self) -> None:
         """Have PEFT load the adapter's weights, if they are exactly what its layers call for.
@@ -118,7 +118,7 @@ class Injected:
         )
         expected |= self._resized(expected)
         self._refuse_overwriting(expected)
-        _check_tensors(self.skeleton, self.adapter, expected)
+        _check_tensors(self.skeleton, self.adapter, expected, self._stated())
         self._give_memory(expected)
         with _quiet():
             loaded = self.model.load_adapter(
@@ -145,6 +145,30 @@ class Injected:
             and base_parameter(name) in self.skeleton.embeddings
         }
 
+    def _stated(self) -> dict[str, torch.Tensor]:
+        """What the adapter's file holds, without memory, by the names of today's layers.
+
+        PEFT renames, and for experts stacks, what was saved for layers of an earlier version.
+        """
+        convert = private(
+            "peft.utils.transformers_weight_conversion",
+            "convert_peft_adapter_state_dict_for_transformers",
+        )
+        tensors = {
+            name: torch.empty(info.shape, device="meta")
+            for name, info in self.adapter.tensors.items()
+        }
+        config = self.model.peft_config[_NAME]
+        try:
+            stated: dict[str, torch.Tensor] = convert(self.model, config, tensors, _NAME)
+        except (RuntimeError, ValueError, KeyError, IndexError) as error:
+            raise UnmergedTensorsError(
+                f"PEFT cannot convert the adapter's tensors to the layers of this version of "
+                f"transformers: {shown(error, 500)}",
+                tensors,
+            ) from error
+        return stated
+
     def _refuse_overwriting(self, expected: Mapping[str, torch.Tensor]) -> None:
         """The base's own tensors may come with an adapter that trained biases or new tokens."""
         bases = {name for name, p in self.model.named_parameters() if p in self.placeholders}
@@ -160,7 +184,7 @@ class Injected:
             for name, parameter in module._parameters.items():
                 if parameter is None:
                     continue
-                of_base = parameter in self.placeholders
+                of_base = base_parameter(f"{path}.{name}") in self.skeleton.shapes
                 if f"{path}.{name}" in expected if of_base else not has_memory(parameter):
                     if of_base or id(parameter) not in given:
                         memory = torch.empty(parameter.shape, dtype=parameter.dtype)
@@ -177,22 +201,25 @@ def _quiet() -> Iterator[None]:
 
 
 def _check_tensors(
-    skeleton: Skeleton, adapter: Adapter, expected: Mapping[str, torch.Tensor]
+    skeleton: Skeleton,
+    adapter: Adapter,
+    expected: Mapping[str, torch.Tensor],
+    stated: Mapping[str, torch.Tensor],
 ) -> None:
-    extra = adapter.tensors.keys() - expected.keys()
+    extra = stated.keys() - expected.keys()
     if extra := {name for name in extra if not _is_copy(name, skeleton, adapter)}:
         raise UnmergedTensorsError(
             f"the adapter holds tensors that its configuration does not call for, or that address "
             f"the base's own: {listed(extra)}",
             extra,
         )
-    if missing := expected.keys() - adapter.tensors.keys():
+    if missing := expected.keys() - stated.keys():
         raise UnmergedTensorsError(
             f"the adapter lacks tensors that its configuration calls for: {listed(missing)}",
             missing,
         )
     for name, tensor in expected.items():
-        shape = adapter.tensors[name].shape
+        shape = tuple(stated[name].shape)
         if shape != tuple(tensor.shape):
             raise MalformedError(
                 f"{shown(name)} has the shape {shape}; the adapter's configuration and base call "
@@ -205,11 +232,12 @@ def _is_copy(name: str, skeleton: Skeleton, adapter: Adapter) -> bool:
 
     PEFT saves both along, for a targeted `lm_head` and for a saved one.
     """
+    if name not in adapter.tensors:
+        return False
     parameter, info = base_parameter(name), adapter.tensors[name]
     twin = adapter.tensors.get(name.replace(".modules_to_save.", "."))
-    of = skeleton.base.infos.get(
-        skeleton.names.get(skeleton.tied.get(parameter, parameter), parameter)
-    )
+    unit = skeleton.loading.units.get(skeleton.tied.get(parameter, parameter))
+    of = skeleton.base.infos[unit.tensors[0]] if unit and unit.patterns is None else None
     if twin is not None and twin is not info:
         directory, of = adapter.directory, twin
     else:
@@ -238,7 +266,7 @@ def _wrapped(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
 def _check_kind(path: str, module: Any) -> None:
     base = base_of(module)
     nested = any(isinstance(inner, WRAPPERS) for inner in base.modules())
-    if nested or isinstance(module, MultiheadAttention):
+    if nested and not isinstance(module, MultiheadAttention):
         raise UnsupportedAdapterError(
             f"{shown(path)} is a {type(module).__name__} of PEFT around a {type(base).__name__} "
             f"that is adapted inside as well; this is not supported yet"

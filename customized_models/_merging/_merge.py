@@ -5,15 +5,17 @@ This module is only imported when a merge is planned.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from attrs import evolve, frozen
+from peft.utils import ModulesToSaveWrapper
 
 from .._adapters import Adapter, check_fits
 from .._checkpoints import Checkpoint, TensorInfo, dtype_name
 from .._errors import (
+    BaseModelMismatch,
     MergeError,
     NonFiniteError,
     UnchangedTargetsError,
@@ -24,7 +26,8 @@ from .._errors import (
 )
 from ._fused import Merging
 from ._injection import inject
-from ._skeleton import Skeleton, build_skeleton
+from ._loading import Unit
+from ._skeleton import Skeleton, build_skeleton, everywhere
 from ._target import Target, move_together
 from ._versions import installed
 
@@ -35,90 +38,163 @@ def plan(base: Checkpoint, adapter: Adapter) -> Merge:
     skeleton = build_skeleton(base, adapter)
     injected = inject(skeleton, adapter)
     injected.load()
-    targets = injected.targets()
-    modules: dict[str, _Module] = {}
-    for target in targets:
-        if not target.changed:
-            raise UnsupportedAdapterError(
-                f"the adapter trains a bias of {shown(target.path)}, which has none in the base"
-            )
-        modules.update(_named(target, skeleton))
-    untied = _untie(targets, skeleton, modules)
-    config: dict[str, Any] = {"tie_word_embeddings": False} if untied else {}
-    if skeleton.vocabulary is not None:
-        config["vocab_size"] = skeleton.vocabulary
-    return Merge(skeleton, modules, untied, config)
+    targets = {target.path: target for target in injected.targets()}
+    untied = _untie(targets, skeleton)
+    layers = [_layer(target, skeleton, untied) for target in targets.values()]
+    _refuse_incomplete(layers, skeleton)
+    parts = _parts(layers, skeleton)
+    done = {unit for part in parts for unit in part.units}
+    parts += [_part([], [unit], skeleton) for unit in skeleton.quantized if unit not in done]
+    config = {**everywhere(base, "tie_word_embeddings", False)} if untied else {}
+    return Merge(skeleton, parts, untied, {**config, **skeleton.config})
 
 
 @frozen
-class _Module:
-    """A layer to merge, and for each of its parameters the checkpoint's tensor before and after."""
+class _Layer:
+    """A layer to merge.
+
+    `sources`: the parameter of the model that each of its parameters has its values from; none for
+    a head that the base lacks. `outputs`: the one that it is afterwards.
+    """
 
     target: Target
     sources: Mapping[str, str]
-    names: Mapping[str, str]
+    outputs: Mapping[str, str]
 
 
-def _named(target: Target, skeleton: Skeleton) -> dict[str, _Module]:
-    """The layer under the name of each tensor that it changes."""
-    paths = {name: f"{target.path}.{name}" for name in target.parameters}
-    sources = {name: skeleton.tensor(path).name for name, path in paths.items()}
-    names = {n: path if path in skeleton.tied else sources[n] for n, path in paths.items()}
-    module = _Module(target, sources, names)
-    return {names[name]: module for name in target.changed}
+@frozen
+class _Part:
+    """Layers that are merged together, because tensors of the checkpoint hold several of them.
+
+    `units`: of those tensors. `infos`: what comes out.
+    """
+
+    layers: tuple[_Layer, ...]
+    units: tuple[Unit, ...]
+    infos: tuple[TensorInfo, ...]
 
 
-def _untie(
-    targets: list[Target], skeleton: Skeleton, modules: dict[str, _Module]
-) -> dict[str, str]:
-    """Which of the base's tensors each new one starts from, if head and embedding part ways.
+def _layer(target: Target, skeleton: Skeleton, untied: Mapping[str, str]) -> _Layer:
+    if not target.changed:
+        raise UnsupportedAdapterError(
+            f"the adapter trains a bias of {shown(target.path)}, which has none in the base"
+        )
+    outputs = {name: f"{target.path}.{name}" for name in target.parameters}
+    sources = {name: skeleton.tied.get(path, path) for name, path in outputs.items()}
+    if isinstance(target.module, ModulesToSaveWrapper):  # which needs nothing of the base
+        known = skeleton.loading.units
+        sources = {name: path for name, path in sources.items() if path in known}
+    if not untied:
+        outputs = {name: skeleton.tied.get(path, path) for name, path in outputs.items()}
+    for path in sources.values():
+        skeleton.unit(path)
+    return _Layer(target, sources, outputs)
+
+
+def _refuse_incomplete(layers: list[_Layer], skeleton: Skeleton) -> None:
+    """A head that was drawn at random before the training and is not saved is lost."""
+    there = {path for layer in layers for path in _changed(layer)}
+    there |= skeleton.loading.units.keys() | skeleton.tied.keys() | skeleton.shared
+    if lost := skeleton.shapes.keys() - there:
+        raise BaseModelMismatch(
+            f"neither the base model's files nor the adapter have {listed(lost)}, which a "
+            f"{type(skeleton.model).__name__} needs; save it with the adapter (modules_to_save)"
+        )
+
+
+def _untie(targets: dict[str, Target], skeleton: Skeleton) -> dict[str, str]:
+    """Which of the base's parameters each new one starts from, if head and embedding part ways.
 
     PEFT would change both, or neither, where the adapter was trained with one of them changed.
     """
-    by_path = {f"{target.path}.weight": target for target in targets}
     for head, embedding in skeleton.tied.items():
-        ends = [by_path[name] for name in (head, embedding) if name in by_path]
+        paths = [path.removesuffix(".weight") for path in (head, embedding)]
+        ends = [targets[path] for path in paths if path in targets]
         if not ends:
             continue
         if not move_together(ends):
-            return {head: skeleton.tensor(embedding).name}
-        if embedding not in by_path:
+            return {head: embedding}
+        if paths[1] not in targets:
             raise UnsupportedAdapterError(f"the adapter has {shown(head)} but not {embedding}")
-        modules.pop(head, None)
+        targets.pop(paths[0], None)
     return {}
+
+
+def _parts(layers: list[_Layer], skeleton: Skeleton) -> list[_Part]:
+    """The layers, together where tensors of the checkpoint hold parameters of several."""
+    groups: dict[int, list[_Layer]] = {}
+    of_unit: dict[Unit, list[_Layer]] = {}
+    for layer in layers:
+        near = {id(of_unit[u]): of_unit[u] for u in _converted([layer], skeleton) if u in of_unit}
+        group = [layer, *(member for other in near.values() for member in other)]
+        for key in near:
+            del groups[key]
+        groups[id(group)] = group
+        of_unit.update(dict.fromkeys(_converted(group, skeleton), group))
+    every = groups.values()
+    return [_part(group, _converted(group, skeleton), skeleton) for group in every]
+
+
+def _converted(layers: Iterable[_Layer], skeleton: Skeleton) -> list[Unit]:
+    """What transformers converts of that which the layers change."""
+    found = (skeleton.loading.units.get(path) for layer in layers for path in _changed(layer))
+    return [*dict.fromkeys(unit for unit in found if unit and unit.patterns is not None)]
+
+
+def _changed(layer: _Layer) -> list[str]:
+    return [layer.outputs[name] for name in layer.target.changed]
+
+
+def _part(layers: list[_Layer], units: list[Unit], skeleton: Skeleton) -> _Part:
+    infos = [info for unit in units for info in skeleton.loading.saved_infos(unit)]
+    inside = {parameter for unit in units for parameter in unit.parameters}
+    for path in (path for layer in layers for path in _changed(layer) if path not in inside):
+        unit = skeleton.loading.units.get(path)
+        (name,) = unit.tensors if unit else (path,)
+        of = skeleton.base.infos.get(name, TensorInfo(name, "", (), "", 0, 0))
+        dtype = dtype_name(skeleton.dtypes[path])
+        infos.append(evolve(of, shape=skeleton.shapes[path], dtype=dtype))
+    return _Part(tuple(layers), tuple(units), tuple(infos))
 
 
 class Merge:
     """An adapter merged into its base, seen as a checkpoint; a `TensorSource`.
 
     `infos`: every tensor; where one is not as in the base's file, its offsets mean nothing.
-    `changed`: the names that the adapter changes, or that the base does not have. `recipe`: what
-    the merged bits depend on. `config`: what must stand in `config.json` in place of the base's
-    values, because the adapter unties the output layer or has another vocabulary.
+    `shards`: the names in each file: the base's order, with what replaces a tensor in its place and
+    new tensors last in the last file. `changed`: the names that the adapter changes, that are
+    dequantized, or that the base does not have. `recipe`: what the merged bits depend on. `config`:
+    what must stand in `config.json` in place of the base's values, because the adapter unties the
+    output layer, or has another vocabulary or a head, or because the base is quantized.
     """
 
     def __init__(
         self,
         skeleton: Skeleton,
-        modules: Mapping[str, _Module],
+        parts: Iterable[_Part],
         untied: Mapping[str, str],
         config: Mapping[str, Any],
     ) -> None:
-        base, dtype = skeleton.base, skeleton.dtype
+        base = skeleton.base
         self.config = config
-        self._untied = untied
-        self._base = base
-        self._modules = modules
-        self._dtype = dtype
+        self._skeleton = skeleton
+        self._parts = {info.name: part for part in parts for info in part.infos}
+        self._copies = {head: skeleton.unit(of).tensors[0] for head, of in untied.items()}
         self._merging = Merging()
-        self.changed = frozenset(modules.keys() | untied.keys())
+        self._ready: dict[str, torch.Tensor] = {}
+        self.changed = frozenset(self._parts.keys() | untied.keys())
         self._unread = set(self.changed)
-        self.infos: Mapping[str, TensorInfo] = {
-            **base.infos,
-            **{name: evolve(base.infos[of], name=name) for name, of in untied.items()},
-            **{name: _merged_info(name, module, skeleton) for name, module in modules.items()},
+        merged = {i.name: i for part in self._parts.values() for i in part.infos}
+        copies = {
+            head: evolve(base.infos[of], name=head, file="")  # it comes last
+            for head, of in self._copies.items()
         }
+        replaced = {name for unit in skeleton.quantized for name in unit.tensors}
+        kept = {name: info for name, info in base.infos.items() if name not in replaced}
+        self.infos: Mapping[str, TensorInfo] = {**kept, **copies, **merged}
+        self.shards = _shards(base, self.infos)
         self.recipe: Mapping[str, Any] = {
+            "base": skeleton.treatment,
             "arithmetic": "peft merge_and_unload, each module by itself",
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
             "threads": torch.get_num_threads(),
@@ -128,44 +204,73 @@ class Merge:
     def read(self, name: str) -> torch.Tensor:
         """The tensor of that checkpoint name, merged now if the adapter changes it.
 
+        Where transformers makes one parameter of many tensors, as it does of experts, they are
+        merged at once; those that have not been read yet stay in memory until they are.
+
         Raises:
             NonFiniteError: the merged tensor holds NaN or infinity.
-            UnchangedTargetsError: the merged tensor is the base's.
+            UnchangedTargetsError: a merged parameter is the base's.
         """
-        if name not in self._modules:
-            self._unread.discard(name)
-            return self._base.read(self._untied.get(name, name))
-        module = self._modules[name]
-        values, heads = {}, {}
-        for parameter, of in module.sources.items():
-            own = module.target.own.get(parameter)
-            before = self._before(of)
-            heads[parameter] = _head(before).clone()
-            values[parameter] = before if own is None else own.clone()
-        merged = self._merging.merge(module.target, values)
-        for parameter in module.names:
-            self._check(module, parameter, merged[parameter], heads[parameter])
         self._unread.discard(name)
-        return next(merged[p] for p, of in module.names.items() if of == name)
+        if name not in self._parts:
+            return self._skeleton.base.read(self._copies.get(name, name))
+        if name not in self._ready:
+            self._ready |= self._merged(self._parts[name])
+        return self._ready.pop(name)
 
-    def _before(self, name: str) -> torch.Tensor:
-        """A fresh copy of the base's tensor, as transformers would load it."""
-        return self._base.read(name).to(self._dtype)
+    def _merged(self, part: _Part) -> dict[str, torch.Tensor]:
+        """The tensors that come of it."""
+        loading = self._skeleton.loading
+        values: dict[str, torch.Tensor] = {}
+        for unit in part.units:
+            values |= loading.read(unit)
+        for layer in part.layers:
+            values |= self._merged_layer(layer, values)
+        tensors: dict[str, torch.Tensor] = {}
+        for unit in part.units:
+            tensors |= loading.saved(unit, {name: values.pop(name) for name in unit.parameters})
+        for path, tensor in values.items():
+            of = loading.units.get(path)
+            tensors[of.tensors[0] if of else path] = tensor
+        return tensors
+
+    def _merged_layer(
+        self, layer: _Layer, known: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Its changed parameters, by their names in the model, in place of `known` values."""
+        target = layer.target
+        values, heads = {}, {}
+        for name, path in layer.outputs.items():
+            own = target.own.get(name)
+            if name in layer.sources:
+                before = known.get(layer.sources[name])
+                before = self._skeleton.read(layer.sources[name]) if before is None else before
+                heads[name] = _head(before).clone()
+            else:
+                shape, dtype = self._skeleton.shapes[path], self._skeleton.dtypes[path]
+                before = torch.zeros(shape, dtype=dtype)
+            values[name] = before if own is None else own.clone()
+        merged = self._merging.merge(target, values)
+        for name in layer.outputs:
+            self._check(layer, name, merged[name], heads.get(name))
+        return {layer.outputs[name]: merged[name] for name in target.changed}
 
     def _check(
-        self, module: _Module, parameter: str, merged: torch.Tensor, head: torch.Tensor
+        self, layer: _Layer, name: str, merged: torch.Tensor, head: torch.Tensor | None
     ) -> None:
-        name, changed = module.names[parameter], module.target.changed
+        path, changed = layer.outputs[name], layer.target.changed
         extremes = torch.stack(torch.aminmax(merged))  # NaN if there is any
         if not torch.isfinite(extremes).all():
-            raise NonFiniteError(f"merging gives NaN or infinity in {shown(name)}")
-        beside = parameter.endswith("bias") and len(changed) > 1  # its gradient may have been 0
+            raise NonFiniteError(f"merging gives NaN or infinity in {shown(path)}")
+        if head is None:
+            return
+        beside = name.endswith("bias") and len(changed) > 1  # its gradient may have been 0
         same = torch.equal(_head(merged), head)
-        same = same and torch.equal(merged, self._before(module.sources[parameter]))
-        if same and parameter in changed and not beside:
-            raise UnchangedTargetsError(f"the adapter leaves {shown(name)} as it is in the base")
-        if not same and parameter not in changed:
-            raise MergeError(f"merging changed {shown(name)}, which the adapter does not target")
+        same = same and torch.equal(merged, self._skeleton.read(layer.sources[name]))
+        if same and name in changed and not beside:
+            raise UnchangedTargetsError(f"the adapter leaves {shown(path)} as it is in the base")
+        if not same and name not in changed:
+            raise MergeError(f"merging changed {shown(path)}, which the adapter does not target")
 
     def finish(self) -> None:
         """State that every tensor has been taken.
@@ -177,11 +282,12 @@ class Merge:
             raise UnmergedTensorsError(f"never merged: {listed(self._unread)}", self._unread)
 
 
-def _merged_info(name: str, module: _Module, skeleton: Skeleton) -> TensorInfo:
-    parameter = next(p for p, of in module.names.items() if of == name)
-    shape = skeleton.shapes[f"{module.target.path}.{parameter}"]
-    of = skeleton.base.infos[module.sources[parameter]]
-    return evolve(of, name=name, shape=shape, dtype=dtype_name(skeleton.dtype))
+def _shards(base: Checkpoint, infos: Mapping[str, TensorInfo]) -> dict[str, tuple[str, ...]]:
+    shards: dict[str, list[TensorInfo]] = {file: [] for file in base.shards}
+    *_, last = shards
+    for info in sorted(infos.values(), key=lambda info: (not info.file, info.start)):
+        shards[info.file or last].append(info)
+    return {file: tuple(info.name for info in found) for file, found in shards.items()}
 
 
 def _head(tensor: torch.Tensor) -> torch.Tensor:

@@ -35,7 +35,9 @@ UNMERGEABLE_TYPES = {
 }
 """Those whose effect is not, and why."""
 
-_TASKS = (None, "CAUSAL_LM")
+_TASKS = (
+    None, "CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"
+)  # fmt: skip
 _PLAIN = (None, True, False, "gaussian", "eva")  # none of them looks at the base's values
 _VALUES = ("pissa", "olora", "orthogonal", "mica")  # exact, because they are not random
 
@@ -108,8 +110,8 @@ def refuse_adapter(config: Mapping[str, Any]) -> None:
         raise UnsupportedAdapterError(f"adapters of type {kind} cannot be merged: {reason}")
     if config.get("task_type") not in _TASKS:
         raise UnsupportedAdapterError(
-            f"task_type {shown(config['task_type'])} has a head of its own; only CAUSAL_LM is "
-            f"supported"
+            f"task_type {shown(config['task_type'])} is unknown; those known are "
+            f"{', '.join(filter(None, _TASKS))}"
         )
     for key, value in config.items():
         if value and (key in _REFUSED or key not in _KNOWN):

@@ -9,11 +9,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import transformers
 from attrs import field, frozen
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from .._adapters import PREFIX, Adapter
-from .._checkpoints import INDEX, Checkpoint, TensorInfo, json_object
+from .._checkpoints import FLOATS, INDEX, Checkpoint, json_object
 from .._errors import (
     BaseModelMismatch,
     CustomizedModelsError,
@@ -22,39 +23,55 @@ from .._errors import (
     UnsupportedArchitectureError,
     shown,
 )
+from ._loading import Loading, Unit
+from ._quantized import dequantized_units, take_quantizer, treatment_of, without_quantization
 from ._versions import private
 
-_MERGEABLE = ("F16", "BF16", "F32")
+_CLASSES = {
+    "CAUSAL_LM": ("AutoModelForCausalLM", "AutoModelForImageTextToText"),
+    "SEQ_2_SEQ_LM": ("AutoModelForSeq2SeqLM", "AutoModelForSpeechSeq2Seq"),
+    "SEQ_CLS": ("AutoModelForSequenceClassification",),
+    "TOKEN_CLS": ("AutoModelForTokenClassification",),
+    "QUESTION_ANS": ("AutoModelForQuestionAnswering",),
+    "FEATURE_EXTRACTION": ("AutoModel",),
+}
+"""By PEFT's task type, the classes that may load the base; the first that knows it does, unless the
+base's configuration names the class of another."""
+
+_HEADED = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 
 @frozen
 class Skeleton:
     """A model without values and where its parameters come from.
 
-    `dtype`: that of all parameters. `shapes`: theirs, by name. `names`: the checkpoint's name of
-    each parameter that is one tensor of it, unconverted. `converted`: parameters that transformers
-    computes from tensors of other shapes. `tied`: the output layer's weight, and the embedding's
-    that it is; other parameters that share their weights are in `shared`. `vocabulary`: the number
-    of rows that both have, if the adapter came with a resized vocabulary.
+    `dtypes`, `shapes`: of all parameters, by name. `loading`: the checkpoint's tensors that they
+    are loaded from. `tied`: the output layer's weight, and the embedding's that it is; other
+    parameters that share their weights are in `shared`. `embeddings`: the weights of both.
+    `vocabulary`: the number of rows that they have, if the adapter came with a resized vocabulary.
+    `quantized`: what is dequantized, and `treatment` what that makes of the base. `config`: values
+    that the merged model's `config.json` has in place of the base's; None where it has no such key.
     """
 
     model: PreTrainedModel = field(repr=False)
     base: Checkpoint = field(repr=False)
-    dtype: torch.dtype
+    dtypes: Mapping[str, torch.dtype] = field(repr=False)
     shapes: Mapping[str, tuple[int, ...]] = field(repr=False)
-    names: Mapping[str, str] = field(repr=False)
-    converted: frozenset[str] = field(repr=False)
+    loading: Loading = field(repr=False)
     tied: Mapping[str, str]
     shared: frozenset[str] = field(repr=False)
     embeddings: frozenset[str] = field(repr=False)
-    vocabulary: int | None = None
+    vocabulary: int | None
+    quantized: tuple[Unit, ...] = field(repr=False)
+    treatment: str
+    config: Mapping[str, Any]
 
-    def tensor(self, parameter: str) -> TensorInfo:
-        """The checkpoint's tensor that `parameter` is loaded from.
+    def unit(self, parameter: str) -> Unit:
+        """The checkpoint's tensors that `parameter` is loaded from.
 
         Raises:
             UnsupportedAdapterError: it is one of several that are tied, or quantized.
-            UnsupportedArchitectureError: transformers computes it from several tensors.
+            UnsupportedArchitectureError: it is not known how transformers makes it of them.
             BaseModelMismatch: the base's files lack it, or have another shape.
         """
         parameter = self.tied.get(parameter, parameter)
@@ -63,87 +80,145 @@ class Skeleton:
                 f"the adapter changes {shown(parameter)}, which the base model ties to another "
                 f"tensor: PEFT would change both, which is not what was trained"
             )
-        if parameter in self.converted:
-            raise UnsupportedArchitectureError(
-                f"transformers converts {shown(parameter)} while it loads the base; merging into "
-                f"converted tensors is not supported yet"
-            )
-        if parameter not in self.names:
+        unit = self.loading.units.get(parameter)
+        if unit is None:
             raise BaseModelMismatch(f"the base model's files lack {shown(parameter)}")
-        info = self.base.infos[self.names[parameter]]
-        resized = self.vocabulary is not None and parameter in self.embeddings
-        if info.shape != self.shapes[parameter] and not resized:
-            raise BaseModelMismatch(
-                f"{shown(info.name)} has the shape {info.shape} in the base's files and "
-                f"{self.shapes[parameter]} by its config.json"
+        if unit.flaw:
+            raise UnsupportedArchitectureError(
+                f"the adapter changes {shown(parameter)}, but {unit.flaw} in the base's files"
             )
-        if info.dtype not in _MERGEABLE:
-            raise UnsupportedAdapterError(
-                f"{shown(info.name)} is quantized to {info.dtype}; use the model it was made from"
-            )
-        return info
+        for info in (self.base.infos[name] for name in unit.tensors):
+            resized = self.vocabulary is not None and parameter in self.embeddings
+            if unit.patterns is None and info.shape != self.shapes[parameter] and not resized:
+                raise BaseModelMismatch(
+                    f"{shown(info.name)} has the shape {info.shape} in the base's files and "
+                    f"{self.shapes[parameter]} by its config.json"
+                )
+            if info.dtype not in FLOATS and not unit.quantized:
+                raise UnsupportedAdapterError(
+                    f"{shown(info.name)} is quantized to {info.dtype}; use the model it was made "
+                    f"from"
+                )
+        return unit
 
     def read(self, parameter: str) -> torch.Tensor:
         """A fresh copy of the parameter's values, as transformers would load them.
 
         Raises:
-            UnsupportedAdapterError, UnsupportedArchitectureError, BaseModelMismatch: as `tensor`.
+            UnsupportedAdapterError, UnsupportedArchitectureError, BaseModelMismatch: as `unit`.
         """
-        return self.base.read(self.tensor(parameter).name).to(self.dtype)
+        return self.loading.read(self.unit(parameter))[self.tied.get(parameter, parameter)]
 
 
 def build_skeleton(base: Checkpoint, adapter: Adapter) -> Skeleton:
-    """The model class, dtype and names that `from_pretrained(base, dtype="auto")` comes to.
+    """The model class, dtypes and names that `from_pretrained(base, dtype="auto")` comes to.
 
-    If `adapter` comes with embeddings of another number of rows, the model has those.
+    If `adapter` comes with embeddings of another number of rows, or with a head of other labels,
+    the model has those.
 
     Raises:
-        UnsupportedArchitectureError: transformers has no such causal language model, or keeps
-            some of its weights in another dtype than the rest.
+        UnsupportedArchitectureError: transformers has no class for the base and the adapter's task.
     """
+    changes = without_quantization(base)
     try:
         config = AutoConfig.from_pretrained(
             base.directory, local_files_only=True, trust_remote_code=False
         )
-        dtype = _dtype(config, base)
-        model = _empty_model(config, dtype)
-        vocabulary = _resized(adapter, model)
+        quantizer = take_quantizer(config)
+        dtype = _dtype(config, base, quantizer)
+        build = _model_class(config, adapter)
+        model = _empty_model(build, config, dtype)
+        vocabulary, labels = _resized(adapter, model), _labels(adapter, model)
         if vocabulary is not None:
-            config.vocab_size = vocabulary
-            model = _empty_model(config, dtype)
+            config.get_text_config().vocab_size = vocabulary
+            changes |= everywhere(base, "vocab_size", vocabulary)
+        if labels is not None:
+            config.num_labels = labels
+            changes |= {"id2label": config.id2label, "label2id": config.label2id}
+        if vocabulary is not None or labels is not None:
+            model = _empty_model(build, config, dtype)
     except CustomizedModelsError:
         raise
     except Exception as error:  # its classes raise of all kinds at a config that they do not like
         raise UnsupportedArchitectureError(
-            f"transformers builds no causal language model from the base's config.json: "
+            f"transformers builds no model for the adapter's task from the base's config.json: "
             f"{shown(error, 500)}"
         ) from error
-    if model._get_dtype_plan(dtype):
-        raise UnsupportedArchitectureError(
-            f"transformers loads parts of a {type(model).__name__} in another dtype than the rest; "
-            f"merging into one is not supported yet"
-        )
-    names, converted = _names(model, base)
-    tied, shared = _ties(model, names)
+    dtypes = _dtypes(model, dtype)
+    loading = Loading(model, base, dtypes, quantizer)
+    quantized = dequantized_units(base, loading, quantizer) if quantizer else ()
+    tied, shared = _ties(model, loading)
+    if adapter.config.get("task_type") in _HEADED:
+        changes["architectures"] = [type(model).__name__]
     return Skeleton(
         model=model.eval(),  # type: ignore[no-untyped-call]
         base=base,
-        dtype=dtype,
+        dtypes=dtypes,
         shapes={name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)},
-        names=names,
-        converted=converted,
+        loading=loading,
         tied=tied,
         shared=shared,
         embeddings=frozenset(_embeddings(model)),
         vocabulary=vocabulary,
+        quantized=quantized,
+        treatment=treatment_of(quantizer),
+        config=changes,
     )
 
 
-def _empty_model(config: Any, dtype: torch.dtype) -> PreTrainedModel:
+def _model_class(config: Any, adapter: Adapter) -> Any:
+    """The transformers class with a `from_config` that makes the model the adapter was made on."""
+    task = adapter.config.get("task_type")
+    names = _CLASSES[task] if task else [name for names in _CLASSES.values() for name in names]
+    made_on = (adapter.config.get("auto_mapping") or {}).get("base_model_class")
+    wanted = [made_on, *(config.architectures or ())] if task is None else config.architectures
+    classes = {name: getattr(transformers, name) for name in names}
+    known = {n: c._model_mapping[type(config)] for n, c in classes.items() if _knows(c, config)}
+    for architecture in wanted or ():
+        for name, model_class in known.items():
+            if model_class.__name__ == architecture:
+                return classes[name]
+    if not known:
+        raise ValueError(f"no {' or '.join(names)} for a {type(config).__name__}")
+    return classes[next(iter(known))]
+
+
+def _knows(auto_class: Any, config: Any) -> bool:
+    return type(config) in auto_class._model_mapping
+
+
+def _empty_model(build: Any, config: Any, dtype: torch.dtype) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(  # type: ignore[no-any-return,no-untyped-call]
+        return build.from_config(  # type: ignore[no-any-return]
             config, dtype=dtype, attn_implementation="eager", trust_remote_code=False
         )
+
+
+def _dtypes(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """What each parameter has when it is loaded; the model's are changed to it.
+
+    Some architectures keep some of their layers in float32.
+    """
+    patterns = model._get_dtype_plan(dtype)
+    glob = private("transformers.core_model_loading", "build_glob_alternation")
+    kept, of_group, _ = glob(list(patterns)) if patterns else (None, {}, {})
+    dtypes: dict[str, torch.dtype] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        match = kept.search(name) if kept else None
+        dtypes[name] = patterns[of_group[match.lastgroup]] if match else tensor.dtype
+        if tensor.dtype != dtypes[name]:
+            tensor.data = tensor.data.to(dtypes[name])
+    return dtypes
+
+
+def everywhere(base: Checkpoint, key: str, value: object) -> dict[str, Any]:
+    """What to change in the base's `config.json` so that its language model has that value."""
+    document = json_object(base.directory / "config.json")
+    inner = document.get("text_config")
+    if not isinstance(inner, dict):
+        return {key: value}
+    here = {key: value} if key in document or key == "tie_word_embeddings" else {}
+    return {**here, "text_config": {**inner, key: value}}
 
 
 def _embeddings(model: PreTrainedModel) -> list[str]:
@@ -156,13 +231,11 @@ def _embeddings(model: PreTrainedModel) -> list[str]:
     return [f"{paths[id(module)]}.weight" for module in ends if id(module) in paths]
 
 
-def _ties(
-    model: PreTrainedModel, names: Mapping[str, str]
-) -> tuple[dict[str, str], frozenset[str]]:
+def _ties(model: PreTrainedModel, loading: Loading) -> tuple[dict[str, str], frozenset[str]]:
     """The output layer tied to the embedding, and all that is tied in another way."""
     ties = dict(model.all_tied_weights_keys or {})
     ends = _embeddings(model)
-    plain = len(ends) == 2 and ties == dict([ends]) and ends[0] not in names
+    plain = len(ends) == 2 and ties == dict([ends]) and ends[0] not in loading.units
     if plain and getattr(model.config, "tie_word_embeddings", False):
         return ties, frozenset()
     return {}, frozenset(ties) | frozenset(ties.values())
@@ -181,6 +254,21 @@ def _resized(adapter: Adapter, model: PreTrainedModel) -> int | None:
     return next(iter(rows), None)
 
 
+def _labels(adapter: Adapter, model: PreTrainedModel) -> int | None:
+    """How many labels the adapter's own head has, if not as many as the model's."""
+    if adapter.config.get("task_type") not in _HEADED:
+        return None
+    count, shapes = model.config.num_labels, dict(model.named_parameters())
+    found = set()
+    for name, info in adapter.tensors.items():
+        of = shapes.get(base_parameter(name))
+        if of is not None and of.shape[:1] == (count,) and of.shape[1:] == info.shape[1:]:
+            found |= {info.shape[0]} - {count}
+    if len(found) > 1:
+        raise MalformedError(f"the adapter's head has {sorted(found)} labels")
+    return next(iter(found), None)
+
+
 def base_parameter(name: str) -> str:
     """The base's parameter that a tensor of an adapter is, if it is one."""
     path = name.removeprefix(PREFIX)
@@ -189,39 +277,13 @@ def base_parameter(name: str) -> str:
     return path.replace(".base_layer.", ".")
 
 
-def _dtype(config: Any, base: Checkpoint) -> torch.dtype:
+def _dtype(config: Any, base: Checkpoint, quantizer: Any) -> torch.dtype:
     get_dtype = private("transformers.modeling_utils", "_get_dtype")
     files = [str(base.directory / file) for file in base.shards]
     sharded = None
     if (base.directory / INDEX).is_file() and len(base.shards) > 1:
         sharded = json_object(base.directory / INDEX).get("metadata")
-    dtype: torch.dtype = get_dtype("auto", files, config, sharded, None, True)[1]
+    dtype: torch.dtype = get_dtype("auto", files, config, sharded, None, True, quantizer)[1]
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(f"its dtype {dtype} is not float16, bfloat16 or float32")
     return dtype
-
-
-def _names(model: PreTrainedModel, base: Checkpoint) -> tuple[dict[str, str], frozenset[str]]:
-    """Which tensor of the checkpoint each parameter is, as transformers' loader decides it."""
-    rename = private("transformers.core_model_loading", "rename_source_key")
-    mapping = private("transformers.conversion_mapping", "get_model_conversion_mapping")(model)
-    converter = private("transformers.core_model_loading", "WeightConverter")
-    converters = [entry for entry in mapping if isinstance(entry, converter)]
-    renaming = private("transformers.core_model_loading", "WeightRenaming")
-    renamings = [entry for entry in mapping if isinstance(entry, renaming)]
-    by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
-    parameters, prefix = model.state_dict(), model.base_model_prefix
-    names: dict[str, str] = {}
-    converted: set[str] = set()
-    for name in base.infos:
-        parameter, pattern = rename(name, renamings, converters, prefix, parameters)
-        if parameter not in parameters and name in parameters:
-            parameter, pattern = rename(name, [], [], prefix, parameters)
-        if pattern is not None:
-            first, *_ = targets = by_pattern[pattern].target_patterns
-            converted.update(parameter.replace(first, target) for target in targets)
-        elif parameter in names:  # which of the two is loaded depends on the order
-            converted.add(parameter)
-        elif parameter in parameters:
-            names[parameter] = name
-    return {p: name for p, name in names.items() if p not in converted}, frozenset(converted)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from attrs import field, frozen
-from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 
@@ -39,9 +39,19 @@ class Target:
     @property
     def parameters(self) -> tuple[str, ...]:
         """The base's parameters that a merge reads or replaces, below `path`."""
-        if not isinstance(self.module, WRAPPERS):
-            return tuple(self.own)
-        return tuple(name for name, _ in base_of(self.module).named_parameters())
+        return tuple(self._places())
+
+    def _places(self) -> dict[str, str]:
+        """Where each of them is now, below the module that was there before."""
+        module: Any = self.module
+        if not isinstance(module, WRAPPERS):
+            return {name: name for name in self.own}
+        if isinstance(module, ParamWrapper):  # those beside it may be large
+            return {wrapper.parameter_name: wrapper.parameter_name for wrapper in _nested(module)}
+        inside = [name for name, _ in base_of(module).named_parameters()]
+        if isinstance(module, MultiheadAttention):  # has another layer inside
+            return {n.replace(".base_layer.", "."): n for n in inside if ".lora_" not in n}
+        return {name: name for name in inside}
 
     @property
     def changed(self) -> tuple[str, ...]:
@@ -57,7 +67,9 @@ class Target:
         if isinstance(module, TrainableTokensWrapper):
             return ("weight",)
         if isinstance(module, ParamWrapper):
-            return tuple(wrapper.parameter_name for wrapper in _nested(module))
+            return self.parameters
+        if isinstance(module, MultiheadAttention):
+            return ("in_proj_weight", "out_proj.weight")
         if not isinstance(module, BaseTunerLayer):
             return ()
         if self.kind == "BEFT":
@@ -77,9 +89,11 @@ class Target:
         """
         if not isinstance(self.module, WRAPPERS):
             return values
+        places = {place: values[name] for name, place in self._places().items()}
         try:
-            with torch.no_grad(), filled(base_of(self.module), values):
-                return {name: p.data for name, p in self._unloaded().named_parameters()}
+            with torch.no_grad(), filled(base_of(self.module), places):
+                merged = dict(self._unloaded().named_parameters())
+                return {name: merged[name].data for name in values}
         except (RuntimeError, ValueError, IndexError) as error:  # values that do not go together
             raise MergeError(f"PEFT cannot merge {shown(self.path)}: {shown(error)}") from error
 

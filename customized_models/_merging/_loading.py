@@ -1,0 +1,179 @@
+"""Which of a checkpoint's tensors each parameter is loaded from, and what it is saved as.
+
+transformers renames, stacks, splits and permutes the tensors of many architectures while it loads
+them, and does the reverse when it saves. This has its own conversions do so with a few tensors at
+a time, and with tensors that have no memory where only names and shapes are asked for.
+
+This module is only imported when a merge is planned.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from attrs import evolve, field, frozen
+from transformers import PreTrainedModel
+
+from .._checkpoints import FLOATS, Checkpoint, TensorInfo, dtype_name, torch_dtype
+from .._errors import UnsupportedArchitectureError, listed, shown
+from ._versions import private
+
+
+@frozen
+class Unit:
+    """Parameters, and the checkpoint's tensors that they and no others are loaded from.
+
+    `tensors`: in the order in which they are loaded. `patterns`: what of the conversion each of
+    them matches; None where there is one tensor that is loaded as it is. `quantized`: whether the
+    conversion makes numbers of codes and scales. `flaw`: why it is not known what transformers
+    makes of them, if so.
+    """
+
+    parameters: tuple[str, ...]
+    tensors: tuple[str, ...]
+    patterns: tuple[str, ...] | None = field(default=None, repr=False)
+    quantized: bool = False
+    flaw: str = ""
+
+
+class Loading:
+    """How the parameters of `model` come from `base` and go back, by transformers' own rules.
+
+    `dtypes`: of each parameter, once it is loaded. `quantizer`: transformers' own, told to
+    dequantize, if the base is quantized. `units`: by parameter.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        base: Checkpoint,
+        dtypes: Mapping[str, torch.dtype],
+        quantizer: Any = None,
+    ) -> None:
+        mapping = private("transformers.conversion_mapping", "get_model_conversion_mapping")
+        converter = private("transformers.core_model_loading", "WeightConverter")
+        self._model: Any = model
+        self._base = base
+        self._dtypes = dtypes
+        self._known = model.state_dict()
+        self._loading = _Transforms(mapping(model, hf_quantizer=quantizer), converter)
+        self._saving = _Transforms(mapping(model), converter) if quantizer else self._loading
+        self.units: Mapping[str, Unit] = {
+            parameter: unit for unit in self._find() for parameter in unit.parameters
+        }
+
+    def read(self, unit: Unit) -> dict[str, torch.Tensor]:
+        """Fresh values of its parameters, as transformers would load them."""
+        return self._converted(unit, map(self._base.read, unit.tensors))
+
+    def saved(self, unit: Unit, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The checkpoint's tensors when `unit` has these values; it may be parts of them."""
+        if unit.patterns is None:
+            (parameter,), (name,) = unit.parameters, unit.tensors
+            return {name: values[parameter]}
+        revert = private("transformers.core_model_loading", "revert_weight_conversion")
+        self._model._weight_conversions = [t for t in self._saving.every if t.was_used()]
+        tensors: dict[str, torch.Tensor] = revert(self._model, dict(values))
+        return tensors
+
+    def saved_infos(self, unit: Unit) -> list[TensorInfo]:
+        """What `saved` gives: each tensor's dtype and shape, and the place of one it replaces.
+
+        Raises:
+            UnsupportedArchitectureError: not the tensors that it was loaded from.
+        """
+        tensors = self.saved(unit, self._empty(unit))
+        before = {name: self._base.infos[name] for name in unit.tensors}
+        same = {name: info for name, info in before.items() if name in tensors}
+        lost = before.keys() ^ tensors.keys()
+        lost |= {name for name, info in same.items() if info.shape != tensors[name].shape}
+        if lost and not unit.quantized:
+            raise UnsupportedArchitectureError(
+                f"transformers loads {shown(unit.parameters[0])} from tensors that it does not "
+                f"save again: {listed(lost)}"
+            )
+        first = before[unit.tensors[0]]
+        return [
+            evolve(
+                same.get(name, first),
+                name=name,
+                dtype=dtype_name(tensor.dtype),
+                shape=tuple(tensor.shape),
+            )
+            for name, tensor in tensors.items()
+        ]
+
+    def _find(self) -> Iterable[Unit]:
+        rename = private("transformers.core_model_loading", "rename_source_key")
+        order = private("transformers.core_model_loading", "dot_natural_key")
+        known, prefix = self._known, self._model.base_model_prefix
+        found: dict[str, list[tuple[str, str | None]]] = {}
+        for name in sorted(self._base.infos, key=order):
+            parameter, pattern = rename(name, *self._loading.by_kind, prefix, known)
+            rename(name, *self._saving.by_kind, prefix, known)  # which notes what it used
+            if parameter not in known and name in known:
+                parameter, pattern = rename(name, [], [], prefix, known)
+            if parameter in known:
+                found.setdefault(parameter, []).append((name, pattern))
+        return [self._unit(parameter, sources) for parameter, sources in found.items()]
+
+    def _unit(self, parameter: str, sources: list[tuple[str, str | None]]) -> Unit:
+        tensors = tuple(name for name, _ in sources)
+        patterns = tuple(pattern for _, pattern in sources if pattern is not None)
+        quantized = any(self._base.infos[name].dtype not in FLOATS for name in tensors)
+        if len(tensors) == 1 and not (patterns and self._changes_values(patterns[0], quantized)):
+            return Unit((parameter,), tensors)
+        if len(patterns) != len(tensors):  # which of them is loaded depends on their order
+            return Unit((parameter,), tensors, flaw="several tensors go by its name")
+        unit = Unit((parameter,), tensors, patterns, quantized)
+        try:
+            values = self._empty(unit)
+        except Exception as error:  # the operations raise of all kinds at what they do not expect
+            return evolve(unit, flaw=f"its conversion fails: {shown(error)}")
+        unit = evolve(unit, parameters=tuple(values))
+        if odd := {n for n, v in values.items() if v.shape != self._known[n].shape}:
+            return evolve(unit, flaw=f"the conversion gives {listed(odd)} another shape")
+        return unit
+
+    def _changes_values(self, pattern: str, quantized: bool) -> bool:
+        """Whether the conversion does more than to dequantize what may not be quantized."""
+        return quantized or not all(map(_dequantizes, self._loading.by_pattern[pattern].operations))
+
+    def _empty(self, unit: Unit) -> dict[str, torch.Tensor]:
+        """Its parameters, on the meta device."""
+        infos = (self._base.infos[name] for name in unit.tensors)
+        dtypes = ((info, torch_dtype(info.dtype)) for info in infos)
+        return self._converted(
+            unit, (torch.empty(info.shape, dtype=dtype, device="meta") for info, dtype in dtypes)
+        )
+
+    def _converted(self, unit: Unit, tensors: Iterable[torch.Tensor]) -> dict[str, torch.Tensor]:
+        first = unit.parameters[0]
+        if unit.patterns is None:
+            (tensor,) = tensors
+            return {first: tensor.to(self._dtypes[first])}
+        converter = copy.deepcopy(self._loading.by_pattern[unit.patterns[0]])
+        cast = not any(map(_dequantizes, converter.operations))  # those cast themselves
+        for name, pattern, tensor in zip(unit.tensors, unit.patterns, tensors, strict=True):
+            given = tensor.to(self._dtypes[first]) if cast else tensor
+            converter.add_tensor(first, name, pattern, given)
+        values = converter.convert(first, model=self._model, config=self._model.config)
+        return {n: v[0] if isinstance(v, list) else v for n, v in values.items()}
+
+
+class _Transforms:
+    """`every` one of a mapping; `by_kind`: renamings, converters; the converters `by_pattern`."""
+
+    def __init__(self, every: list[Any], converter: Any) -> None:
+        converters = [transform for transform in every if isinstance(transform, converter)]
+        renamings = [transform for transform in every if not isinstance(transform, converter)]
+        self.every = every
+        self.by_kind = renamings, converters
+        self.by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+
+
+def _dequantizes(operation: Any) -> bool:
+    return getattr(operation, "hf_quantizer", None) is not None
