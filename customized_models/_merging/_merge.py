@@ -5,7 +5,7 @@ This module is only imported when a merge is planned.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -92,6 +92,7 @@ class Merge:
     """An adapter merged into its base, seen as a checkpoint; a `TensorSource`.
 
     `infos`: every tensor; where one is not as in the base's file, its offsets mean nothing.
+    `shards`: the base's, with its order; tensors that it lacks come last, in the last file.
     `changed`: the names that the adapter changes, or that the base does not have. `recipe`: what
     the merged bits depend on. `config`: what must stand in `config.json` in place of the base's
     values, because the adapter unties the output layer or has another vocabulary.
@@ -118,6 +119,7 @@ class Merge:
             **{name: evolve(base.infos[of], name=name) for name, of in untied.items()},
             **{name: _merged_info(name, module, skeleton) for name, module in modules.items()},
         }
+        self.shards = _shards(base, [name for name in self.infos if name not in base.infos])
         self.recipe: Mapping[str, Any] = {
             "arithmetic": "peft merge_and_unload, each module by itself",
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -175,6 +177,12 @@ class Merge:
         """
         if self._unread:
             raise UnmergedTensorsError(f"never merged: {listed(self._unread)}", self._unread)
+
+
+def _shards(base: Checkpoint, new: Collection[str]) -> Mapping[str, tuple[str, ...]]:
+    shards = {file: (*header.tensors,) for file, header in base.shards.items()}
+    shards[list(shards)[-1]] += (*new,)
+    return shards
 
 
 def _merged_info(name: str, module: _Module, skeleton: Skeleton) -> TensorInfo:
