@@ -7,11 +7,11 @@ whole and on the disk itself; nothing is believed that its SHA-256 does not conf
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ._checkpoints import FileDigest, Header, strict_json
+from ._checkpoints import FileDigest, strict_json
 from ._errors import MalformedError
 from ._manifest import canonical_json, from_document, hash_file, to_document
 from ._models import Progress
@@ -37,13 +37,13 @@ class Journal:
         self._append({"file": file, "digest": to_document(digest)})
         self.shards[file] = digest
 
-    def take_over(self, abandoned: Path, layout: Mapping[str, Header], progress: Progress) -> None:
+    def take_over(self, abandoned: Path, files: Collection[str], progress: Progress) -> None:
         """Move in the complete shards that a killed save left in its directory.
 
-        Only files of `layout` are taken. Should its process only have been asleep, no harm is
+        Only those named in `files` are taken. Should its process only have been asleep, no harm is
         done: it never writes to a complete shard again.
         """
-        noted = {file: digest for file, digest in _read(abandoned, self._key) if file in layout}
+        noted = {file: digest for file, digest in _read(abandoned, self._key) if file in files}
         total, done = sum(digest.size for digest in noted.values()), 0
         for file, digest in noted.items():
             progress("checking shards of a killed save", done, total)

@@ -170,7 +170,7 @@ def run_save(
         journal = Journal(staging, digest_of([parents, merged.merge.recipe]))
         for lost in registry._claim_lost_saves(customized.name):
             with registry._storage.staging(f"save-{lost}") as abandoned:
-                journal.take_over(abandoned, merged.layout.shards, progress)
+                journal.take_over(abandoned, merged.merge.shards, progress)
         content = _write(merged, staging, progress, journal)
         prove(merged, staging, id, progress)
         manifest = Manifest("complete", content, parents, merged.merge.recipe, {})
@@ -199,9 +199,7 @@ def _write(
 ) -> dict[str, FileDigest]:
     """Weights and small files into `staging`; their digests."""
     merge, layout = merged.merge, merged.layout
-    taken_over = {name for file in journal.shards for name in layout.shards[file].tensors}
-    if list(layout.shards)[-1] in journal.shards:  # which also has what the base lacks
-        taken_over |= merge.infos.keys() - layout.infos.keys()
+    taken_over = {name for file in journal.shards for name in merge.shards[file]}
     content = dict(write_checkpoint(merge, layout, staging, progress, merge.changed, journal))
     try:
         merge.finish()

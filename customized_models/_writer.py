@@ -1,22 +1,22 @@
-"""A source of tensors written out as a checkpoint, in the layout of its base."""
+"""A source of tensors written out as a checkpoint; what it leaves unchanged is the base's."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ._checkpoints import (
     INDEX,
     SINGLE,
     Checkpoint,
     FileDigest,
-    Header,
     TensorInfo,
     TensorSource,
     dtype_name,
@@ -36,45 +36,63 @@ CHUNK = 8 << 20  # bytes held at once of what is copied
 PIECE = 64 << 20  # bytes between two calls of `progress`
 
 
+class ShardedSource(TensorSource, Protocol):
+    """Tensors, and the files that they belong in."""
+
+    @property
+    def shards(self) -> Mapping[str, Sequence[str]]:
+        """The names of every tensor, in the order they have in a file, by the file's name."""
+
+
 def write_checkpoint(
-    source: TensorSource,
+    source: ShardedSource,
     layout: Checkpoint,
     directory: Path,
     progress: Progress,
     changed: Collection[str],
     journal: Journal | None = None,
 ) -> Mapping[str, FileDigest]:
-    """Write `source` into `directory` as shards like those of `layout`; their digests by name.
+    """Write the shards of `source` into `directory`; their digests by name.
 
-    File names, tensor order and metadata are the layout's; tensors that it lacks come last, in
-    the last file. The `changed` tensors come from `source`, of which two are in memory at a time;
-    all other bytes are copied from the layout's files. Every file is hashed on its way and pushed
-    to the disk. Nothing may be in the way but shards that `journal` has as complete, which stay;
-    it is told of all others.
+    The `changed` tensors come from `source`, of which two are in memory at a time; all others are
+    copied from the file in which `layout` has them, and so is a header that is the same. Every
+    file is hashed on its way and pushed to the disk. Nothing may be in the way but shards that
+    `journal` has as complete, which stay; it is told of all others.
 
     Raises:
-        MergeError: `source` lacks tensors of `layout`, or gives one that is not as it said.
+        MergeError: a tensor of `source` stands in no shard or in several, is neither changed nor
+            the layout's, or comes other than it said.
     """
-    if odd := layout.infos.keys() - source.infos.keys():
-        raise MergeError(f"the merge lacks tensors of its base: {listed(odd)}")
-    new = [info for name, info in source.infos.items() if name not in layout.infos]
+    _check(source, layout, changed)
     total = sum(info.size for info in source.infos.values())
     done, digests = 0, dict(journal.shards) if journal else {}
-    for file, header in layout.shards.items():
-        infos = [source.infos[name] for name in header.tensors]
-        infos += new if file == list(layout.shards)[-1] else []
+    for file, names in source.shards.items():
+        infos = [source.infos[name] for name in names]
         if file not in digests:
-            with opened(layout.directory / file) as fd, _Output(directory / file) as output:
-                pieces = _pieces(fd, header, infos, source, changed)
+            with _Output(directory / file) as output:
+                pieces = _pieces(file, infos, layout, source, changed)
                 _write(output, pieces, progress, done, total)
                 digests[file] = output.finish()
             if journal:
                 journal.add(file, digests[file])
         done += sum(info.size for info in infos)
-    if SINGLE not in layout.shards:
-        digests[INDEX] = _write_index(source, layout, directory, [info.name for info in new])
+    if [*source.shards] != [SINGLE]:
+        digests[INDEX] = _write_index(source, layout, directory)
     progress("merging", total, total)
     return digests
+
+
+def _check(source: ShardedSource, layout: Checkpoint, changed: Collection[str]) -> None:
+    count = Counter(name for names in source.shards.values() for name in names)
+    if odd := (source.infos.keys() ^ count.keys()) | {n for n in count if count[n] > 1}:
+        raise MergeError(f"in no shard of the merge, or in several: {listed(odd)}")
+    copied = {name: info for name, info in source.infos.items() if name not in changed}
+    if odd := {n for n, info in copied.items() if not _is_as(info, layout.infos.get(n))}:
+        raise MergeError(f"neither merged nor as in the base: {listed(odd)}")
+
+
+def _is_as(info: TensorInfo, other: TensorInfo | None) -> bool:
+    return other is not None and (info.dtype, info.shape) == (other.dtype, other.shape)
 
 
 def _write(
@@ -98,46 +116,54 @@ def _write(
 
 
 def _pieces(
-    fd: int,
-    header: Header,
+    file: str,
     infos: list[TensorInfo],
+    layout: Checkpoint,
     source: TensorSource,
     changed: Collection[str],
 ) -> Iterator[tuple[int, Callable[[_Output], None]]]:
     """One shard from front to back: how many bytes of tensors, and what puts them out."""
-    head = _header_bytes(fd, header, infos)
+    head = _header_bytes(file, infos, layout)
     yield 0, lambda output: output.write(head)
-    start = end = header.data_start
-    for info, old in zip(infos, header.tensors.values(), strict=False):
-        if info.name not in changed:
-            end = old.end
+    for is_changed, group in groupby(infos, lambda info: info.name in changed):
+        if not is_changed:
+            for path, start, end in _ranges(group, layout):
+                yield from _copies(path, start, end)
             continue
-        yield from _copies(fd, start, end)
-        data = _tensor_bytes(source.read(info.name), info)
-        yield info.size, lambda output, data=data: output.write(data)  # type: ignore[misc]
-        del data
-        start = end = old.end
-    yield from _copies(fd, start, end)
-    for info in infos[len(header.tensors) :]:
-        data = _tensor_bytes(source.read(info.name), info)
-        yield info.size, lambda output, data=data: output.write(data)  # type: ignore[misc]
-        del data
+        for info in group:
+            data = _tensor_bytes(source.read(info.name), info)
+            yield info.size, lambda output, data=data: output.write(data)  # type: ignore[misc]
+            del data
 
 
-def _copies(fd: int, start: int, end: int) -> Iterator[tuple[int, Callable[[_Output], None]]]:
+def _ranges(infos: Iterable[TensorInfo], layout: Checkpoint) -> Iterator[tuple[Path, int, int]]:
+    """Where the layout has these tensors; those that follow one another in a file as one."""
+    file, start, end = "", 0, 0
+    for info in (layout.infos[info.name] for info in infos):
+        if (info.file, info.start) != (file, end):
+            if end > start:
+                yield layout.directory / file, start, end
+            file, start = info.file, info.start
+        end = info.end
+    if end > start:
+        yield layout.directory / file, start, end
+
+
+def _copies(path: Path, start: int, end: int) -> Iterator[tuple[int, Callable[[_Output], None]]]:
     while start < end:
         size = min(PIECE, end - start)
-        yield size, lambda output, at=start, size=size: output.copy(fd, at, size)  # type: ignore[misc]
+        yield size, lambda output, at=start, size=size: output.copy(path, at, size)  # type: ignore[misc]
         start += size
 
 
-def _header_bytes(fd: int, header: Header, infos: list[TensorInfo]) -> bytes | bytearray:
-    """The file's first bytes: the layout's own where every dtype and shape is the layout's."""
-    old = header.tensors
-    before = {info.name: (info.dtype, info.shape) for info in old.values()}
-    if before == {info.name: (info.dtype, info.shape) for info in infos}:
-        return read_at(fd, 0, header.data_start, "header")
-    document: dict[str, Any] = {"__metadata__": dict(header.metadata)} if header.metadata else {}
+def _header_bytes(file: str, infos: list[TensorInfo], layout: Checkpoint) -> bytes | bytearray:
+    """The file's first bytes: the layout's own where every name, dtype and shape is the same."""
+    old = layout.shards.get(file, next(iter(layout.shards.values())))
+    before = [(info.name, info.dtype, info.shape) for info in old.tensors.values()]
+    if file in layout.shards and before == [(i.name, i.dtype, i.shape) for i in infos]:
+        with opened(layout.directory / file) as fd:
+            return read_at(fd, 0, old.data_start, "header")
+    document: dict[str, Any] = {"__metadata__": dict(old.metadata)} if old.metadata else {}
     position = 0
     for info in infos:
         offsets = [position, position := position + info.size]
@@ -181,26 +207,26 @@ class _Output:
         while view:
             view = view[self._file.write(view) :]
 
-    def copy(self, fd: int, start: int, size: int) -> None:
-        for at in range(start, start + size, CHUNK):
-            view = self._buffer[: min(CHUNK, start + size - at)]
-            read_into(view, fd, at, "the base model")
-            self.write(view)
+    def copy(self, path: Path, start: int, size: int) -> None:
+        with opened(path) as fd:
+            for at in range(start, start + size, CHUNK):
+                view = self._buffer[: min(CHUNK, start + size - at)]
+                read_into(view, fd, at, "the base model")
+                self.write(view)
 
     def finish(self) -> FileDigest:
         os.fsync(self._file.fileno())
         return FileDigest(self._size, self._hash.hexdigest())
 
 
-def _write_index(
-    source: TensorSource, layout: Checkpoint, directory: Path, new: list[str]
-) -> FileDigest:
-    """The layout's index with the size that is true now, and the `new` tensors."""
-    document = json_object(layout.directory / INDEX)
+def _write_index(source: ShardedSource, layout: Checkpoint, directory: Path) -> FileDigest:
+    """The layout's index, if it has one, with the files and the size that are true now."""
+    has_one = (layout.directory / INDEX).is_file()
+    document = json_object(layout.directory / INDEX) if has_one else {}
     metadata = document.get("metadata")
     document["metadata"] = metadata if isinstance(metadata, dict) else {}
     document["metadata"]["total_size"] = sum(info.size for info in source.infos.values())
-    document["weight_map"] |= dict.fromkeys(new, list(layout.shards)[-1])
+    document["weight_map"] = {n: file for file, names in source.shards.items() for n in names}
     with _Output(directory / INDEX) as output:
         output.write(json.dumps(document, indent=2, sort_keys=True).encode() + b"\n")
         return output.finish()

@@ -3,8 +3,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,6 +40,7 @@ class Doubled:
         self.infos: dict[str, TensorInfo] = dict(base.infos)
         for name, dtype in dtypes.items():
             self.infos[name] = evolve(self.infos[name], dtype=dtype)
+        self.shards = {file: (*header.tensors,) for file, header in base.shards.items()}
 
     def read(self, name: str) -> torch.Tensor:
         assert name in self.names
@@ -55,7 +57,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 def test_a_checkpoint_written_unchanged_has_the_bytes_it_was_read_from(
     base: Checkpoint, tmp_path: Path
 ) -> None:
-    digests = write_checkpoint(base, base, tmp_path, no_progress, ())
+    digests = write_checkpoint(Doubled(base, set()), base, tmp_path, no_progress, ())
     assert digests.keys() == {*base.shards, INDEX} == {path.name for path in tmp_path.iterdir()}
     for name, digest in digests.items():
         written = (tmp_path / name).read_bytes()
@@ -103,7 +105,7 @@ def test_an_index_is_written_only_where_the_base_has_one(tmp_path: Path) -> None
         tiny_llama(tmp_path / "base", tokenizer=False, shard_size="1GB", dtype="float32")
     )
     (tmp_path / "out").mkdir()
-    digests = write_checkpoint(single, single, tmp_path / "out", no_progress, ())
+    digests = write_checkpoint(Doubled(single, set()), single, tmp_path / "out", no_progress, ())
     assert digests.keys() == {SINGLE}
 
 
@@ -136,7 +138,7 @@ def test_a_progress_that_raises_stops_the_writing(base: Checkpoint, tmp_path: Pa
             raise JobCancelled
 
     with pytest.raises(JobCancelled):
-        write_checkpoint(base, base, tmp_path, cancel, ())
+        write_checkpoint(Doubled(base, set()), base, tmp_path, cancel, ())
     assert not (tmp_path / INDEX).exists()
 
 
@@ -149,20 +151,61 @@ def test_a_tensor_that_is_not_as_announced_is_never_written(
         write_checkpoint(source, base, tmp_path, no_progress, source.names)
 
 
-def test_a_source_with_other_tensors_than_the_layout_is_refused(
-    base: Checkpoint, tmp_path: Path
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda source: source.infos.pop(CHANGED), "no shard.*up_proj"),
+        (lambda source: source.shards.popitem(), "no shard"),
+        (lambda source: source.shards.update(more=(CHANGED,)), "several.*up_proj"),
+        (lambda source: change(source, dtype="F32"), "as in the base.*up_proj"),
+        (lambda source: change(source, shape=(2, 3)), "as in the base.*up_proj"),
+    ],
+)
+def test_a_source_that_contradicts_itself_or_the_base_is_refused(
+    spoil: Callable[[Doubled], object], message: str, base: Checkpoint, tmp_path: Path
 ) -> None:
     source = Doubled(base, set())
-    del source.infos[CHANGED]
-    with pytest.raises(MergeError, match="up_proj"):
+    spoil(source)
+    with pytest.raises(MergeError, match=message):
         write_checkpoint(source, base, tmp_path, no_progress, ())
+    assert list(tmp_path.iterdir()) == []
+
+
+def change(source: Doubled, **what: Any) -> None:
+    source.infos[CHANGED] = evolve(source.infos[CHANGED], **what)
+
+
+def test_a_source_may_leave_tensors_out_rename_them_and_have_files_of_its_own(
+    base: Checkpoint, tmp_path: Path
+) -> None:
+    class Renamed(Doubled):
+        def read(self, name: str) -> torch.Tensor:
+            return self.base.read(CHANGED) * 2
+
+    source = Renamed(base, {CHANGED})
+    source.infos = {"new": evolve(base.infos[CHANGED], name="new")}
+    kept = [name for name in base.infos if name not in (CHANGED, EMBEDDING)]
+    source.infos |= {name: base.infos[name] for name in kept}
+    first, last = next(iter(base.shards)), "last.safetensors"
+    source.shards = {first: ("new", *kept[::-2]), last: (*kept[-2::-2],)}
+    digests = write_checkpoint(source, base, tmp_path, no_progress, {"new"})
+
+    assert digests.keys() == {first, last, INDEX}
+    written = Checkpoint.open(tmp_path)  # its index and its shards agree
+    assert {file: (*header.tensors,) for file, header in written.shards.items()} == source.shards
+    assert torch.equal(written.read("new"), base.read(CHANGED) * 2)
+    assert all(torch.equal(written.read(name), base.read(name)) for name in kept)
+    for file in source.shards:
+        assert written.shards[file].metadata == base.shards[first].metadata
+    total = json.loads((tmp_path / INDEX).read_text())["metadata"]["total_size"]
+    assert total == sum(info.size for info in written.infos.values())
 
 
 def test_nothing_in_the_way_is_overwritten(base: Checkpoint, tmp_path: Path) -> None:
     name = next(iter(base.shards))
     (tmp_path / name).write_text("mine")
     with pytest.raises(FileExistsError):
-        write_checkpoint(base, base, tmp_path, no_progress, ())
+        write_checkpoint(Doubled(base, set()), base, tmp_path, no_progress, ())
     assert (tmp_path / name).read_text() == "mine"
 
 
@@ -180,7 +223,7 @@ def test_shards_that_a_killed_writer_completed_are_taken_over_and_not_read_again
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_checkpoint(base, base, killed, kill, (), Journal(killed, "other key"))
+        write_checkpoint(Doubled(base, set()), base, killed, kill, (), Journal(killed, "other key"))
     journal = Journal(again, "key")
     journal.take_over(killed, base.shards, no_progress)
     assert journal.shards == {}
@@ -290,7 +333,7 @@ def test_an_index_that_leads_out_of_the_directory_is_refused(file: str, tmp_path
 def test_an_index_that_disagrees_with_its_shards_is_refused(
     base: Checkpoint, tmp_path: Path
 ) -> None:
-    write_checkpoint(base, base, tmp_path, no_progress, ())
+    write_checkpoint(Doubled(base, set()), base, tmp_path, no_progress, ())
     index = json.loads((tmp_path / INDEX).read_text())
     del index["weight_map"]["model.norm.weight"]
     (tmp_path / INDEX).write_text(json.dumps(index))
@@ -301,6 +344,6 @@ def test_an_index_that_disagrees_with_its_shards_is_refused(
 def test_where_there_is_a_single_file_it_is_taken_before_an_index(
     base: Checkpoint, tmp_path: Path
 ) -> None:
-    write_checkpoint(base, base, tmp_path, no_progress, ())
+    write_checkpoint(Doubled(base, set()), base, tmp_path, no_progress, ())
     save_file({"a": torch.zeros(1)}, tmp_path / SINGLE)
     assert Checkpoint.open(tmp_path).infos.keys() == {"a"}
