@@ -31,12 +31,11 @@ class Architecture:
     """One row of the table: how to make the model, and what an adapter of it targets.
 
     `auto`: the class that loads it for its task, and `saved_by` the one that wrote the checkpoint,
-    if another. `targets`: attention and MLP. `saved`: for `modules_to_save`. `task`: the `task_type`
-    that people set. `experts`: fused experts, for `target_parameters`. `convolutions`: modules that
-    are some, or other layers that PEFT has a LoRA of its own for. `hub`: the tensors of a checkpoint
-    on the Hub, out of those in memory. `converted`: transformers saves other tensors than it has in
-    memory. `options`: what people pass to `from_pretrained`. `untied`: a tensor that the checkpoint
-    has although the class ties it.
+    if another. `targets`: attention and MLP. `saved`: for `modules_to_save`. `task`: the
+    `task_type` that people set. `experts`: fused, for `target_parameters`. `hub`: the tensors of a
+    checkpoint on the Hub, out of those in memory. `converted`: transformers saves other tensors
+    than it has in memory. `options`: what people pass to `from_pretrained`. `untied`: a tensor
+    that the checkpoint has although the class ties it.
     """
 
     auto: str
@@ -67,7 +66,7 @@ class Architecture:
 
 @frozen
 class Adaptation:
-    """A PEFT configuration, and a pattern for the names of the tensors in memory that it changes."""
+    """A PEFT configuration, and a pattern for the names in memory of the tensors that change."""
 
     config: Callable[[], PeftConfig]
     touches: str
@@ -173,14 +172,14 @@ def everything_in(module: str) -> str:
 
 
 def lora(architecture: Architecture, **options: Any) -> Adaptation:
-    """A LoRA on attention and MLP."""
+    """A LoRA on attention and MLP; PEFT saves a classifier's head without being asked."""
     settings = {"r": 4, "task_type": architecture.task, "target_modules": [*architecture.targets]}
     settings |= options
     touches = weights_of(*settings["target_modules"])
-    if settings.get("modules_to_save"):
-        touches += f"|{everything_in(*settings['modules_to_save'])}"
     if settings.get("target_parameters"):
         touches += f"|({'|'.join(map(re.escape, settings['target_parameters']))})$"
+    if settings.get("modules_to_save") or architecture.task == "SEQ_CLS":
+        touches += f"|{everything_in(architecture.saved)}"
     return Adaptation(lambda: LoraConfig(**settings), touches)
 
 
