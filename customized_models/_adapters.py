@@ -249,7 +249,7 @@ def check_fits(adapter: Adapter, base: Checkpoint) -> None:
     Raises:
         BaseModelMismatch: shapes differ, a layer's number is beyond the base's, or nothing fits.
     """
-    weights = _by_tail(base)
+    weights, modules = _by_tail(base), {name.split(".")[-2] for name in base.infos if "." in name}
     layers = max((_layer(name) for name in base.infos), default=-1)
     wrong, found = set(), False
     for name, info in adapter.tensors.items():
@@ -258,8 +258,8 @@ def check_fits(adapter: Adapter, base: Checkpoint) -> None:
             wrong.add(name)
             continue
         target = _target(path, base.infos) or _target(_tail(path), weights)
-        if target is None:
-            found = found or path.startswith("lm_head.")  # a tied head has no tensor of its own
+        if target is None:  # renamed while it is loaded, or a tied head without a tensor
+            found = found or not modules.isdisjoint(path.split(".")) or path.startswith("lm_head.")
             continue
         found = True
         if not _same_shape(path, info, target, adapter):

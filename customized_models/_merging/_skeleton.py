@@ -233,12 +233,24 @@ def _embeddings(model: PreTrainedModel) -> list[str]:
 
 def _ties(model: PreTrainedModel, loading: Loading) -> tuple[dict[str, str], frozenset[str]]:
     """The output layer tied to the embedding, and all that is tied in another way."""
-    ties = dict(model.all_tied_weights_keys or {})
+    every = dict(model.all_tied_weights_keys or {})
+    ties = {one: other for one, other in every.items() if not _differ(one, other, loading)}
     ends = _embeddings(model)
     plain = len(ends) == 2 and ties == dict([ends]) and ends[0] not in loading.units
     if plain and getattr(model.config, "tie_word_embeddings", False):
         return ties, frozenset()
     return {}, frozenset(ties) | frozenset(ties.values())
+
+
+def _differ(one: str, other: str, loading: Loading) -> bool:
+    """Whether the files have both: then transformers ties them only if they are alike."""
+    units = [loading.units.get(name) for name in (one, other)]
+    if None in units:
+        return False
+    first, second = (
+        loading.read(unit)[name] for unit, name in zip(units, (one, other), strict=True) if unit
+    )
+    return not torch.equal(first, second)
 
 
 def _resized(adapter: Adapter, model: PreTrainedModel) -> int | None:

@@ -92,26 +92,28 @@ class Target:
         places = {place: values[name] for name, place in self._places().items()}
         try:
             with torch.no_grad(), filled(base_of(self.module), places):
-                merged = dict(self._unloaded().named_parameters())
-                return {name: merged[name].data for name in values}
+                merged = self._unloaded()
+                return {name: merged[name] for name in values}
         except (RuntimeError, ValueError, IndexError) as error:  # values that do not go together
             raise MergeError(f"PEFT cannot merge {shown(self.path)}: {shown(error)}") from error
 
-    def _unloaded(self) -> torch.nn.Module:
-        merged: torch.nn.Module
+    def _unloaded(self) -> dict[str, torch.Tensor]:
+        """The parameters of the module that PEFT puts in the place of its wrapper."""
+        module: Any = self.module
         checked: Any = torch.sparse.check_sparse_tensor_invariants
-        with filled(self.module, {}), checked():
-            if hasattr(self.module, "unload_and_optionally_merge_module"):
-                merged = self.module.unload_and_optionally_merge_module(
+        with filled(module, {}), checked():
+            if hasattr(module, "unload_and_optionally_merge_module"):
+                unloaded = module.unload_and_optionally_merge_module(
                     merge=True, safe_merge=False, adapter_names=None
                 )
             elif self.kind == "LN_TUNING":  # takes no other argument
-                self.module.merge(None)
-                merged = self.module.get_base_layer()
+                module.merge(None)
+                unloaded = module.get_base_layer()
             else:
-                self.module.merge(safe_merge=False, adapter_names=None)
-                merged = self.module.get_base_layer()
-        for inner in self.module.modules():
+                module.merge(safe_merge=False, adapter_names=None)
+                unloaded = module.get_base_layer()
+            merged = {name: p.data for name, p in unloaded.named_parameters()}
+        for inner in module.modules():
             if isinstance(inner, BaseTunerLayer):
                 inner.merged_adapters.clear()  # so that it can be merged again
         return merged
