@@ -87,13 +87,18 @@ def quantized(
             weight_map |= dict.fromkeys(tensors, path.name)
         else:
             (directory / path.name).write_bytes(path.read_bytes())
-    document = json.loads((base / "config.json").read_text())
-    document["quantization_config"] = dict(config)
-    (directory / "config.json").write_text(json.dumps(document))
+    state_quantization(directory, dict(config))
     if (base / INDEX).is_file():
         index = json.loads((base / INDEX).read_text())
         (directory / INDEX).write_text(json.dumps(index | {"weight_map": weight_map}))
     return directory
+
+
+def state_quantization(directory: Path, value: object) -> None:
+    """Set the `quantization_config` in a model's `config.json`."""
+    document = json.loads((directory / "config.json").read_text())
+    document["quantization_config"] = value
+    (directory / "config.json").write_text(json.dumps(document))
 
 
 def fp8(
@@ -131,6 +136,43 @@ def mxfp4(base: Path, directory: Path) -> Path:
         return mxfp4_tensors(name, tensor)
 
     return quantized(base, directory, GPT_OSS, quantize)
+
+
+def loaded(directory: Path, auto_class: Any = None) -> Tensors:
+    """The parameters that transformers loads, dequantized if the checkpoint is quantized.
+
+    Raises:
+        AssertionError: it missed some, or found some that it has no use for.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model, info = (auto_class or AutoModelForCausalLM).from_pretrained(
+        directory, dtype="auto", output_loading_info=True, **_dequantizing(directory)
+    )
+    assert not any(info.values()), info
+    return dict(model.state_dict())
+
+
+def dequantized_reference(base: Path, adapter: Path, auto_class: Any = None) -> Tensors:
+    """What PEFT makes of `adapter` on the quantized `base` that transformers has dequantized."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = (auto_class or AutoModelForCausalLM).from_pretrained(
+        base, dtype="auto", **_dequantizing(base)
+    )
+    assert not hasattr(model.config, "quantization_config")
+    return dict(PeftModel.from_pretrained(model, adapter).merge_and_unload().state_dict())
+
+
+def _dequantizing(directory: Path) -> dict[str, Any]:
+    from transformers import FineGrainedFP8Config, Mxfp4Config
+
+    stated = json.loads((directory / "config.json").read_text()).get("quantization_config")
+    configs = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}
+    # None would not be the same as nothing: transformers would then load the codes as weights
+    wanted = configs[stated["quant_method"]](dequantize=True) if stated else None
+    return {"quantization_config": wanted} if wanted else {}
 
 
 def tiny_qwen3_moe(directory: Path, shard_size: str = "40KB") -> Path:
