@@ -18,6 +18,7 @@ from quantized import (
     GPT_OSS,
     dequantized_reference,
     fp8,
+    fp8_tensors,
     loaded,
     mxfp4,
     quantized,
@@ -498,8 +499,6 @@ def test_a_weight_that_is_not_whole_blocks_is_refused(
 
 
 def test_a_scale_for_each_row_is_not_refused(tmp_path: Path) -> None:
-    from quantized import fp8_tensors
-
     base = tiny_llama(tmp_path / "base", tokenizer=False)
 
     def quantize(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:

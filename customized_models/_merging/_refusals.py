@@ -293,14 +293,16 @@ def _block(stated: Mapping[str, Any]) -> tuple[int, int] | None:
 def refuse_codes(config: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> None:
     """Refuse quantized tensors to which transformers would give other values than they stand for.
 
-    `config`: for which `dequantizes` has a method. `infos`: all tensors of the checkpoint.
+    `config`: the base's `config.json`. `infos`: all tensors of its checkpoint. A base that is not
+    quantized has nothing to refuse.
 
     Raises:
-        UnsupportedAdapterError: naming a tensor and what is missing or odd about it.
+        UnsupportedAdapterError: naming a tensor and what is missing or odd about it; or as
+            `dequantizes`.
     """
     method, stated = dequantizes(config), _stated(config)
     for name, info in infos.items():
-        if info.dtype not in _CODES:
+        if method is None or info.dtype not in _CODES:
             continue
         odd = _odd_fp8(info, infos, _block(stated)) if method == "fp8" else _odd_mxfp4(info, infos)
         if odd:
