@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .._checkpoints import json_object
+from .._checkpoints import TensorInfo, json_object
 from .._errors import MalformedError, UnsupportedAdapterError, shown
 
 MERGEABLE_TYPES = frozenset(
@@ -90,10 +90,69 @@ _REFUSED = {
     "use_qalora": "QALoRA has no exact merge: PEFT refuses it",
 }
 
+DEQUANTIZED = ("fp8", "mxfp4")
+"""Methods whose weights transformers turns into 16-bit ones on any machine, with the same bits."""
+
+_PACKED = "its codes are laid out for the kernels that multiply them"
+_ROUNDED = "its values before they were rounded are lost, and a merge would be rounded again"
+_CODEBOOK = "its weights are looked up in codebooks, which a change of the weights does not fit"
+QUANTIZED = {
+    "aqlm": ("AQLM", _CODEBOOK),
+    "auto-round": ("AutoRound", _PACKED),
+    "autoround": ("AutoRound", _PACKED),
+    "awq": ("AWQ", _PACKED),
+    "bitnet": ("BitNet", "its weights have three values, which a merge would leave"),
+    "bitsandbytes_4bit": ("bitsandbytes in 4 bits", _ROUNDED),
+    "bitsandbytes_8bit": ("bitsandbytes in 8 bits", _ROUNDED),
+    "compressed-tensors": (
+        "compressed-tensors",
+        "the name stands for many formats of packed codes",
+    ),
+    "eetq": ("EETQ", _PACKED),
+    "fbgemm_fp8": ("FBGEMM FP8", "transformers loads its weights on a GPU only"),
+    "fouroversix": ("Four Over Six", _PACKED),
+    "fp_quant": (
+        "FP-Quant",
+        "its weights are rotated by Hadamard matrices before they are rounded",
+    ),
+    "gemma": ("Gemma's quantization", "transformers does not turn its weights into 16-bit ones"),
+    "gguf": ("GGUF", _PACKED),
+    "gptq": ("GPTQ", f"{_PACKED}, and PEFT refuses to merge into them"),
+    "higgs": ("HIGGS", _CODEBOOK),
+    "hqq": ("HQQ", _ROUNDED),
+    "metal": ("Metal", _PACKED),
+    "modelopt": ("ModelOpt", "transformers does not load its weights"),
+    "modelopt_fp4": ("ModelOpt NVFP4", "transformers does not load its weights"),
+    "mxfp8": ("MXFP8", "this version does not read its scales"),
+    "nvfp4": ("NVFP4", "transformers does not turn its weights into 16-bit ones"),
+    "quanto": ("Quanto", _ROUNDED),
+    "quark": ("Quark", "the name stands for many formats of packed codes"),
+    "sinq": ("SINQ", _PACKED),
+    "spqr": ("SpQR", "its weights are codes and a sparse matrix of outliers"),
+    "torchao": ("TorchAO", "the name stands for many formats of packed codes"),
+    "vptq": ("VPTQ", _CODEBOOK),
+}
+"""Methods that are refused: what they are called, and why."""
+
+_WAY_OUT = (
+    "merge onto the 16-bit model it was quantized from: add that as a base model and register the "
+    "adapter on it"
+)
+_KNOWN_OF_METHOD = {
+    "fp8": {
+        "activation_scheme", "dequantize", "fmt", "ignored_layers", "modules_to_not_convert",
+        "quant_method", "scale_fmt", "weight_block_size",
+    },
+    "mxfp4": {"dequantize", "modules_to_not_convert", "quant_method"},
+}  # fmt: skip
+"""Keys of a quantization_config that do not change which weights it stands for."""
+
+_SCALES_OF_FP8 = ("weight_scale_inv", "scale", "qscale_weight")  # what transformers reads
+_DTYPES_OF_SCALES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
+_CODES = ("F8_E4M3", "F8_E5M2", "I8", "U8")
+
 _REFUSED_OF_BASE = {
-    "quantization_config": "the base model is quantized, and merging would round it a second time; "
-    "use the model it was quantized from",
-    "compression_config": "the base model is compressed; use the model it was made from",
+    "compression_config": f"the base model is compressed; {_WAY_OUT}",
     "transformers_weights": "it loads weights from files of other names",
 }
 
@@ -149,14 +208,149 @@ def reads_values(config: Mapping[str, Any]) -> bool:
 
 
 def refuse_base(directory: Path) -> None:
-    """Refuse a base whose tensors are not what the model computes with.
+    """Refuse a base whose tensors are not, and do not become, what the model computes with.
 
     Raises:
         UnsupportedAdapterError: naming the key of its `config.json` and the reason.
+        MalformedError: its `config.json` states no model type, or a quantization that is none.
     """
     config = json_object(directory / "config.json")
     for key, reason in _REFUSED_OF_BASE.items():
         if config.get(key):
             raise UnsupportedAdapterError(f"the base's config.json has {key}: {reason}")
+    if dequantizes(config) is None and (directory / "hf_quant_config.json").exists():
+        raise UnsupportedAdapterError(
+            f"the base has a hf_quant_config.json: it is quantized by ModelOpt; {_WAY_OUT}"
+        )
     if not isinstance(config.get("model_type"), str):
         raise MalformedError("the base's config.json has no model_type")
+
+
+def dequantizes(config: Mapping[str, Any]) -> str | None:
+    """The method of `DEQUANTIZED` that a `config.json` states; None if it states none at all.
+
+    Raises:
+        UnsupportedAdapterError: another method, by its name, or an option of one of them that
+            transformers does not turn into 16-bit weights.
+        MalformedError: it states something that is no method.
+    """
+    if _stated(config.get("text_config") or {}):
+        raise UnsupportedAdapterError(
+            f"the base's config.json has quantization_config in its text_config; {_WAY_OUT}"
+        )
+    stated = _stated(config)
+    if not stated:
+        return None
+    method = stated.get("quant_method")
+    if stated.get("load_in_4bit") or stated.get("load_in_8bit") or method == "bitsandbytes":
+        method = f"bitsandbytes_{8 if stated.get('load_in_8bit') else 4}bit"
+    if method not in DEQUANTIZED:
+        raise UnsupportedAdapterError(
+            f"the base's config.json has quantization_config: {_why(method)}"
+        )
+    for key, value in stated.items():
+        if value and key not in _KNOWN_OF_METHOD[method]:
+            raise UnsupportedAdapterError(
+                f"the base's quantization_config of {method} has {shown(key)} set, and this "
+                f"version does not know what it does to the weights; {_WAY_OUT}"
+            )
+    scheme = stated.get("activation_scheme", "dynamic")
+    if scheme not in ("dynamic", "static"):  # either way the weights are the same
+        raise UnsupportedAdapterError(
+            f"the base's quantization_config has the unknown activation_scheme {shown(scheme)}"
+        )
+    if method == "fp8":
+        _block(stated)
+    return str(method)
+
+
+def _stated(config: Any) -> dict[str, Any]:
+    stated = config.get("quantization_config") if isinstance(config, Mapping) else None
+    if stated and not isinstance(stated, dict):
+        raise MalformedError("the base's quantization_config is no object")
+    return stated or {}
+
+
+def _why(method: object) -> str:
+    if method is None:
+        return f"it names no method of quantization; {_WAY_OUT}"
+    if not isinstance(method, str) or method not in QUANTIZED:
+        return f"this version does not know the method {shown(method)}; {_WAY_OUT}"
+    name, reason = QUANTIZED[method]
+    fits = " (QLoRA adapters fit it unchanged)" if name.startswith("bitsandbytes") else ""
+    return f"the base model is quantized by {name}: {reason}; {_WAY_OUT}{fits}"
+
+
+def _block(stated: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Rows and columns of a weight that share a scale; None if all of them do."""
+    block = stated.get("weight_block_size", (128, 128))
+    if block is None:
+        return None
+    sizes = isinstance(block, list | tuple) and all(type(n) is int and n > 0 for n in block)
+    if not sizes or len(block) != 2:
+        raise MalformedError(f"the base's weight_block_size {shown(block)} is not two sizes")
+    return block[0], block[1]
+
+
+def refuse_codes(config: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> None:
+    """Refuse quantized tensors to which transformers would give other values than they stand for.
+
+    `config`: the base's `config.json`. `infos`: all tensors of its checkpoint. A base that is not
+    quantized has nothing to refuse.
+
+    Raises:
+        UnsupportedAdapterError: naming a tensor and what is missing or odd about it; or as
+            `dequantizes`.
+    """
+    method, stated = dequantizes(config), _stated(config)
+    for name, info in infos.items():
+        if method is None or info.dtype not in _CODES:
+            continue
+        odd = _odd_fp8(info, infos, _block(stated)) if method == "fp8" else _odd_mxfp4(info, infos)
+        if odd:
+            raise UnsupportedAdapterError(
+                f"{shown(name)} is quantized to {info.dtype} and {odd}; {_WAY_OUT}"
+            )
+
+
+def _odd_fp8(
+    info: TensorInfo, infos: Mapping[str, TensorInfo], block: tuple[int, int] | None
+) -> str | None:
+    """Why transformers does not multiply it by its scales, or by the wrong ones."""
+    module, _, parameter = info.name.rpartition(".")
+    if parameter in _SCALES_OF_FP8 and info.dtype in _DTYPES_OF_SCALES:
+        return None
+    if not info.dtype.startswith("F8"):
+        return "packed, which this version does not know of FP8"
+    found = [infos[f"{module}.{s}"] for s in _SCALES_OF_FP8 if f"{module}.{s}" in infos]
+    if parameter != "weight" or len(found) != 1:
+        return "transformers finds no weight_scale_inv of it"
+    scales = found[0]
+    if scales.dtype not in _DTYPES_OF_SCALES:
+        return f"its scales are {scales.dtype}"
+    if scales.shape in ((), (1,), (1, 1)):
+        return None
+    if len(info.shape) != 2:
+        return f"has the shape {info.shape}, which has no blocks"
+    if block is None:
+        per_row = scales.shape == (info.shape[0], 1)
+        return None if per_row else f"has {scales.shape} scales, neither one nor one a row"
+    grid = tuple(-(-size // of) for size, of in zip(info.shape, block, strict=True))
+    if scales.shape != grid:
+        return f"has {scales.shape} scales for {grid} blocks"
+    if any(size % of and size > of for size, of in zip(info.shape, block, strict=True)):
+        return f"its shape {info.shape} is not whole blocks of {block}: transformers misplaces them"
+    return None
+
+
+def _odd_mxfp4(info: TensorInfo, infos: Mapping[str, TensorInfo]) -> str | None:
+    """Why transformers does not turn it into a weight of an expert."""
+    name, _, part = info.name.rpartition("_")
+    pair = infos.get(f"{name}_blocks"), infos.get(f"{name}_scales")
+    if part not in ("blocks", "scales") or not name.endswith((".gate_up_proj", ".down_proj")):
+        return "no expert's gate_up_proj or down_proj"
+    if None in pair or info.dtype != "U8" or name in infos:
+        return "not one of a pair of _blocks and _scales in U8"
+    blocks, scales = pair
+    whole = blocks and scales and (*scales.shape, 16) == blocks.shape and len(scales.shape) == 3
+    return None if whole else "its pair does not have 32 values for each scale"
