@@ -46,9 +46,6 @@ from customized_models.testing._models import tiny_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
 
-# Delete this mark once quantized bases are merged.
-merges_quantized = pytest.mark.xfail(reason="quantized bases are not merged yet", strict=False)
-
 WAY_OUT = "merge onto the 16-bit model it was quantized from"
 
 # The unquantized model by size of its shards, and what is quantized of it.
@@ -228,7 +225,6 @@ def written(base: Path, adapter: Path, scratch: Path) -> Path:
     return out
 
 
-@merges_quantized
 @pytest.mark.parametrize("size", [SHARDED, WHOLE])
 @pytest.mark.parametrize("kind", LORAS)
 def test_merging_into_a_quantized_base_gives_a_16_bit_model_with_the_bits_of_peft(
@@ -249,7 +245,6 @@ def test_merging_into_a_quantized_base_gives_a_16_bit_model_with_the_bits_of_pef
         assert torch.equal(merged[name], tensor), name
 
 
-@merges_quantized
 @pytest.mark.parametrize("kind", ["fp8", "fp8 mixture", "mxfp4"])
 def test_the_recipe_says_what_the_base_was_dequantized_from(
     kind: str, models: Callable[..., tuple[Path, Path]], tmp_path: Path
@@ -261,7 +256,6 @@ def test_the_recipe_says_what_the_base_was_dequantized_from(
     assert opened(original, adapter, tmp_path / "2").recipe["base"] == "as stored"
 
 
-@merges_quantized
 def test_quantized_tensors_that_the_model_class_ignores_do_not_stay_quantized(
     models: Callable[..., tuple[Path, Path]], tmp_path: Path
 ) -> None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .._adapters import Adapter
-from .._checkpoints import Checkpoint
-from ._refusals import refuse_adapter, refuse_base
+from .._checkpoints import Checkpoint, json_object
+from ._refusals import refuse_adapter, refuse_base, refuse_codes
 
 if TYPE_CHECKING:
     from ._merge import Merge
@@ -38,6 +38,7 @@ def open_merge(base: Checkpoint, adapter: Adapter) -> Merge:
     """
     refuse_adapter(adapter.config)
     refuse_base(base.directory)
+    refuse_codes(json_object(base.directory / "config.json"), base.infos)
     from ._merge import plan  # torch, transformers and peft
 
     return plan(base, adapter)

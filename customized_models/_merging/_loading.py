@@ -43,7 +43,8 @@ class Loading:
     """How the parameters of `model` come from `base` and go back, by transformers' own rules.
 
     `dtypes`: of each parameter, once it is loaded. `quantizer`: transformers' own, told to
-    dequantize, if the base is quantized. `units`: by parameter.
+    dequantize, if the base is quantized. `units`: by parameter. `ignored`: quantized tensors that
+    the model has no parameters for, which go by their own names.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Loading:
         self.units: Mapping[str, Unit] = {
             parameter: unit for unit in self._find() for parameter in unit.parameters
         }
+        self.ignored = tuple(self._ignored()) if quantizer else ()
 
     def read(self, unit: Unit) -> dict[str, torch.Tensor]:
         """Fresh values of its parameters, as transformers would load them."""
@@ -74,6 +76,8 @@ class Loading:
         if unit.patterns is None:
             (parameter,), (name,) = unit.parameters, unit.tensors
             return {name: values[parameter]}
+        if unit in self.ignored:
+            return dict(values)
         revert = private("transformers.core_model_loading", "revert_weight_conversion")
         self._model._weight_conversions = [t for t in self._saving.every if t.was_used()]
         tensors: dict[str, torch.Tensor] = revert(self._model, dict(values))
@@ -120,6 +124,13 @@ class Loading:
                 found.setdefault(parameter, []).append((name, pattern))
         return [self._unit(parameter, sources) for parameter, sources in found.items()]
 
+    def _ignored(self) -> Iterable[Unit]:
+        loaded = {name for unit in self.units.values() for name in unit.tensors}
+        for name, info in self._base.infos.items():
+            scales = f"{name}_scale_inv"
+            if name not in loaded and info.dtype.startswith("F8") and scales in self._base.infos:
+                yield Unit((name,), (name, scales), ("weight", "weight_scale_inv"), True)
+
     def _unit(self, parameter: str, sources: list[tuple[str, str | None]]) -> Unit:
         tensors = tuple(name for name, _ in sources)
         patterns = tuple(pattern for _, pattern in sources if pattern is not None)
@@ -160,6 +171,10 @@ class Loading:
         for name, pattern, tensor in zip(unit.tensors, unit.patterns, tensors, strict=True):
             given = tensor.to(self._dtypes[first]) if cast else tensor
             converter.add_tensor(first, name, pattern, given)
+        if first not in self._known:  # an operation asks the model for a parameter's dtype
+            model = torch.nn.Linear(1, 1, device="meta", dtype=self._model.dtype)
+            (value,) = converter.convert("weight", model=model, config=None).values()
+            return {first: value}
         values = converter.convert(first, model=self._model, config=self._model.config)
         return {n: v[0] if isinstance(v, list) else v for n, v in values.items()}
 

@@ -9,9 +9,10 @@ from typing import Any
 
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from .._checkpoints import FLOATS, Checkpoint, TensorInfo, json_object
+from .._checkpoints import Checkpoint, json_object
 from .._errors import UnsupportedAdapterError, listed
 from ._loading import Loading, Unit
+from ._refusals import CODES, dequantizes
 
 _KEY = "quantization_config"
 
@@ -28,11 +29,10 @@ def take_quantizer(config: Any) -> Any:
     return quantizer
 
 
-def treatment_of(quantizer: Any) -> str:
+def treatment_of(base: Checkpoint) -> str:
     """What a recipe says of the base."""
-    if quantizer is None:
-        return "as stored"
-    return f"dequantized from {quantizer.quantization_config.quant_method.value}"
+    method = dequantizes(json_object(base.directory / "config.json"))
+    return f"dequantized from {method}" if method else "as stored"
 
 
 def without_quantization(base: Checkpoint) -> dict[str, Any]:
@@ -45,43 +45,18 @@ def without_quantization(base: Checkpoint) -> dict[str, Any]:
     return changes
 
 
-def dequantized_units(base: Checkpoint, loading: Loading, quantizer: Any) -> tuple[Unit, ...]:
+def dequantized_units(base: Checkpoint, loading: Loading) -> tuple[Unit, ...]:
     """All that is dequantized.
 
     Raises:
-        UnsupportedAdapterError: transformers would leave codes or scales behind, or apply scales
-            to other elements than they are for.
+        UnsupportedAdapterError: transformers would leave codes or scales as they are.
     """
-    units = tuple(dict.fromkeys(unit for unit in loading.units.values() if unit.quantized))
-    used = {name for unit in units if len(unit.tensors) > 1 for name in unit.tensors}
-    loaded = {name for unit in loading.units.values() for name in unit.tensors}
-    codes = {name for name, info in base.infos.items() if _is_code(info)}
-    scales = {name for name in base.infos.keys() - loaded if "scale" in name.rpartition(".")[2]}
-    if left := (codes | scales) - used:
+    every = (*loading.units.values(), *loading.ignored)
+    units = tuple(dict.fromkeys(unit for unit in every if unit.quantized))
+    used = {name for unit in units for name in unit.tensors if not unit.flaw}
+    if left := {name for name, info in base.infos.items() if info.dtype in CODES} - used:
         raise UnsupportedAdapterError(
-            f"the base is quantized, and transformers cannot dequantize {listed(left)}; use the "
-            f"model it was made from"
-        )
-    block: Any = getattr(quantizer.quantization_config, "weight_block_size", None)
-    if odd := {name for name in codes if block and _is_cut(base.infos[name], block)}:
-        raise UnsupportedAdapterError(
-            f"the base is quantized in blocks of {block[0]} by {block[1]}, of which transformers "
-            f"takes those at the edges of {listed(odd)} for smaller ones; use the model it was "
-            f"made from"
-        )
-    if flawed := {name for unit in units if unit.flaw for name in unit.tensors}:
-        raise UnsupportedAdapterError(
-            f"the base is quantized, and transformers cannot dequantize {listed(flawed)}; use the "
+            f"the base is quantized, and transformers does not dequantize {listed(left)}; use the "
             f"model it was made from"
         )
     return units
-
-
-def _is_code(info: TensorInfo) -> bool:
-    return info.dtype not in FLOATS and not info.dtype.startswith(("I3", "I6", "BOOL", "U3", "U6"))
-
-
-def _is_cut(info: TensorInfo, block: list[int]) -> bool:
-    """Whether the last blocks of a dimension are not whole."""
-    sizes = zip(info.shape[-2:], block, strict=False)
-    return any(size > length and size % length for size, length in sizes)

@@ -149,7 +149,7 @@ _KNOWN_OF_METHOD = {
 
 _SCALES_OF_FP8 = ("weight_scale_inv", "scale", "qscale_weight")  # what transformers reads
 _DTYPES_OF_SCALES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
-_CODES = ("F8_E4M3", "F8_E5M2", "I8", "U8")
+CODES = ("F8_E4M3", "F8_E5M2", "I8", "U8")
 
 _REFUSED_OF_BASE = {
     "compression_config": f"the base model is compressed; {_WAY_OUT}",
@@ -304,7 +304,7 @@ def refuse_codes(config: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> 
     """
     method, stated = dequantizes(config), _stated(config)
     for name, info in infos.items():
-        if method is None or info.dtype not in _CODES:
+        if method is None or info.dtype not in CODES:
             continue
         odd = _odd_fp8(info, infos, _block(stated)) if method == "fp8" else _odd_mxfp4(info, infos)
         if odd:

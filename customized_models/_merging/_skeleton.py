@@ -145,8 +145,12 @@ def build_skeleton(base: Checkpoint, adapter: Adapter) -> Skeleton:
             f"{shown(error, 500)}"
         ) from error
     dtypes = _dtypes(model, dtype)
-    loading = Loading(model, base, dtypes, quantizer)
-    quantized = dequantized_units(base, loading, quantizer) if quantizer else ()
+    untouched = _empty_model(
+        build, config, dtype
+    )  # conversions look at the model, which PEFT alters
+    _dtypes(untouched, dtype)
+    loading = Loading(untouched, base, dtypes, quantizer)
+    quantized = dequantized_units(base, loading) if quantizer else ()
     tied, shared = _ties(model, loading)
     if adapter.config.get("task_type") in _HEADED:
         changes["architectures"] = [type(model).__name__]
@@ -161,7 +165,7 @@ def build_skeleton(base: Checkpoint, adapter: Adapter) -> Skeleton:
         embeddings=frozenset(_embeddings(model)),
         vocabulary=vocabulary,
         quantized=quantized,
-        treatment=treatment_of(quantizer),
+        treatment=treatment_of(base),
         config=changes,
     )
 
