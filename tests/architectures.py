@@ -31,12 +31,11 @@ class Architecture:
     """One row of the table: how to make the model, and what an adapter of it targets.
 
     `auto`: the class that loads it for its task, and `saved_by` the one that wrote the checkpoint,
-    if another. `targets`: attention and MLP. `saved`: for `modules_to_save`. `task`: the `task_type`
-    that people set. `experts`: fused experts, for `target_parameters`. `convolutions`: modules that
-    are some, or other layers that PEFT has a LoRA of its own for. `hub`: the tensors of a checkpoint
-    on the Hub, out of those in memory. `converted`: transformers saves other tensors than it has in
-    memory. `options`: what people pass to `from_pretrained`. `untied`: a tensor that the checkpoint
-    has although the class ties it.
+    if another. `targets`: attention and MLP. `saved`: for `modules_to_save`. `task`: the
+    `task_type` that people set. `experts`: fused, for `target_parameters`. `hub`: the tensors of a
+    checkpoint on the Hub, out of those in memory. `converted`: transformers saves other tensors
+    than it has in memory. `options`: what people pass to `from_pretrained`. `untied`: a tensor
+    that the checkpoint has although the class ties it.
     """
 
     auto: str
@@ -67,7 +66,7 @@ class Architecture:
 
 @frozen
 class Adaptation:
-    """A PEFT configuration, and a pattern for the names of the tensors in memory that it changes."""
+    """A PEFT configuration, and a pattern for the names in memory of the tensors that change."""
 
     config: Callable[[], PeftConfig]
     touches: str
@@ -168,19 +167,19 @@ def weights_of(*modules: str) -> str:
 
 
 def everything_in(module: str) -> str:
-    """A pattern for the parameters in a module, by the end of its path."""
-    return rf"(^|\.){re.escape(module)}\.(?!e_score_correction_bias)"
+    """A pattern for what is in modules whose paths end so, as PEFT finds those to save."""
+    return rf"{re.escape(module)}\.(?!e_score_correction_bias)"
 
 
 def lora(architecture: Architecture, **options: Any) -> Adaptation:
-    """A LoRA on attention and MLP."""
+    """A LoRA on attention and MLP; PEFT saves a classifier's head without being asked."""
     settings = {"r": 4, "task_type": architecture.task, "target_modules": [*architecture.targets]}
     settings |= options
     touches = weights_of(*settings["target_modules"])
-    if settings.get("modules_to_save"):
-        touches += f"|{everything_in(*settings['modules_to_save'])}"
     if settings.get("target_parameters"):
         touches += f"|({'|'.join(map(re.escape, settings['target_parameters']))})$"
+    if settings.get("modules_to_save") or architecture.task == "SEQ_CLS":
+        touches += f"|{everything_in(architecture.saved)}"
     return Adaptation(lambda: LoraConfig(**settings), touches)
 
 
@@ -318,9 +317,7 @@ SEQ2SEQ = "AutoModelForSeq2SeqLM"
 
 LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ATTENTION = LLAMA_TARGETS[:4]
-LATENT_TARGETS = (
-    "kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
-)  # fmt: skip
+LATENT_ATTENTION = ("kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
 NEOX_TARGETS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 BERT_TARGETS = ("query", "value", "intermediate.dense", "output.dense")
 EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
@@ -415,7 +412,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "DeepSeek-V2": Architecture(
         CAUSAL,
         lambda: transformers.DeepseekV2Config(**LATENT, n_shared_experts=2, q_lora_rank=None),
-        ("q_proj", *LATENT_TARGETS),
+        ("q_proj", *LATENT_ATTENTION),
         "lm_head",
         hub=split_experts(),
         **OLD_EXPERTS,
@@ -425,7 +422,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         lambda: transformers.DeepseekV3Config(
             **LATENT, n_shared_experts=1, q_lora_rank=8, n_group=2, topk_group=1
         ),
-        ("q_a_proj", "q_b_proj", *LATENT_TARGETS),
+        ("q_a_proj", "q_b_proj", *LATENT_ATTENTION),
         "mlp.gate",
         hub=deepseek,
         **OLD_EXPERTS,

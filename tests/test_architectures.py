@@ -1,0 +1,270 @@
+"""Every architecture that people train adapters for, merged with the bits of PEFT."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+from architectures import (
+    ARCHITECTURES,
+    Adaptation,
+    adaptations,
+    everything_in,
+    lora,
+    make_adapter,
+    make_base,
+    make_old_adapter,
+    weights_of,
+)
+from parity import assert_architecture_parity, same_bits
+
+pytestmark = [
+    # PEFT says that it does what is right for a GPT-2 and that it knows no class of norms
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning"),
+    # it looks for fused experts among the modules, where they are not
+    pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning"),
+    # of ties it sees the configuration only
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer:UserWarning"),
+]
+
+MakeBase = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> MakeBase:
+    """Makes a tiny model, each kind once."""
+    made: dict[tuple[Any, ...], Path] = {}
+
+    def make(name: str, **options: Any) -> Path:
+        key = (name, *sorted(options.items()))
+        if key not in made:
+            directory = tmp_path_factory.mktemp("base")
+            made[key] = make_base(directory, ARCHITECTURES[name], **options)
+        return made[key]
+
+    return make
+
+
+def assert_parity(
+    name: str, base: Path, adaptation: Adaptation, directory: Path, **options: Any
+) -> None:
+    """The adaptation of a base of the architecture `name` merges as PEFT merges it."""
+    architecture = ARCHITECTURES[name]
+    adapter = make_adapter(directory / "adapter", base, architecture, adaptation.config())
+    assert_architecture_parity(
+        base,
+        adapter,
+        directory,
+        architecture.auto_class,
+        adaptation.touches,
+        **architecture.options,
+        **options,
+    )
+
+
+def loaded(name: str, base: Path) -> tuple[Any, dict[str, Any]]:
+    architecture = ARCHITECTURES[name]
+    model, info = architecture.auto_class.from_pretrained(
+        base, dtype="auto", output_loading_info=True, **architecture.options
+    )
+    return model.state_dict(), info
+
+
+LAYOUTS = [(name, layout) for name, row in ARCHITECTURES.items() for layout in row.layouts]
+
+
+@pytest.mark.parametrize("sharded", [True, False])
+@pytest.mark.parametrize(("name", "layout"), LAYOUTS)
+def test_every_layout_of_a_checkpoint_is_the_same_model(
+    name: str, layout: str, sharded: bool, bases: MakeBase
+) -> None:
+    base = bases(name, layout=layout, sharded=sharded)
+    assert (len([*base.glob("*.safetensors")]) > 1) == sharded
+    tensors, info = loaded(name, base)
+    same, _ = loaded(name, bases(name))
+    missing = info["missing_keys"]
+    assert not missing or ARCHITECTURES[name].saved_by
+    assert tensors.keys() == same.keys()
+    assert all(same_bits(t, same[n]) for n, t in tensors.items() if n not in missing)
+
+
+ROWS = [
+    (kind, name, layout)
+    for name, layout in LAYOUTS
+    for kind in adaptations(ARCHITECTURES[name])
+    if layout == "saved" or kind in ("LoRA", "experts", "saved module")
+]
+
+
+@pytest.mark.parametrize(("kind", "name", "layout"), ROWS)
+def test_merging_gives_the_model_of_peft(
+    kind: str, name: str, layout: str, bases: MakeBase, tmp_path: Path
+) -> None:
+    adaptation = adaptations(ARCHITECTURES[name])[kind]
+    assert_parity(name, bases(name, layout=layout), adaptation, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "experts"])
+@pytest.mark.parametrize("name", ["Mixtral", "DeepSeek-V3"])
+def test_merging_into_one_file_gives_the_model_of_peft(
+    kind: str, name: str, bases: MakeBase, tmp_path: Path
+) -> None:
+    adaptation = adaptations(ARCHITECTURES[name])[kind]
+    assert_parity(name, bases(name, sharded=False), adaptation, tmp_path)
+
+
+OF_OTHER_DTYPES = [
+    *(("LoRA", name) for name in ["Gemma 2", "LLaVA", "Whisper", "T5", "T5 1.1", "Falcon"]),
+    *(("experts", name) for name in ["Mixtral", "DeepSeek-V2", "DeepSeek-V3"]),
+    ("saved module", "BERT without a head"),
+    ("saved module", "DeepSeek-V3"),
+    ("DoRA", "T5"),
+]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize(("kind", "name"), OF_OTHER_DTYPES)
+def test_merging_in_another_dtype_gives_the_model_of_peft(
+    kind: str, name: str, dtype: str, bases: MakeBase, tmp_path: Path
+) -> None:
+    adaptation = adaptations(ARCHITECTURES[name])[kind]
+    assert_parity(name, bases(name, dtype=dtype), adaptation, tmp_path)
+
+
+def test_what_t5_keeps_in_float32_is_written_so_where_it_changes(
+    bases: MakeBase, tmp_path: Path
+) -> None:
+    base = bases("T5", dtype="float16")
+    tensors, _ = loaded("T5", base)
+    assert {n.split(".")[-2] for n, t in tensors.items() if "float32" in str(t.dtype)} == {"wo"}
+    adaptation = lora(ARCHITECTURES["T5"], target_modules=["wo"])
+    assert_parity("T5", base, adaptation, tmp_path)
+
+
+def test_attention_of_torch_is_merged_as_peft_does(bases: MakeBase, tmp_path: Path) -> None:
+    name = "LLaVA with SigLIP"
+    adaptation = lora(ARCHITECTURES[name], target_modules=["head.attention"])
+    touches = r"head\.attention\.(in_proj_weight|out_proj\.weight)$"
+    adaptation = Adaptation(adaptation.config, touches)
+    assert_parity(name, bases(name), adaptation, tmp_path)
+
+
+# Adapters that were saved under transformers 4
+
+OLD_ADAPTERS = {
+    "Mixtral": ("q_proj", "v_proj", "w1", "w2", "w3"),
+    "Qwen3-MoE": ("q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"),
+    "OLMoE": ("gate_proj", "up_proj", "down_proj"),
+    "LLaVA": ("q_proj", "down_proj", "fc1"),
+    "Gemma 3": ("q_proj", "down_proj", "fc1"),
+}
+
+
+@pytest.mark.parametrize("layout", ["hub", "memory"])
+@pytest.mark.parametrize("name", OLD_ADAPTERS)
+def test_an_adapter_of_transformers_4_is_merged_as_peft_does(
+    name: str, layout: str, bases: MakeBase, tmp_path: Path
+) -> None:
+    architecture, targets = ARCHITECTURES[name], OLD_ADAPTERS[name]
+    adapter = make_old_adapter(tmp_path / "adapter", bases(name, layout="hub"), targets)
+    assert_architecture_parity(
+        bases(name, layout=layout),
+        adapter,
+        tmp_path,
+        architecture.auto_class,
+        weights_of(*targets) + r"|\.experts\.(gate_up|down)_proj$",
+    )
+
+
+# The other types of adapters
+
+
+def other(kind: str, touches: str, **options: Any) -> Adaptation:
+    return Adaptation(lambda: getattr(peft, kind)(**options), touches)
+
+
+def on(kind: str, *modules: str, **options: Any) -> Adaptation:
+    """Changes the weights of `modules`."""
+    return other(kind, weights_of(*modules), target_modules=[*modules], **options)
+
+
+def of_norms(*modules: str) -> Adaptation:
+    touches = "|".join(map(everything_in, modules))
+    return other("LNTuningConfig", touches, target_modules=[*modules])
+
+
+def of_tokens(module: str) -> Adaptation:
+    return on("TrainableTokensConfig", module, token_indices=[1, 5])
+
+
+def headed(adaptation: Adaptation, head: str) -> Adaptation:
+    """Of a classifier, whose head PEFT saves as well."""
+
+    def config() -> peft.PeftConfig:
+        made = adaptation.config()
+        made.task_type = "SEQ_CLS"
+        return made
+
+    return Adaptation(config, f"{adaptation.touches}|{everything_in(head)}")
+
+
+IA3, LOHA, OFT = "IA3Config", "LoHaConfig", "OFTConfig"
+BLOCKS = {"oft_block_size": 4, "r": 0}
+
+OTHERS: list[tuple[str, str, Adaptation]] = [
+    ("IA3", "Mistral", on(IA3, "k_proj", "down_proj", feedforward_modules=["down_proj"])),
+    ("LoHa", "Qwen2", on(LOHA, "q_proj", "down_proj", r=4)),
+    ("tokens", "Qwen3, tied", of_tokens("embed_tokens")),
+    ("norms", "Gemma 2", of_norms("post_feedforward_layernorm")),
+    ("HRA", "Gemma 3 text", on("HRAConfig", "q_proj", "down_proj", r=4)),
+    ("OFT", "Phi-3", on(OFT, "qkv_proj", "down_proj", **BLOCKS)),
+    ("AdaLoRA", "GPT-2", on("AdaLoraConfig", "c_attn", "mlp.c_proj", init_r=4, total_step=10)),
+    (
+        "IA3",
+        "GPT-NeoX",
+        other(
+            IA3,
+            r"query_key_value\.(weight|bias)$|dense_4h_to_h\.weight$",
+            target_modules=["query_key_value", "dense_4h_to_h"],
+            feedforward_modules=["dense_4h_to_h"],
+        ),
+    ),
+    ("MISS", "Falcon", on("MissConfig", "query_key_value", "dense_4h_to_h", r=4)),
+    ("VeRA", "Mixtral", on("VeraConfig", "q_proj", r=4)),
+    ("LoHa", "Qwen3-MoE", on(LOHA, "q_proj", "o_proj", r=4)),
+    ("OFT", "OLMoE", on(OFT, "q_proj", "o_proj", **BLOCKS)),
+    ("AdaLoRA", "DeepSeek-V2", on("AdaLoraConfig", "q_proj", "o_proj", init_r=4, total_step=10)),
+    ("MISS", "DeepSeek-V3", on("MissConfig", "q_b_proj", "o_proj", r=4)),
+    ("norms", "DeepSeek-V3", of_norms("kv_a_layernorm")),
+    ("norms", "Qwen2.5-VL", of_norms("norm2", "q_proj")),
+    ("VeRA", "Qwen2.5-VL", on("VeraConfig", "qkv", "q_proj", r=4)),
+    ("LoHa", "LLaVA", on(LOHA, "patch_embedding", "q_proj", r=4)),
+    ("HRA", "LLaVA", on("HRAConfig", "patch_embedding", "q_proj", r=4)),
+    ("OFT", "LLaVA with SigLIP", on(OFT, "patch_embedding", "q_proj", **BLOCKS)),
+    ("tokens", "Gemma 3", of_tokens("embed_tokens")),
+    ("AdaLoRA", "Whisper", on("AdaLoraConfig", "q_proj", "fc2", init_r=4, total_step=10)),
+    ("LoHa", "Whisper", on(LOHA, "conv2", "q_proj", r=4)),
+    ("IA3", "T5", on(IA3, "k", "v", "wo", feedforward_modules=["wo"])),
+    ("tokens", "T5 1.1", of_tokens("shared")),
+    ("HRA", "T5 1.1", on("HRAConfig", "q", "wo", r=4)),
+    ("VeRA", "BERT with a head", headed(on("VeraConfig", "query", r=4), "classifier")),
+    ("MISS", "BERT without a head", headed(on("MissConfig", "query", r=4), "classifier")),
+    ("LoHa", "BERT with more labels", headed(on(LOHA, "query", r=4), "classifier")),
+    ("IA3", "Llama with a score head", headed(
+        on(IA3, "k_proj", "down_proj", feedforward_modules=["down_proj"]), "score"
+    )),
+    ("OFT", "Llama without a score head", headed(on(OFT, "q_proj", **BLOCKS), "score")),
+    ("MISS", "Llama", on("MissConfig", "q_proj", r=4)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "name", "adaptation"), OTHERS)
+def test_merging_another_type_of_adapter_gives_the_model_of_peft(
+    kind: str, name: str, adaptation: Adaptation, bases: MakeBase, tmp_path: Path
+) -> None:
+    assert_parity(name, bases(name), adaptation, tmp_path)
