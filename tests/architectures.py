@@ -8,7 +8,7 @@ model has in memory ("memory").
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +138,7 @@ def make_adapter(
 
 
 def make_old_adapter(
-    directory: Path, base: Path, targets: tuple[str, ...], *, seed: int = 0
+    directory: Path, base: Path, targets: Collection[str], *, seed: int = 0
 ) -> Path:
     """The LoRA that PEFT saved under transformers 4, whose modules were those of the "hub" layout.
 
