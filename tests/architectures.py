@@ -8,7 +8,7 @@ model has in memory ("memory").
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +138,7 @@ def make_adapter(
 
 
 def make_old_adapter(
-    directory: Path, base: Path, targets: tuple[str, ...], *, seed: int = 0
+    directory: Path, base: Path, targets: Collection[str], *, seed: int = 0
 ) -> Path:
     """The LoRA that PEFT saved under transformers 4, whose modules were those of the "hub" layout.
 
@@ -167,8 +167,8 @@ def weights_of(*modules: str) -> str:
 
 
 def everything_in(module: str) -> str:
-    """A pattern for the parameters in a module, by the end of its path."""
-    return rf"(^|\.){re.escape(module)}\.(?!e_score_correction_bias)"
+    """A pattern for what is in modules whose paths end so, as PEFT finds those to save."""
+    return rf"{re.escape(module)}\.(?!e_score_correction_bias)"
 
 
 def lora(architecture: Architecture, **options: Any) -> Adaptation:
@@ -317,9 +317,7 @@ SEQ2SEQ = "AutoModelForSeq2SeqLM"
 
 LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ATTENTION = LLAMA_TARGETS[:4]
-LATENT_TARGETS = (
-    "kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
-)  # fmt: skip
+LATENT_ATTENTION = ("kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
 NEOX_TARGETS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 BERT_TARGETS = ("query", "value", "intermediate.dense", "output.dense")
 EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
@@ -414,7 +412,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "DeepSeek-V2": Architecture(
         CAUSAL,
         lambda: transformers.DeepseekV2Config(**LATENT, n_shared_experts=2, q_lora_rank=None),
-        ("q_proj", *LATENT_TARGETS),
+        ("q_proj", *LATENT_ATTENTION),
         "lm_head",
         hub=split_experts(),
         **OLD_EXPERTS,
@@ -424,7 +422,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         lambda: transformers.DeepseekV3Config(
             **LATENT, n_shared_experts=1, q_lora_rank=8, n_group=2, topk_group=1
         ),
-        ("q_a_proj", "q_b_proj", *LATENT_TARGETS),
+        ("q_a_proj", "q_b_proj", *LATENT_ATTENTION),
         "mlp.gate",
         hub=deepseek,
         **OLD_EXPERTS,

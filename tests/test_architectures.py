@@ -10,6 +10,8 @@ import peft
 import pytest
 from architectures import (
     ARCHITECTURES,
+    ATTENTION,
+    LATENT_ATTENTION,
     Adaptation,
     adaptations,
     everything_in,
@@ -19,7 +21,21 @@ from architectures import (
     make_old_adapter,
     weights_of,
 )
-from parity import assert_architecture_parity, same_bits
+from parity import assert_architecture_parity, opened, same_bits
+from peft import LoraConfig
+
+from customized_models._errors import BaseModelMismatch, UnmergedTensorsError
+
+pytestmark = [
+    # PEFT says that it does what is right for a GPT-2 and that it knows no class of norms
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning"),
+    # it looks for fused experts among the modules, where they are not
+    pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning"),
+    # of ties it sees the configuration only
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer:UserWarning"),
+]
 
 MakeBase = Callable[..., Path]
 
@@ -143,13 +159,43 @@ def test_attention_of_torch_is_merged_as_peft_does(bases: MakeBase, tmp_path: Pa
     assert_parity(name, bases(name), adaptation, tmp_path)
 
 
+MLP = ["gate_proj", "up_proj", "down_proj"]
+FUSED = r"\.experts\.(gate_up|down)_proj$"
+ROUTED = rf"{FUSED}|\.gate\.weight$"
+
+# Under transformers 5, PEFT takes the names of a MLP's layers for the experts only
+MIXTURES: list[tuple[str, str, Any, str]] = [
+    ("a list", "Qwen3-MoE", MLP, FUSED),
+    ("a list", "DeepSeek-V2", MLP, FUSED),
+    ("a list", "DeepSeek-V3", MLP, FUSED),
+    ("an expression", "DeepSeek-V3", r".*shared_experts\.(gate|up|down)_proj", FUSED),
+    ("all layers", "Mixtral", "all-linear", rf"{ROUTED}|{weights_of(*ATTENTION)}"),
+    ("all layers", "OLMoE", "all-linear", rf"{ROUTED}|{weights_of(*ATTENTION)}"),
+    (
+        "all layers",
+        "DeepSeek-V3",
+        "all-linear",
+        rf"{ROUTED}|{weights_of('q_a_proj', 'q_b_proj', *LATENT_ATTENTION)}",
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "name", "targets", "touches"), MIXTURES)
+def test_targets_that_peft_takes_for_experts_are_merged_as_peft_does(
+    kind: str, name: str, targets: Any, touches: str, bases: MakeBase, tmp_path: Path
+) -> None:
+    adaptation = Adaptation(lambda: LoraConfig(r=4, target_modules=targets), touches)
+    assert_parity(name, bases(name), adaptation, tmp_path)
+
+
 # Adapters that were saved under transformers 4
 
 OLD_ADAPTERS = {
-    "Mixtral": ("q_proj", "v_proj", "w1", "w2", "w3"),
-    "Qwen3-MoE": ("q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"),
-    "OLMoE": ("gate_proj", "up_proj", "down_proj"),
+    "Mixtral": ("q_proj", "v_proj", "gate", "w1", "w2", "w3"),
+    "Qwen3-MoE": ("q_proj", "v_proj", "gate", *MLP),
+    "OLMoE": MLP,
     "LLaVA": ("q_proj", "down_proj", "fc1"),
+    "LLaVA with SigLIP": ("q_proj", "down_proj", "fc1"),
     "Gemma 3": ("q_proj", "down_proj", "fc1"),
 }
 
@@ -159,16 +205,32 @@ OLD_ADAPTERS = {
 def test_an_adapter_of_transformers_4_is_merged_as_peft_does(
     name: str, layout: str, bases: MakeBase, tmp_path: Path
 ) -> None:
-    architecture, targets = ARCHITECTURES[name], OLD_ADAPTERS[name]
+    targets = OLD_ADAPTERS[name]
     adapter = make_old_adapter(tmp_path / "adapter", bases(name, layout="hub"), targets)
-    modules = [*targets, "mlp.experts"] if architecture.experts else targets
     assert_architecture_parity(
         bases(name, layout=layout),
         adapter,
         tmp_path,
-        architecture.auto_class,
-        weights_of(*modules) + r"|\.experts\.(gate_up|down)_proj$",
+        ARCHITECTURES[name].auto_class,
+        f"{weights_of(*targets)}|{FUSED}",
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "targets", "lost"),
+    [
+        ("DeepSeek-V3", ("o_proj", *MLP), "shared_experts|layers.0.mlp"),
+        ("Qwen2.5-VL", ("q_proj", "qkv"), "layers"),
+        ("GPT-NeoX", ("query_key_value", "embed_out"), "embed_out"),
+    ],
+)
+def test_an_adapter_of_transformers_4_that_peft_would_merge_in_part_is_refused(
+    name: str, targets: tuple[str, ...], lost: str, bases: MakeBase, tmp_path: Path
+) -> None:
+    base = bases(name, layout="hub")
+    adapter = make_old_adapter(tmp_path / "adapter", base, targets)
+    with pytest.raises((UnmergedTensorsError, BaseModelMismatch), match=lost):
+        opened(base, adapter, tmp_path)
 
 
 # The other types of adapters
@@ -188,8 +250,9 @@ def of_norms(*modules: str) -> Adaptation:
     return other("LNTuningConfig", touches, target_modules=[*modules])
 
 
-def of_tokens(module: str) -> Adaptation:
-    return on("TrainableTokensConfig", module, token_indices=[1, 5])
+def of_tokens(module: str, *tied: str) -> Adaptation:
+    touches = weights_of(module, *tied)
+    return other("TrainableTokensConfig", touches, target_modules=[module], token_indices=[1, 5])
 
 
 def headed(adaptation: Adaptation, head: str) -> Adaptation:
@@ -213,7 +276,7 @@ OTHERS: list[tuple[str, str, Adaptation]] = [
     ("norms", "Gemma 2", of_norms("post_feedforward_layernorm")),
     ("HRA", "Gemma 3 text", on("HRAConfig", "q_proj", "down_proj", r=4)),
     ("OFT", "Phi-3", on(OFT, "qkv_proj", "down_proj", **BLOCKS)),
-    ("AdaLoRA", "GPT-2", on("AdaLoraConfig", "c_attn", "mlp.c_proj", r=4, total_step=10)),
+    ("AdaLoRA", "GPT-2", on("AdaLoraConfig", "c_attn", "mlp.c_proj", init_r=4, total_step=10)),
     (
         "IA3",
         "GPT-NeoX",
@@ -228,7 +291,7 @@ OTHERS: list[tuple[str, str, Adaptation]] = [
     ("VeRA", "Mixtral", on("VeraConfig", "q_proj", r=4)),
     ("LoHa", "Qwen3-MoE", on(LOHA, "q_proj", "o_proj", r=4)),
     ("OFT", "OLMoE", on(OFT, "q_proj", "o_proj", **BLOCKS)),
-    ("AdaLoRA", "DeepSeek-V2", on("AdaLoraConfig", "q_proj", "down_proj", r=4, total_step=10)),
+    ("AdaLoRA", "DeepSeek-V2", on("AdaLoraConfig", "q_proj", "o_proj", init_r=4, total_step=10)),
     ("MISS", "DeepSeek-V3", on("MissConfig", "q_b_proj", "o_proj", r=4)),
     ("norms", "DeepSeek-V3", of_norms("kv_a_layernorm")),
     ("norms", "Qwen2.5-VL", of_norms("norm2", "q_proj")),
@@ -237,10 +300,12 @@ OTHERS: list[tuple[str, str, Adaptation]] = [
     ("HRA", "LLaVA", on("HRAConfig", "patch_embedding", "q_proj", r=4)),
     ("OFT", "LLaVA with SigLIP", on(OFT, "patch_embedding", "q_proj", **BLOCKS)),
     ("tokens", "Gemma 3", of_tokens("embed_tokens")),
-    ("AdaLoRA", "Whisper", on("AdaLoraConfig", "q_proj", "fc2", r=4, total_step=10)),
+    ("AdaLoRA", "Whisper", on("AdaLoraConfig", "q_proj", "fc2", init_r=4, total_step=10)),
     ("LoHa", "Whisper", on(LOHA, "conv2", "q_proj", r=4)),
     ("IA3", "T5", on(IA3, "k", "v", "wo", feedforward_modules=["wo"])),
-    ("tokens", "T5 1.1", of_tokens("shared")),
+    ("tokens", "T5", of_tokens("shared")),
+    # PEFT takes the head for tied, from the class
+    ("tokens", "T5 1.1", of_tokens("shared", "lm_head")),
     ("HRA", "T5 1.1", on("HRAConfig", "q", "wo", r=4)),
     ("VeRA", "BERT with a head", headed(on("VeraConfig", "query", r=4), "classifier")),
     ("MISS", "BERT without a head", headed(on("MissConfig", "query", r=4), "classifier")),
