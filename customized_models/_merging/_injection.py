@@ -190,6 +190,9 @@ class Injected:
                         memory = torch.empty(parameter.shape, dtype=parameter.dtype)
                         given[id(parameter)] = torch.nn.Parameter(memory, requires_grad=False)
                     module._parameters[name] = given[id(parameter)]
+            for name, buffer in module._buffers.items():
+                if buffer is not None and buffer.is_meta and ".modules_to_save." in path:
+                    module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
 @contextmanager
@@ -272,10 +275,6 @@ def _check_kind(path: str, module: Any) -> None:
             f"that is adapted inside as well; this is not supported yet"
         )
     auxiliary = isinstance(module, AuxiliaryTrainingWrapper)
-    if auxiliary and base.state_dict().keys() != dict(base.named_parameters()).keys():
-        raise UnsupportedAdapterError(
-            f"{shown(path)} in modules_to_save holds buffers; this is not supported yet"
-        )
     used = ("unload_and_optionally_merge_module",) if auxiliary else ("merge", "merged_adapters")
     if missing := [name for name in used if not hasattr(module, name)]:
         raise UnsupportedVersionError(

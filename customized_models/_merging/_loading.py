@@ -43,7 +43,8 @@ class Loading:
     """How the parameters of `model` come from `base` and go back, by transformers' own rules.
 
     `dtypes`: of each parameter, once it is loaded. `quantizer`: transformers' own, told to
-    dequantize, if the base is quantized. `units`: by parameter. `ignored`: quantized tensors that
+    dequantize, if the base is quantized. `parameters`: those of the model, without its buffers.
+    `units`: by parameter or saved buffer. `ignored`: quantized tensors that
     the model has no parameters for, which go by their own names.
     """
 
@@ -60,6 +61,7 @@ class Loading:
         self._base = base
         self._dtypes = dtypes
         self._known = model.state_dict()
+        self.parameters = frozenset(n for n, _ in model.named_parameters(remove_duplicate=False))
         self._loading = _Transforms(mapping(model, hf_quantizer=quantizer), converter)
         self._saving = _Transforms(mapping(model), converter) if quantizer else self._loading
         self.units: Mapping[str, Unit] = {

@@ -95,7 +95,7 @@ def _refuse_incomplete(layers: list[_Layer], skeleton: Skeleton) -> None:
     """A head that was drawn at random before the training and is not saved is lost."""
     there = {path for layer in layers for path in _changed(layer)}
     there |= skeleton.loading.units.keys() | skeleton.tied.keys() | skeleton.shared
-    if lost := skeleton.shapes.keys() - there:
+    if lost := skeleton.loading.parameters - there:
         raise BaseModelMismatch(
             f"neither the base model's files nor the adapter have {listed(lost)}, which a "
             f"{type(skeleton.model).__name__} needs; save it with the adapter (modules_to_save)"

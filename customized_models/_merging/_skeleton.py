@@ -45,9 +45,9 @@ _HEADED = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 class Skeleton:
     """A model without values and where its parameters come from.
 
-    `dtypes`, `shapes`: of all parameters, by name. `loading`: the checkpoint's tensors that they
-    are loaded from. `tied`: the output layer's weight, and the embedding's that it is; other
-    parameters that share their weights are in `shared`. `embeddings`: the weights of both.
+    `dtypes`, `shapes`: of all parameters and saved buffers, by name. `loading`: the checkpoint's
+    tensors that they are loaded from. `tied`: the output layer's weight, and the embedding's that
+    it is; other parameters that share their weights are in `shared`. `embeddings`: both weights.
     `vocabulary`: the number of rows that they have, if the adapter came with a resized vocabulary.
     `quantized`: what is dequantized, and `treatment` what that makes of the base. `config`: values
     that the merged model's `config.json` has in place of the base's; None where it has no such key.
@@ -158,7 +158,7 @@ def build_skeleton(base: Checkpoint, adapter: Adapter) -> Skeleton:
         model=model.eval(),  # type: ignore[no-untyped-call]
         base=base,
         dtypes=dtypes,
-        shapes={name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)},
+        shapes={name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
         loading=loading,
         tied=tied,
         shared=shared,

@@ -48,6 +48,8 @@ class Target:
             return {name: name for name in self.own}
         if isinstance(module, ParamWrapper):  # those beside it may be large
             return {wrapper.parameter_name: wrapper.parameter_name for wrapper in _nested(module)}
+        if isinstance(module, ModulesToSaveWrapper):  # buffers are saved along
+            return {name: name for name in base_of(module).state_dict()}
         inside = [name for name, _ in base_of(module).named_parameters()]
         if isinstance(module, MultiheadAttention):  # has another layer inside
             return {n.replace(".base_layer.", "."): n for n in inside if ".lora_" not in n}
@@ -90,6 +92,8 @@ class Target:
         if not isinstance(self.module, WRAPPERS):
             return values
         places = {place: values[name] for name, place in self._places().items()}
+        if isinstance(self.module, ModulesToSaveWrapper):
+            places = {}  # it replaces them all
         try:
             with torch.no_grad(), filled(base_of(self.module), places):
                 merged = self._unloaded()
@@ -112,7 +116,7 @@ class Target:
             else:
                 module.merge(safe_merge=False, adapter_names=None)
                 unloaded = module.get_base_layer()
-            merged = {name: p.data for name, p in unloaded.named_parameters()}
+            merged = {name: tensor.detach() for name, tensor in unloaded.state_dict().items()}
         for inner in module.modules():
             if isinstance(inner, BaseTunerLayer):
                 inner.merged_adapters.clear()  # so that it can be merged again
