@@ -268,6 +268,22 @@ def gpt_neox(tensors: Tensors) -> Tensors:
     return result
 
 
+def falcon(tensors: Tensors) -> Tensors:
+    """With the output layer, although it is tied."""
+    return {**tensors, "lm_head.weight": tensors["transformer.word_embeddings.weight"].clone()}
+
+
+def t5(tensors: Tensors) -> Tensors:
+    """With copies of what is tied, and with a table that the class has no more."""
+    copies = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")
+    bias = "decoder.block.0.layer.{}.relative_attention_bias.weight"
+    return {
+        **{name: tensors["shared.weight"].clone() for name in copies},
+        **tensors,
+        bias.format("1.EncDecAttention"): tensors[bias.format("0.SelfAttention")] + 1,
+    }
+
+
 def headless_bert(tensors: Tensors) -> Tensors:
     """As Google's were saved: a prefix, old names of norms, and the heads of the pretraining."""
     result = dict(renamed((r"^", "bert."), *OLD_NORMS)(tensors))
@@ -382,6 +398,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         ),
         NEOX_TARGETS,
         "ln_f",
+        hub=falcon,
     ),
     "Mixtral": Architecture(
         CAUSAL,
@@ -511,6 +528,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         ("q", "k", "v", "o", "wi", "wo"),
         "relative_attention_bias",
         "SEQ_2_SEQ_LM",
+        hub=t5,
     ),
     "T5 1.1": Architecture(
         SEQ2SEQ,
@@ -520,6 +538,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         ("q", "k", "v", "o", "wi_0", "wi_1", "wo"),
         "lm_head",
         "SEQ_2_SEQ_LM",
+        hub=t5,
         untied="lm_head.weight",
     ),
     "BERT with a head": Architecture(

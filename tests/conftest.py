@@ -12,6 +12,7 @@ from servers.counting_proxy import CountingProxy, counting_proxy
 from servers.ollama_server import OllamaServer, ollama_server
 
 pytest_plugins = ["models"]
+pytest.register_assert_rewrite("parity")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

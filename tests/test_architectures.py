@@ -323,3 +323,10 @@ def test_merging_another_type_of_adapter_gives_the_model_of_peft(
     kind: str, name: str, adaptation: Adaptation, bases: MakeBase, tmp_path: Path
 ) -> None:
     assert_parity(name, bases(name), adaptation, tmp_path)
+
+
+@pytest.mark.parametrize(("name", "module"), [("T5", "shared"), ("Falcon", "word_embeddings")])
+def test_tied_tensors_that_a_checkpoint_has_all_of_stay_alike(
+    name: str, module: str, bases: MakeBase, tmp_path: Path
+) -> None:
+    assert_parity(name, bases(name, layout="hub"), of_tokens(module), tmp_path)
