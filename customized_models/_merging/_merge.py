@@ -94,7 +94,7 @@ def _layer(target: Target, skeleton: Skeleton, untied: Mapping[str, str]) -> _La
 def _refuse_incomplete(layers: list[_Layer], skeleton: Skeleton) -> None:
     """A head that was drawn at random before the training and is not saved is lost."""
     there = {path for layer in layers for path in _changed(layer)}
-    there |= skeleton.loading.units.keys() | skeleton.tied.keys() | skeleton.shared
+    there |= skeleton.loading.units.keys() | skeleton.tied.keys()
     if lost := skeleton.loading.parameters - there:
         raise BaseModelMismatch(
             f"neither the base model's files nor the adapter have {listed(lost)}, which a "
@@ -103,20 +103,28 @@ def _refuse_incomplete(layers: list[_Layer], skeleton: Skeleton) -> None:
 
 
 def _untie(targets: dict[str, Target], skeleton: Skeleton) -> dict[str, str]:
-    """Which of the base's parameters each new one starts from, if head and embedding part ways.
+    """Which parameter each new tensor starts from, if the output layer and the embedding part ways.
 
     PEFT would change both, or neither, where the adapter was trained with one of them changed.
+    Of `targets` that stay tied, one is left.
     """
-    for head, embedding in skeleton.tied.items():
-        paths = [path.removesuffix(".weight") for path in (head, embedding)]
-        ends = [targets[path] for path in paths if path in targets]
+    by_path = {f"{path}.{name}": t for path, t in targets.items() for name in t.changed}
+    for holder in dict.fromkeys(skeleton.tied.values()):
+        members = [name for name, of in skeleton.tied.items() if of == holder]
+        ends = [by_path[name] for name in (*members, holder) if name in by_path]
         if not ends:
             continue
-        if not move_together(ends):
-            return {head: embedding}
-        if paths[1] not in targets:
-            raise UnsupportedAdapterError(f"the adapter has {shown(head)} but not {embedding}")
-        targets.pop(paths[0], None)
+        together = all(move_together(end, ends[-1]) for end in ends[:-1] or ends)
+        if members == [skeleton.head] and not together:
+            return {members[0]: holder}
+        needed = {holder} if members == [skeleton.head] else {holder, *members}
+        if not together or needed - by_path.keys():
+            raise UnsupportedAdapterError(
+                f"the adapter changes some of {listed([*members, holder])}, which the base model "
+                f"ties to one another: PEFT would change all, which is not what was trained"
+            )
+        for name in by_path.keys() & members:
+            del targets[by_path[name].path]
     return {}
 
 
@@ -149,11 +157,10 @@ def _part(layers: list[_Layer], units: list[Unit], skeleton: Skeleton) -> _Part:
     infos = [info for unit in units for info in skeleton.loading.saved_infos(unit)]
     inside = {parameter for unit in units for parameter in unit.parameters}
     for path in (path for layer in layers for path in _changed(layer) if path not in inside):
-        unit = skeleton.loading.units.get(path)
-        (name,) = unit.tensors if unit else (path,)
-        of = skeleton.base.infos.get(name, TensorInfo(name, "", (), "", 0, 0))
         dtype = dtype_name(skeleton.dtypes[path])
-        infos.append(evolve(of, shape=skeleton.shapes[path], dtype=dtype))
+        for name in skeleton.tensors(path) or [path]:
+            of = skeleton.base.infos.get(name, TensorInfo(name, "", (), "", 0, 0))
+            infos.append(evolve(of, shape=skeleton.shapes[path], dtype=dtype))
     return _Part(tuple(layers), tuple(units), tuple(infos))
 
 
@@ -230,8 +237,8 @@ class Merge:
         for unit in part.units:
             tensors |= loading.saved(unit, {name: values.pop(name) for name in unit.parameters})
         for path, tensor in values.items():
-            of = loading.units.get(path)
-            tensors[of.tensors[0] if of else path] = tensor
+            names = self._skeleton.tensors(path) or [path]
+            tensors |= dict.fromkeys(names, tensor)
         return tensors
 
     def _merged_layer(

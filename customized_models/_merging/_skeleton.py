@@ -46,8 +46,9 @@ class Skeleton:
     """A model without values and where its parameters come from.
 
     `dtypes`, `shapes`: of all parameters and saved buffers, by name. `loading`: the checkpoint's
-    tensors that they are loaded from. `tied`: the output layer's weight, and the embedding's that
-    it is; other parameters that share their weights are in `shared`. `embeddings`: both weights.
+    tensors that they are loaded from. `tied`: parameters that share the weights of another, which
+    the files have. `head`: the output layer's weight, if it is that of the embedding and of nothing
+    else. `embeddings`: both weights.
     `vocabulary`: the number of rows that they have, if the adapter came with a resized vocabulary.
     `quantized`: what is dequantized, and `treatment` what that makes of the base. `config`: values
     that the merged model's `config.json` has in place of the base's; None where it has no such key.
@@ -59,7 +60,7 @@ class Skeleton:
     shapes: Mapping[str, tuple[int, ...]] = field(repr=False)
     loading: Loading = field(repr=False)
     tied: Mapping[str, str]
-    shared: frozenset[str] = field(repr=False)
+    head: str | None
     embeddings: frozenset[str] = field(repr=False)
     vocabulary: int | None
     quantized: tuple[Unit, ...] = field(repr=False)
@@ -70,16 +71,11 @@ class Skeleton:
         """The checkpoint's tensors that `parameter` is loaded from.
 
         Raises:
-            UnsupportedAdapterError: it is one of several that are tied, or quantized.
+            UnsupportedAdapterError: it is quantized.
             UnsupportedArchitectureError: it is not known how transformers makes it of them.
             BaseModelMismatch: the base's files lack it, or have another shape.
         """
         parameter = self.tied.get(parameter, parameter)
-        if parameter in self.shared:
-            raise UnsupportedAdapterError(
-                f"the adapter changes {shown(parameter)}, which the base model ties to another "
-                f"tensor: PEFT would change both, which is not what was trained"
-            )
         unit = self.loading.units.get(parameter)
         if unit is None:
             raise BaseModelMismatch(f"the base model's files lack {shown(parameter)}")
@@ -100,6 +96,12 @@ class Skeleton:
                     f"from"
                 )
         return unit
+
+    def tensors(self, parameter: str) -> list[str]:
+        """The checkpoint's tensors that are `parameter` or tied to it, each as a whole."""
+        alike = [parameter, *(name for name, of in self.tied.items() if of == parameter)]
+        units = (self.loading.units.get(name) for name in alike)
+        return [unit.tensors[0] for unit in units if unit and unit.patterns is None]
 
     def read(self, parameter: str) -> torch.Tensor:
         """A fresh copy of the parameter's values, as transformers would load them.
@@ -151,7 +153,7 @@ def build_skeleton(base: Checkpoint, adapter: Adapter) -> Skeleton:
     _dtypes(untouched, dtype)
     loading = Loading(untouched, base, dtypes, quantizer)
     quantized = dequantized_units(base, loading) if quantizer else ()
-    tied, shared = _ties(model, loading)
+    tied = _ties(model, loading)
     if adapter.config.get("task_type") in _HEADED:
         changes["architectures"] = [type(model).__name__]
     return Skeleton(
@@ -161,7 +163,7 @@ def build_skeleton(base: Checkpoint, adapter: Adapter) -> Skeleton:
         shapes={name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
         loading=loading,
         tied=tied,
-        shared=shared,
+        head=_head(model, loading, tied),
         embeddings=frozenset(_embeddings(model)),
         vocabulary=vocabulary,
         quantized=quantized,
@@ -235,25 +237,31 @@ def _embeddings(model: PreTrainedModel) -> list[str]:
     return [f"{paths[id(module)]}.weight" for module in ends if id(module) in paths]
 
 
-def _ties(model: PreTrainedModel, loading: Loading) -> tuple[dict[str, str], frozenset[str]]:
-    """The output layer tied to the embedding, and all that is tied in another way."""
-    every = dict(model.all_tied_weights_keys or {})
-    ties = {one: other for one, other in every.items() if not _differ(one, other, loading)}
+def _ties(model: PreTrainedModel, loading: Loading) -> dict[str, str]:
+    """What is tied, by the rules of `from_pretrained`."""
+    groups: dict[str, list[str]] = {}
+    for one, other in (model.all_tied_weights_keys or {}).items():
+        if not _differ(one, other, loading):
+            groups.setdefault(other, [other]).append(one)
+    tied: dict[str, str] = {}
+    for first, group in groups.items():
+        holder = next((name for name in group if name in loading.units), first)
+        tied |= {name: holder for name in group if name != holder}
+    return tied
+
+
+def _head(model: PreTrainedModel, loading: Loading, tied: Mapping[str, str]) -> str | None:
     ends = _embeddings(model)
-    plain = len(ends) == 2 and ties == dict([ends]) and ends[0] not in loading.units
-    if plain and getattr(model.config, "tie_word_embeddings", False):
-        return ties, frozenset()
-    return {}, frozenset(ties) | frozenset(ties.values())
+    plain = len(ends) == 2 and tied == dict([ends]) and ends[0] not in loading.units
+    flag = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    return ends[0] if plain and flag else None
 
 
 def _differ(one: str, other: str, loading: Loading) -> bool:
     """Whether the files have both: then transformers ties them only if they are alike."""
-    units = [loading.units.get(name) for name in (one, other)]
-    if None in units:
+    if not loading.units.keys() >= {one, other}:
         return False
-    first, second = (
-        loading.read(unit)[name] for unit, name in zip(units, (one, other), strict=True) if unit
-    )
+    first, second = (loading.read(loading.units[name])[name] for name in (one, other))
     return not torch.equal(first, second)
 
 

@@ -140,15 +140,17 @@ def _nested(wrapper: Any) -> Iterator[Any]:
         wrapper = wrapper.base_layer
 
 
-def move_together(ends: list[Target]) -> bool:
-    """Whether tied layers of which these are changed are still the same afterwards."""
-    head, embedding = ends[0], ends[-1]
-    one, other = head.module, embedding.module
-    if not any(isinstance(module, WRAPPERS) for module in (one, other)):
-        return torch.equal(head.own["weight"], embedding.own["weight"])  # a resized vocabulary
-    if one is other:
+def move_together(end: Target, other: Target) -> bool:
+    """Whether tied layers that are both changed are still the same afterwards.
+
+    A layer that is changed as a whole, for another vocabulary, is the same as itself.
+    """
+    one, two = end.module, other.module
+    if not any(isinstance(module, WRAPPERS) for module in (one, two)):
+        return torch.equal(end.own["weight"], other.own["weight"])
+    if one is two:
         return False
-    if isinstance(one, ModulesToSaveWrapper) and isinstance(other, ModulesToSaveWrapper):
-        saved = [list(module.modules_to_save.parameters()) for module in (one, other)]
+    if isinstance(one, ModulesToSaveWrapper) and isinstance(two, ModulesToSaveWrapper):
+        saved = [list(module.modules_to_save.parameters()) for module in (one, two)]
         return len(saved[0]) == len(saved[1]) == 1 and saved[0][0] is saved[1][0]
     return bool(getattr(getattr(one, "token_adapter", one), "tied_adapter", None))
