@@ -250,11 +250,11 @@ def check_fits(adapter: Adapter, base: Checkpoint) -> None:
         BaseModelMismatch: shapes differ, a layer's number is beyond the base's, or nothing fits.
     """
     weights, modules = _by_tail(base), {name.split(".")[-2] for name in base.infos if "." in name}
-    layers = max((_layer(name) for name in base.infos), default=-1)
+    layers = max((layer_of(name) for name in base.infos), default=-1)
     wrong, found = set(), False
     for name, info in adapter.tensors.items():
         path = name.removeprefix(PREFIX)
-        if _layer(path) > layers:
+        if layer_of(path) > layers:
             wrong.add(name)
             continue
         target = _target(path, base.infos) or _target(_tail(path), weights)
@@ -273,7 +273,7 @@ def check_fits(adapter: Adapter, base: Checkpoint) -> None:
         )
 
 
-def _layer(name: str) -> int:
+def layer_of(name: str) -> int:
     match = _LAYER.search(name)
     return int(match[1]) if match and len(match[1]) < 10 else (10**9 if match else -1)
 
@@ -310,7 +310,7 @@ def _target(path: str, infos: Mapping[str, TensorInfo]) -> TensorInfo | None:
 def _same_shape(path: str, info: TensorInfo, target: TensorInfo, adapter: Adapter) -> bool:
     """Whether a LoRA factor or a full copy goes with its target; other kinds are not looked at."""
     if _tail(path) == _tail(target.name):
-        resizable = _layer(path) < 0 and len(info.shape) == 2  # embeddings, for added tokens
+        resizable = layer_of(path) < 0 and len(info.shape) == 2  # embeddings, for added tokens
         return info.shape[resizable:] == target.shape[resizable:]
     blocks = adapter.config.get("use_bdlora")
     if len(target.shape) != 2 or len(info.shape) != 2 or blocks:

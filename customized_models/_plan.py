@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from attrs import field, frozen
 
-from ._adapters import PREFIX
-from ._checkpoints import ITEM_SIZE, TensorInfo
+from ._checkpoints import ITEM_SIZE
 from ._models import CustomizedModel, html_table
 from ._sources import MergedSource, merged_source
 from ._writer import CHUNK
 
 if TYPE_CHECKING:
+    from ._merging import Merge
     from ._registry import ModelRegistry
 
 ROWS = 20  # of a table that is shown
@@ -29,8 +29,8 @@ class Change:
     """A tensor of the complete model that differs from the base's.
 
     `tensor`: its name in the checkpoint. `size`: bytes. `adapter_tensors`: those that it is
-    computed from, by the names in the adapter's file; none if its module goes by another name
-    there than in the checkpoint.
+    computed from, by the names in the adapter's file; none where a quantized base is dequantized or
+    an output layer becomes one of its own.
     """
 
     tensor: str
@@ -46,10 +46,10 @@ class MergePlan:
 
     `customized`, `base`: names. `changes`: the tensors that change, in checkpoint order.
     `others`: adapter tensors that stand under none of them: copies of the base's own, which PEFT
-    saves along, and those of modules that transformers renames. `tensors`: how many the complete
-    model has. `size`: bytes of all its tensors, which is what a save writes but for headers and
-    small files. `memory`: an upper estimate of the worker's peak in bytes, over what it takes to
-    import torch, transformers and PEFT. `recipe`: what the merged bits will depend on here.
+    saves along, and what all layers share. `tensors`: how many the complete model has. `size`:
+    bytes of all its tensors, which is what a save writes but for headers and small files. `memory`:
+    an upper estimate of the worker's peak in bytes, over what it takes to import torch,
+    transformers and PEFT. `recipe`: what the merged bits will depend on here.
 
     A plain LoRA is merged by PEFT and by our faster kernel once for each shape; where their bits
     agree, the kernel merges the other tensors of that shape, else PEFT does. Which it will be is
@@ -96,13 +96,15 @@ def plan_merge(registry: ModelRegistry, name: str) -> MergePlan:
     customized = registry.get(CustomizedModel, name)
     with merged_source(registry, customized) as merged:
         infos = merged.merge.infos
-        changed = [name for name in infos if name in merged.merge.changed]
-        sources, others = _sources_of(merged.adapter.tensors, changed)
+        changes = tuple(
+            _change(merged.merge, name) for name in infos if name in merged.merge.changed
+        )
+        used = {name for change in changes for name in change.adapter_tensors}
         return MergePlan(
             customized=customized.name,
             base=customized.base,
-            changes=tuple(_change(infos[name], sources[name]) for name in changed),
-            others=others,
+            changes=changes,
+            others=tuple(name for name in merged.adapter.tensors if name not in used),
             tensors=len(infos),
             size=sum(info.size for info in infos.values()),
             memory=_memory(merged),
@@ -110,25 +112,9 @@ def plan_merge(registry: ModelRegistry, name: str) -> MergePlan:
         )
 
 
-def _change(info: TensorInfo, adapter_tensors: Iterable[str]) -> Change:
-    return Change(info.name, info.dtype, info.shape, info.size, tuple(adapter_tensors))
-
-
-def _sources_of(
-    adapter_tensors: Iterable[str], changed: Iterable[str]
-) -> tuple[dict[str, list[str]], tuple[str, ...]]:
-    """The adapter's tensors by the changed tensor whose module they lie in, and the others."""
-    sources: dict[str, list[str]] = {name: [] for name in changed}
-    others: list[str] = []
-    for name in adapter_tensors:
-        path = name.removeprefix(PREFIX)
-        if path in sources:  # a whole tensor, of modules_to_save
-            sources[path].append(name)
-            continue
-        while (module := f"{path}.weight") not in sources and "." in path:
-            path = path.rpartition(".")[0]
-        sources.get(module, others).append(name)
-    return sources, tuple(others)
+def _change(merge: Merge, name: str) -> Change:
+    info = merge.infos[name]
+    return Change(name, info.dtype, info.shape, info.size, merge.sources(name))
 
 
 def _memory(merged: MergedSource) -> int:

@@ -6,17 +6,17 @@ This module is only imported when a merge is planned.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from attrs import field, frozen
+from attrs import define, field
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora.layer import MultiheadAttention
 from peft.utils import AuxiliaryTrainingWrapper
 
-from .._adapters import Adapter
+from .._adapters import PREFIX, Adapter, layer_of
 from .._checkpoints import read_tensor
 from .._errors import (
     CustomizedModelsError,
@@ -80,14 +80,20 @@ def _refuse_unheld_rank(adapter: Adapter) -> None:
             )
 
 
-@frozen
+@define
 class Injected:
-    """A skeleton with an adapter's layers in it."""
+    """A skeleton with an adapter's layers in it.
+
+    Once it is loaded, `origins` has the names in the adapter's file of what each of its tensors is
+    made of, by the name that it has for today's layers, and `unused` those of copies of the base's.
+    """
 
     skeleton: Skeleton = field(repr=False)
     adapter: Adapter = field(repr=False)
     model: PeftModel = field(repr=False)
     placeholders: Placeholders = field(repr=False)
+    origins: Mapping[str, tuple[str, ...]] = field(factory=dict, init=False, repr=False)
+    unused: tuple[str, ...] = field(default=(), init=False, repr=False)
 
     def targets(self) -> list[Target]:
         """What the adapter changes, once it is loaded."""
@@ -100,6 +106,17 @@ class Injected:
             if own:
                 found.append(Target(path, kind, module, own))
         return found
+
+    def sources(self, paths: Iterable[str]) -> dict[str, tuple[str, ...]]:
+        """By the path of a layer, the names in the adapter's file of what it is merged with."""
+        found: dict[str, set[str]] = {path: set() for path in paths}
+        for name, origin in self.origins.items():
+            path = name.removeprefix(PREFIX)
+            while path and path not in found:
+                path = path.rpartition(".")[0]
+            if path:
+                found[path].update(origin)
+        return {path: tuple(sorted(names - {*self.unused})) for path, names in found.items()}
 
     def _own(self, module: torch.nn.Module, *, recurse: bool) -> dict[str, torch.Tensor]:
         """Parameters of the base that are no longer without a value."""
@@ -118,7 +135,8 @@ class Injected:
         )
         expected |= self._resized(expected)
         self._refuse_overwriting(expected)
-        _check_tensors(self.skeleton, self.adapter, expected, self._stated())
+        stated, self.origins = self._stated()
+        self.unused = _check_tensors(self.skeleton, self.adapter, expected, stated)
         self._give_memory(expected)
         with _quiet():
             loaded = self.model.load_adapter(
@@ -145,10 +163,11 @@ class Injected:
             and base_parameter(name) in self.skeleton.embeddings
         }
 
-    def _stated(self) -> dict[str, torch.Tensor]:
-        """What the adapter's file holds, without memory, by the names of today's layers.
+    def _stated(self) -> tuple[dict[str, torch.Tensor], dict[str, tuple[str, ...]]]:
+        """What the adapter's file holds, without memory, and of which tensors of the file.
 
-        PEFT renames, and for experts stacks, what was saved for layers of an earlier version.
+        By the names of today's layers: PEFT renames, and for experts stacks, what was saved for
+        layers of an earlier version.
         """
         convert = private(
             "peft.utils.transformers_weight_conversion",
@@ -167,7 +186,7 @@ class Injected:
                 f"transformers: {shown(error, 500)}",
                 tensors,
             ) from error
-        return stated
+        return stated, _origins(tensors, stated)
 
     def _refuse_overwriting(self, expected: Mapping[str, torch.Tensor]) -> None:
         """The base's own tensors may come with an adapter that trained biases or new tokens."""
@@ -208,9 +227,14 @@ def _check_tensors(
     adapter: Adapter,
     expected: Mapping[str, torch.Tensor],
     stated: Mapping[str, torch.Tensor],
-) -> None:
-    extra = stated.keys() - expected.keys()
-    if extra := {name for name in extra if not _is_copy(name, skeleton, adapter)}:
+) -> tuple[str, ...]:
+    """The names of copies of the base's tensors, which nothing is done with.
+
+    Raises:
+        UnmergedTensorsError, MalformedError: as `Injected.load`.
+    """
+    copies = stated.keys() - expected.keys()
+    if extra := {name for name in copies if not _is_copy(name, skeleton, adapter)}:
         raise UnmergedTensorsError(
             f"the adapter holds tensors that its configuration does not call for, or that address "
             f"the base's own: {listed(extra)}",
@@ -228,6 +252,23 @@ def _check_tensors(
                 f"{shown(name)} has the shape {shape}; the adapter's configuration and base call "
                 f"for {tuple(tensor.shape)}"
             )
+    return tuple(sorted(copies))
+
+
+def _origins(
+    before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]
+) -> dict[str, tuple[str, ...]]:
+    """The names `before` of what each one `after` holds; what was stacked has all of its layer."""
+    names = {id(tensor): name for name, tensor in before.items()}
+    kept = {names[id(tensor)] for tensor in after.values() if id(tensor) in names}
+    stacked: dict[int, list[str]] = {}
+    for name in before:
+        if name not in kept:
+            stacked.setdefault(layer_of(name), []).append(name)
+    return {
+        name: (names[id(t)],) if id(t) in names else tuple(stacked.get(layer_of(name), ()))
+        for name, t in after.items()
+    }
 
 
 def _is_copy(name: str, skeleton: Skeleton, adapter: Adapter) -> bool:

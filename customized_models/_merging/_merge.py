@@ -12,7 +12,7 @@ import torch
 from attrs import evolve, frozen
 from peft.utils import ModulesToSaveWrapper
 
-from .._adapters import Adapter, check_fits
+from .._adapters import PREFIX, Adapter, check_fits
 from .._checkpoints import Checkpoint, TensorInfo, dtype_name
 from .._errors import (
     BaseModelMismatch,
@@ -40,7 +40,8 @@ def plan(base: Checkpoint, adapter: Adapter) -> Merge:
     injected.load()
     targets = {target.path: target for target in injected.targets()}
     untied = _untie(targets, skeleton)
-    layers = [_layer(target, skeleton, untied) for target in targets.values()]
+    sources = injected.sources(targets)
+    layers = [_layer(t, sources[path], skeleton, untied) for path, t in targets.items()]
     _refuse_incomplete(layers, skeleton)
     parts = _parts(layers, skeleton)
     done = {unit for part in parts for unit in part.units}
@@ -53,11 +54,13 @@ def plan(base: Checkpoint, adapter: Adapter) -> Merge:
 class _Layer:
     """A layer to merge.
 
-    `sources`: the parameter of the model that each of its parameters has its values from; none for
-    a head that the base lacks. `outputs`: the one that it is afterwards.
+    `adapter_tensors`: the names of what it is merged with. `sources`: the parameter of the model
+    that each of its parameters has its values from; none for a head that the base lacks. `outputs`:
+    the one that it is afterwards.
     """
 
     target: Target
+    adapter_tensors: tuple[str, ...]
     sources: Mapping[str, str]
     outputs: Mapping[str, str]
 
@@ -74,7 +77,12 @@ class _Part:
     infos: tuple[TensorInfo, ...]
 
 
-def _layer(target: Target, skeleton: Skeleton, untied: Mapping[str, str]) -> _Layer:
+def _layer(
+    target: Target,
+    adapter_tensors: tuple[str, ...],
+    skeleton: Skeleton,
+    untied: Mapping[str, str],
+) -> _Layer:
     if not target.changed:
         raise UnsupportedAdapterError(
             f"the adapter trains a bias of {shown(target.path)}, which has none in the base"
@@ -88,7 +96,7 @@ def _layer(target: Target, skeleton: Skeleton, untied: Mapping[str, str]) -> _La
         outputs = {name: skeleton.tied.get(path, path) for name, path in outputs.items()}
     for path in sources.values():
         skeleton.unit(path)
-    return _Layer(target, sources, outputs)
+    return _Layer(target, adapter_tensors, sources, outputs)
 
 
 def _refuse_incomplete(layers: list[_Layer], skeleton: Skeleton) -> None:
@@ -207,6 +215,17 @@ class Merge:
             "threads": torch.get_num_threads(),
             **installed(),
         }
+
+    def sources(self, name: str) -> tuple[str, ...]:
+        """The names of the adapter's tensors that the changed tensor `name` is made of.
+
+        Of experts that are merged at once, those of this one if the adapter has them singly.
+        """
+        part = self._parts.get(name)
+        every = [of for layer in part.layers for of in layer.adapter_tensors] if part else []
+        inside = f"{PREFIX}{name.rpartition('.')[0]}."
+        own = [of for of in every if of.startswith(inside)]
+        return tuple(own or every)
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor of that checkpoint name, merged now if the adapter changes it.
