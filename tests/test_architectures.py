@@ -23,8 +23,14 @@ from architectures import (
 )
 from parity import assert_architecture_parity, opened, same_bits
 from peft import LoraConfig
+from transformers.core_model_loading import SplitModulelist
 
-from customized_models._errors import BaseModelMismatch, UnmergedTensorsError
+from customized_models._errors import (
+    BaseModelMismatch,
+    UnmergedTensorsError,
+    UnsupportedAdapterError,
+    UnsupportedArchitectureError,
+)
 
 pytestmark = [
     # PEFT says that it does what is right for a GPT-2 and that it knows no class of norms
@@ -330,3 +336,35 @@ def test_tied_tensors_that_a_checkpoint_has_all_of_stay_alike(
     name: str, module: str, bases: MakeBase, tmp_path: Path
 ) -> None:
     assert_parity(name, bases(name, layout="hub"), of_tokens(module), tmp_path)
+
+
+def test_a_conversion_that_transformers_does_not_undo_is_refused(
+    bases: MakeBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split = SplitModulelist.convert
+
+    def in_another_order(self: Any, *arguments: Any, **options: Any) -> dict[str, Any]:
+        experts = split(self, *arguments, **options)
+        return dict(zip(experts, reversed(experts.values()), strict=True))
+
+    architecture = ARCHITECTURES["Mixtral"]
+    base = bases("Mixtral")
+    adaptation = adaptations(architecture)["experts"]
+    adapter = make_adapter(tmp_path / "adapter", base, architecture, adaptation.config())
+    merge = opened(base, adapter, tmp_path)
+    monkeypatch.setattr(SplitModulelist, "convert", in_another_order)
+    with pytest.raises(UnsupportedArchitectureError, match=r"does not save .*experts"):
+        merge.read(next(name for name in merge.changed if "experts" in name))
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
+@pytest.mark.parametrize("module", ["shared", "lm_head"])
+def test_a_change_of_one_of_many_tied_layers_is_refused(
+    module: str, bases: MakeBase, tmp_path: Path
+) -> None:
+    architecture = ARCHITECTURES["T5"]
+    base = bases("T5")
+    config = lora(architecture, target_modules=[module]).config()
+    adapter = make_adapter(tmp_path / "adapter", base, architecture, config)
+    with pytest.raises(UnsupportedAdapterError, match=f"{module}.*ties to one another"):
+        opened(base, adapter, tmp_path)

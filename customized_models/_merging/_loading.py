@@ -64,14 +64,28 @@ class Loading:
         self.parameters = frozenset(n for n, _ in model.named_parameters(remove_duplicate=False))
         self._loading = _Transforms(mapping(model, hf_quantizer=quantizer), converter)
         self._saving = _Transforms(mapping(model), converter) if quantizer else self._loading
+        self._reversed: set[tuple[str, ...]] = set()
         self.units: Mapping[str, Unit] = {
             parameter: unit for unit in self._find() for parameter in unit.parameters
         }
         self.ignored = tuple(self._ignored()) if quantizer else ()
 
     def read(self, unit: Unit) -> dict[str, torch.Tensor]:
-        """Fresh values of its parameters, as transformers would load them."""
-        return self._converted(unit, map(self._base.read, unit.tensors))
+        """Fresh values of its parameters, as transformers would load them.
+
+        Raises:
+            UnsupportedArchitectureError: saving them would not give back what was loaded; of each
+                kind of conversion, this is seen to with the first unit.
+        """
+        values = self._converted(unit, map(self._base.read, unit.tensors))
+        if unit.patterns and not unit.quantized and unit.patterns not in self._reversed:
+            for name, tensor in self.saved(unit, values).items():
+                if not torch.equal(tensor, self._base.read(name).to(tensor.dtype)):
+                    raise UnsupportedArchitectureError(
+                        f"transformers does not save {shown(name)} as it loads it"
+                    )
+            self._reversed.add(unit.patterns)
+        return values
 
     def saved(self, unit: Unit, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The checkpoint's tensors when `unit` has these values; it may be parts of them."""
