@@ -259,7 +259,8 @@ def check_fits(adapter: Adapter, base: Checkpoint) -> None:
             continue
         target = _target(path, base.infos) or _target(_tail(path), weights)
         if target is None:  # renamed while it is loaded, or a tied head without a tensor
-            found = found or not modules.isdisjoint(path.split(".")) or path.startswith("lm_head.")
+            outside = layer_of(path) < 0 and not modules.isdisjoint(path.split("."))
+            found = found or outside or path.startswith("lm_head.")
             continue
         found = True
         if not _same_shape(path, info, target, adapter):

@@ -54,10 +54,12 @@ class Merger:
         """Merge the adapter into its base and publish the result; returns at once.
 
         Every tensor the adapter changes has the bits that PEFT's `merge_and_unload` gives it;
-        every other one has the base's bytes. A sample of both is read back, and compared with
-        what PEFT itself makes of base and adapter, before anything is published. After a kill, the
-        next save of the same model takes over the shards that were complete; while the lease of
-        the killed one lasts (15 seconds, none if this process has seen it end) it starts afresh.
+        every other one has the base's bytes, or what an FP8 or MXFP4 base dequantizes to. The
+        adapter is compared with what was registered first. A sample of both is read back, and
+        compared with what PEFT itself makes of base and adapter, before anything is published.
+        After a kill, the next save of the same model takes over the shards that were complete;
+        while the lease of the killed one lasts (15 seconds, none if this process has seen it end)
+        it starts afresh.
 
         Raises:
             UnsupportedQuantizationError: `quantization` was given. It belongs to deployment.
@@ -161,6 +163,7 @@ def run_save(
 ) -> None:
     """The worker's part of `Merger.save`."""
     customized = registry.get(CustomizedModel, arguments["customized"])
+    registry.verify(customized)
     with (
         registry._storage.staging(f"save-{id}") as staging,
         merged_source(registry, customized) as merged,

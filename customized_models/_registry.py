@@ -21,6 +21,7 @@ from ._checkpoints import Checkpoint, json_object
 from ._errors import (
     AlreadyExistsError,
     BaseModelMismatch,
+    IntegrityError,
     InUseError,
     InvalidNameError,
     NotFoundError,
@@ -505,13 +506,17 @@ class ModelRegistry:
             return directory
 
     def verify(self, model: CustomizedModel | CompleteModel) -> None:
-        """Read every byte of the model and compare it with its manifest.
+        """Read every byte of the model and compare it with what was recorded.
 
         Raises:
             IntegrityError: naming the files that differ.
         """
         with self.checkout(model) as directory:
             manifest = Manifest.read(directory)
+            if manifest.digest != model.digest:
+                raise IntegrityError(
+                    f"{model.name} is stored as {manifest.digest}, not as recorded"
+                )
             manifest.verify(directory)
 
     # Deleting

@@ -92,6 +92,7 @@ def model_source(
 ) -> Iterator[ModelSource]:
     """A customized or complete model, while the block lasts; the caller's job holds it."""
     if isinstance(model, CustomizedModel):
+        registry.verify(model)
         with merged_source(registry, model) as merged:
             yield merged.source
     else:

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from customized_models import (
     CompleteModel,
     CustomizedModel,
+    IntegrityError,
     InUseError,
     JobCancelled,
     JobFailed,
@@ -57,6 +58,25 @@ def slow(tmp_path: Path) -> tuple[ModelRegistry, CustomizedModel]:
 
 def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
     return {k: v for f in directory.glob("*.safetensors") for k, v in load_file(f).items()}
+
+
+# What is saved
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [{"use_rslora": True}, {"lora_alpha": -8}, {"lora_alpha": 1e38}, {"lora_alpha": 9}],
+    ids=str,
+)
+def test_an_adapter_that_was_altered_in_the_registry_is_not_saved(
+    lie: dict[str, object], registry: ModelRegistry, customized: CustomizedModel
+) -> None:
+    """Of itself it is sound: only what was registered tells that it lies."""
+    config = registry.local_path(customized) / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | lie))
+    with pytest.raises(IntegrityError, match=r"adapter_config\.json"):
+        Merger(registry).save(customized).result(progress=False)
+    assert list(registry.complete_models()) == []
 
 
 # The complete model
