@@ -225,14 +225,19 @@ def _tensor_info(path: Path, name: str, entry: Any, data_start: int) -> TensorIn
     )
 
 
-def to_tensor(data: bytearray, info: TensorInfo) -> torch.Tensor:
-    """`data` seen as the tensor that `info` states; they share memory."""
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
     import torch
 
-    dtype = getattr(torch, _TORCH[info.dtype])
-    if not data:
-        return torch.empty(info.shape, dtype=dtype)
-    return torch.frombuffer(data, dtype=dtype).view(info.shape)
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Torch's dtype of a header's name: `torch_dtype("BF16") == torch.bfloat16`."""
+    import torch
+
+    dtype: torch.dtype = getattr(torch, _TORCH[name])
+    return dtype
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -243,8 +248,12 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def read_tensor(path: Path, info: TensorInfo) -> torch.Tensor:
     """One tensor out of a file; fresh memory that the caller may write to."""
+    import torch
+
+    tensor = torch.empty(info.shape, dtype=torch_dtype(info.dtype))
     with opened(path) as fd:
-        return to_tensor(read_at(fd, info.start, info.end - info.start, info.file), info)
+        read_into(tensor_bytes(tensor), fd, info.start, info.file)
+    return tensor
 
 
 @frozen

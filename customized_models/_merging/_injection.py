@@ -16,7 +16,7 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora.layer import MultiheadAttention
 from peft.utils import AuxiliaryTrainingWrapper
 
-from .._adapters import Adapter
+from .._adapters import WEIGHTS, Adapter
 from .._checkpoints import read_tensor
 from .._errors import (
     CustomizedModelsError,
@@ -29,7 +29,7 @@ from .._errors import (
 )
 from ._refusals import reads_values
 from ._skeleton import Skeleton, base_parameter
-from ._target import WRAPPERS, Target, base_of
+from ._target import WRAPPERS, Stored, Target, base_of
 from ._values import Placeholders, has_memory, place_on_cpu, values_while_injecting
 from ._versions import installed
 
@@ -88,12 +88,19 @@ class Injected:
     adapter: Adapter = field(repr=False)
     model: PeftModel = field(repr=False)
     placeholders: Placeholders = field(repr=False)
+    _stored: dict[int, Stored] = field(factory=dict, init=False, repr=False)
+
+    @property
+    def keeps_values(self) -> bool:
+        """Whether values of the adapter are in memory, and not only read when they are needed."""
+        return not self._stored
 
     def targets(self) -> list[Target]:
         """What the adapter changes, once it is loaded."""
         kind, found = str(self.adapter.config["peft_type"]), []
         for path, module in _wrapped(self.skeleton.model):
-            found.append(Target(path, kind, module, self._own(base_of(module), recurse=True)))
+            own = self._own(base_of(module), recurse=True)
+            found.append(Target(path, kind, module, own, self._stored_in(module)))
         inside = tuple(f"{target.path}." for target in found)
         for path, module in self.skeleton.model.named_modules():
             own = {} if f"{path}.".startswith(inside) else self._own(module, recurse=False)
@@ -106,19 +113,30 @@ class Injected:
         every = module.named_parameters(recurse=recurse)
         return {name: p.data for name, p in every if p not in self.placeholders}
 
+    def _stored_in(self, module: torch.nn.Module) -> dict[str, Stored]:
+        every = module.named_parameters(remove_duplicate=False)
+        return {name: self._stored[id(p)] for name, p in every if id(p) in self._stored}
+
     def load(self) -> None:
         """Have PEFT load the adapter's weights, if they are exactly what its layers call for.
+
+        Those of layers without memory are only noted: each is read when its layer is merged.
 
         Raises:
             UnmergedTensorsError: the adapter holds other tensors than its configuration calls for.
             MalformedError: one of its tensors has a shape its configuration does not call for.
         """
         expected = get_peft_model_state_dict(
-            self.model, adapter_name=_NAME, save_embedding_layers=False
+            self.model,
+            self.model.state_dict(keep_vars=True),
+            adapter_name=_NAME,
+            save_embedding_layers=False,
         )
         expected |= self._resized(expected)
         self._refuse_overwriting(expected)
         _check_tensors(self.skeleton, self.adapter, expected)
+        if self._note_stored(expected):
+            return
         self._give_memory(expected)
         with _quiet():
             loaded = self.model.load_adapter(
@@ -131,6 +149,23 @@ class Injected:
         copies = self.adapter.tensors.keys() - expected.keys()
         if strayed := {*missing, *loaded.unexpected_keys} - copies:
             raise UnmergedTensorsError(f"PEFT did not load {listed(strayed)}", strayed)
+
+    def _note_stored(self, expected: Mapping[str, torch.Tensor]) -> bool:
+        """Note where the values of each parameter lie, if none has memory; the base's are read."""
+        known = {id(parameter) for parameter in self.model.parameters() if parameter.is_meta}
+        if any(id(parameter) not in known for parameter in expected.values()):
+            return False
+        path = self.adapter.directory / WEIGHTS
+        parameter: Any
+        for name, parameter in expected.items():
+            stored = Stored(path, self.adapter.tensors[name], parameter.dtype)
+            if parameter in self.placeholders:
+                owner, _, leaf = name.rpartition(".")
+                value = torch.nn.Parameter(stored.read(), requires_grad=False)
+                self.model.get_submodule(owner)._parameters[leaf] = value
+            else:
+                self._stored[id(parameter)] = stored
+        return True
 
     def _resized(self, expected: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The base's embeddings that come along because they have another number of rows."""

@@ -5,7 +5,7 @@ This module is only imported when a merge is planned.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ def plan(base: Checkpoint, adapter: Adapter) -> Merge:
     config: dict[str, Any] = {"tie_word_embeddings": False} if untied else {}
     if skeleton.vocabulary is not None:
         config["vocab_size"] = skeleton.vocabulary
-    return Merge(skeleton, modules, untied, config)
+    return Merge(skeleton, modules, untied, config, keeps_values=injected.keeps_values)
 
 
 @frozen
@@ -95,7 +95,8 @@ class Merge:
     `shards`: the base's, with its order; tensors that it lacks come last, in the last file.
     `changed`: the names that the adapter changes, or that the base does not have. `recipe`: what
     the merged bits depend on. `config`: what must stand in `config.json` in place of the base's
-    values, because the adapter unties the output layer or has another vocabulary.
+    values, because the adapter unties the output layer or has another vocabulary. `keeps_values`:
+    whether values of the adapter's stay in memory; if not, each merge of a tensor reads them.
     """
 
     def __init__(
@@ -104,9 +105,12 @@ class Merge:
         modules: Mapping[str, _Module],
         untied: Mapping[str, str],
         config: Mapping[str, Any],
+        *,
+        keeps_values: bool,
     ) -> None:
         base, dtype = skeleton.base, skeleton.dtype
         self.config = config
+        self.keeps_values = keeps_values
         self._untied = untied
         self._base = base
         self._modules = modules
@@ -134,9 +138,40 @@ class Merge:
             NonFiniteError: the merged tensor holds NaN or infinity.
             UnchangedTargetsError: the merged tensor is the base's.
         """
+        if name in self._modules:
+            return self._merging.aside(lambda: self._merged(name))
+        self._unread.discard(name)
+        return self._base.read(self._untied.get(name, name))
+
+    def blocks(self, name: str) -> Iterator[torch.Tensor]:
+        """The tensor of `read` in pieces, its first rows first: a large one takes little memory.
+
+        Each is good until the next but one is asked for. Any number of threads may do this at the
+        same time, each of which has one thread of torch's from then on.
+
+        Raises: as `read`.
+        """
         if name not in self._modules:
+            yield self.read(name)
+        elif (pairs := self._by_blocks(self._modules[name])) is None:
+            yield self._merged(name)
+        else:
             self._unread.discard(name)
-            return self._base.read(self._untied.get(name, name))
+            yield from _checked(name, pairs)
+
+    def _merged(self, name: str) -> torch.Tensor:
+        self._unread.discard(name)
+        pairs = self._by_blocks(self._modules[name])
+        if pairs is None:
+            return self.read_by_peft(name)
+        merged, done = torch.empty(self.infos[name].shape, dtype=self._dtype), 0
+        for block in _checked(name, pairs):
+            merged[done : done + len(block)] = block
+            done += len(block)
+        return merged
+
+    def read_by_peft(self, name: str) -> torch.Tensor:
+        """As `read`, but the layer is merged by PEFT as a whole in any case."""
         module = self._modules[name]
         values, heads = {}, {}
         for parameter, of in module.sources.items():
@@ -147,8 +182,13 @@ class Merge:
         merged = self._merging.merge(module.target, values)
         for parameter in module.names:
             self._check(module, parameter, merged[parameter], heads[parameter])
-        self._unread.discard(name)
         return next(merged[p] for p, of in module.names.items() if of == name)
+
+    def _by_blocks(self, module: _Module) -> Iterator[tuple[torch.Tensor, torch.Tensor]] | None:
+        if module.target.changed != ("weight",) or module.target.own:
+            return None
+        info = self._base.infos[module.sources["weight"]]
+        return self._merging.by_blocks(module.target, self._base, info, self._dtype)
 
     def _before(self, name: str) -> torch.Tensor:
         """A fresh copy of the base's tensor, as transformers would load it."""
@@ -158,9 +198,7 @@ class Merge:
         self, module: _Module, parameter: str, merged: torch.Tensor, head: torch.Tensor
     ) -> None:
         name, changed = module.names[parameter], module.target.changed
-        extremes = torch.stack(torch.aminmax(merged))  # NaN if there is any
-        if not torch.isfinite(extremes).all():
-            raise NonFiniteError(f"merging gives NaN or infinity in {shown(name)}")
+        _refuse_non_finite(name, merged)
         beside = parameter.endswith("bias") and len(changed) > 1  # its gradient may have been 0
         same = torch.equal(_head(merged), head)
         same = same and torch.equal(merged, self._before(module.sources[parameter]))
@@ -190,6 +228,25 @@ def _merged_info(name: str, module: _Module, skeleton: Skeleton) -> TensorInfo:
     shape = skeleton.shapes[f"{module.target.path}.{parameter}"]
     of = skeleton.base.infos[module.sources[parameter]]
     return evolve(of, name=name, shape=shape, dtype=dtype_name(skeleton.dtype))
+
+
+def _checked(
+    name: str, pairs: Iterator[tuple[torch.Tensor, torch.Tensor]]
+) -> Iterator[torch.Tensor]:
+    """The latter of each pair, as long as all is finite and some pair differs."""
+    same = True
+    for before, after in pairs:
+        _refuse_non_finite(name, after)
+        same = same and torch.equal(before, after)
+        yield after
+    if same:
+        raise UnchangedTargetsError(f"the adapter leaves {shown(name)} as it is in the base")
+
+
+def _refuse_non_finite(name: str, merged: torch.Tensor) -> None:
+    extremes = torch.stack(torch.aminmax(merged))  # NaN if there is any
+    if not torch.isfinite(extremes).all():
+        raise NonFiniteError(f"merging gives NaN or infinity in {shown(name)}")
 
 
 def _head(tensor: torch.Tensor) -> torch.Tensor:

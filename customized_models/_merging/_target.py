@@ -6,6 +6,8 @@ This module is only imported when a merge is planned.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 
+from .._checkpoints import TensorInfo, read_tensor
 from .._errors import MergeError, shown
 from ._values import filled
 
@@ -23,18 +26,33 @@ _WEIGHT_AND_BIAS = ("ADAMSS", "GLORA", "LN_TUNING", "ROAD")
 
 
 @frozen
+class Stored:
+    """A tensor in the adapter's file, and the dtype in which PEFT would hold it."""
+
+    path: Path
+    info: TensorInfo
+    dtype: torch.dtype
+
+    def read(self) -> torch.Tensor:
+        """Its values, in fresh memory."""
+        return read_tensor(self.path, self.info).to(self.dtype)
+
+
+@frozen
 class Target:
     """A layer that PEFT wrapped, or a plain one that has a bias of the adapter's.
 
     `path`: its name in the model. `kind`: the adapter's type. `own`: values of its parameters that
     came with the adapter, or that PEFT computed when it built the layer; they take the place of
-    the base's before the merge.
+    the base's before the merge. `stored`: the parameters of the wrapper that have no values but
+    while they are needed.
     """
 
     path: str
     kind: str
     module: Any = field(repr=False)
     own: Mapping[str, torch.Tensor] = field(repr=False)
+    stored: Mapping[str, Stored] = field(factory=dict, repr=False)
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -78,10 +96,28 @@ class Target:
         if not isinstance(self.module, WRAPPERS):
             return values
         try:
-            with torch.no_grad(), filled(base_of(self.module), values):
+            with torch.no_grad(), filled(base_of(self.module), values), self._loaded():
                 return {name: p.data for name, p in self._unloaded().named_parameters()}
         except (RuntimeError, ValueError, IndexError) as error:  # values that do not go together
             raise MergeError(f"PEFT cannot merge {shown(self.path)}: {shown(error)}") from error
+
+    def delta(self) -> torch.Tensor:
+        """What PEFT adds to the weight of a plain LoRA's layer."""
+        (adapter,) = self.module.active_adapters
+        with torch.no_grad(), self._loaded():
+            product: torch.Tensor = self.module.get_delta_weight(adapter)
+            return product
+
+    def value(self, name: str) -> torch.Tensor:
+        """That of a parameter of the wrapper."""
+        if name in self.stored:
+            return self.stored[name].read()
+        value: torch.Tensor = self.module.get_parameter(name).data
+        return value
+
+    def _loaded(self) -> AbstractContextManager[None]:
+        """While it lasts the wrapper has the values that are stored."""
+        return filled(self.module, {name: stored.read() for name, stored in self.stored.items()})
 
     def _unloaded(self) -> torch.nn.Module:
         merged: torch.nn.Module
