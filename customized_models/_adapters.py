@@ -259,8 +259,9 @@ def check_fits(adapter: Adapter, base: Checkpoint) -> None:
             continue
         target = _target(path, base.infos) or _target(_tail(path), weights)
         if target is None:  # renamed while it is loaded, or a tied head without a tensor
-            outside = layer_of(path) < 0 and not modules.isdisjoint(path.split("."))
-            found = found or outside or path.startswith("lm_head.")
+            alike = modules.intersection(path.split("."))
+            found = found or "experts" in alike or bool(alike and layer_of(path) < 0)
+            found = found or path.startswith("lm_head.")
             continue
         found = True
         if not _same_shape(path, info, target, adapter):

@@ -228,14 +228,11 @@ def _tensor_info(path: Path, name: str, entry: Any, data_start: int) -> TensorIn
     )
 
 
-def to_tensor(data: bytearray, info: TensorInfo) -> torch.Tensor:
-    """`data` seen as the tensor that `info` states; they share memory."""
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
     import torch
 
-    dtype = torch_dtype(info.dtype)
-    if not data:
-        return torch.empty(info.shape, dtype=dtype)
-    return torch.frombuffer(data, dtype=dtype).view(info.shape)
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -254,8 +251,12 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def read_tensor(path: Path, info: TensorInfo) -> torch.Tensor:
     """One tensor out of a file; fresh memory that the caller may write to."""
+    import torch
+
+    tensor = torch.empty(info.shape, dtype=torch_dtype(info.dtype))
     with opened(path) as fd:
-        return to_tensor(read_at(fd, info.start, info.end - info.start, info.file), info)
+        read_into(tensor_bytes(tensor), fd, info.start, info.file)
+    return tensor
 
 
 @frozen

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from attrs import evolve
 
 from ._adapters import Adapter
-from ._checkpoints import Checkpoint, TensorInfo, opened, read_at
+from ._checkpoints import Checkpoint, TensorInfo, opened, read_at, tensor_bytes
 from ._errors import IntegrityError, MergeError, NotReproducible, listed, shown
 from ._manifest import Manifest, hash_file
 from ._models import CompleteModel, CustomizedModel, Progress
@@ -31,25 +31,24 @@ def prove(merged: MergedSource, directory: Path, seed: str, progress: Progress) 
     """Sample what was written into `directory` and compare it with base and adapter.
 
     All names, dtypes and shapes are compared. Of the changed tensors one of each shape, at most
-    `SAMPLES`, is merged once more in a merge opened afresh, which has PEFT itself merge the first
-    of a shape; of the others `SAMPLES` are compared with the base's bytes. `seed` decides which.
-    Files are opened again, but what they hold may still come from the system's cache.
-
-    It costs a second plan of the merge and reading the sampled tensors twice.
+    `SAMPLES`, is merged once more, by PEFT itself and out of values that are read again; of the
+    others `SAMPLES` are compared with the base's bytes. `seed` decides which. Files are opened
+    again, but what they hold may still come from the system's cache.
 
     Raises:
         MergeError: naming the tensors that differ.
     """
-    from ._merging import open_merge
+    base, merge = Checkpoint.open(merged.layout.directory), merged.merge
+    if merge.keeps_values:
+        from ._merging import open_merge
 
-    base = Checkpoint.open(merged.layout.directory)
-    merge = open_merge(base, Adapter.open(merged.adapter.directory))
+        merge = open_merge(base, Adapter.open(merged.adapter.directory))
     written = Checkpoint.open(directory)
     draw = random.Random(seed)
     names = _one_of_each_shape(merge, draw)[:SAMPLES]
-    others = sorted(base.infos.keys() - merge.changed)
+    others = sorted(merge.infos.keys() - merge.changed)
     names += draw.sample(others, min(SAMPLES, len(others)))
-    if wrong := different(written, base, merge, names, progress):
+    if wrong := different(written, base, merge, names, progress, merge.read_by_peft):
         raise MergeError(
             f"what was written is not what base and adapter give: {listed(wrong)}; "
             f"nothing was published. If it happens again, suspect this machine's disk or memory"
@@ -71,8 +70,9 @@ def different(
     merge: Merge,
     names: Collection[str],
     progress: Progress,
+    read: Callable[[str], torch.Tensor],
 ) -> set[str]:
-    """Those of `names` whose bytes in `written` are not the merge's or, if unchanged, the base's.
+    """Those of `names` whose bytes in `written` are not as `read`, or the base's if unchanged.
 
     Any tensor of another dtype or shape than the merge states, missing or additional is among
     them, whether it was asked for or not.
@@ -90,7 +90,7 @@ def different(
         if name in wrong:
             continue
         if name in merge.changed:
-            same = _same_bytes(written.read(name), merge.read(name))
+            same = _is_written(read(name), written, name)
         else:
             same = _same_range(written, base, name)
         if not same:
@@ -103,11 +103,12 @@ def _kind(info: TensorInfo) -> tuple[str, tuple[int, ...]]:
     return info.dtype, info.shape
 
 
-def _same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
-    import torch
-
-    flat = (tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other))
-    return torch.equal(*flat)
+def _is_written(tensor: torch.Tensor, written: Checkpoint, name: str) -> bool:
+    data, info = tensor_bytes(tensor.contiguous()), written.infos[name]
+    with opened(written.directory / info.file) as fd:
+        return all(
+            data[at : at + CHUNK] == _part(fd, info, at) for at in range(0, info.size, CHUNK)
+        )
 
 
 def _same_range(written: Checkpoint, base: Checkpoint, name: str) -> bool:
@@ -117,10 +118,12 @@ def _same_range(written: Checkpoint, base: Checkpoint, name: str) -> bool:
         opened(base.directory / other.file) as there,
     ):
         return all(
-            read_at(here, one.start + at, min(CHUNK, one.size - at), one.file)
-            == read_at(there, other.start + at, min(CHUNK, one.size - at), other.file)
-            for at in range(0, one.size, CHUNK)
+            _part(here, one, at) == _part(there, other, at) for at in range(0, one.size, CHUNK)
         )
+
+
+def _part(fd: int, info: TensorInfo, at: int) -> bytearray:
+    return read_at(fd, info.start + at, min(CHUNK, info.size - at), info.file)
 
 
 def derive_again(registry: ModelRegistry, complete: CompleteModel) -> None:
@@ -135,7 +138,7 @@ def derive_again(registry: ModelRegistry, complete: CompleteModel) -> None:
             raise IntegrityError(f"{complete.name} is stored as {manifest.digest}, not as recorded")
         manifest.verify(directory)
         written, merge = Checkpoint.open(directory), merged.merge
-        wrong = different(written, merged.layout, merge, merge.infos, _silent)
+        wrong = different(written, merged.layout, merge, merge.infos, _silent, merge.read)
         wrong |= _other_files(manifest, merged.source.files)
         if wrong:
             _refuse(complete, merge.recipe, f"other bytes in {listed(wrong)}")

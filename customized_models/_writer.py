@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import sys
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import groupby
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import closing
+from functools import partial
+from itertools import chain, groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from queue import SimpleQueue
+from threading import Event
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from ._checkpoints import (
     INDEX,
@@ -24,6 +30,7 @@ from ._checkpoints import (
     opened,
     read_at,
     read_into,
+    tensor_bytes,
 )
 from ._errors import MergeError, listed, shown
 from ._journal import Journal
@@ -32,16 +39,30 @@ from ._models import Progress
 if TYPE_CHECKING:
     import torch
 
-CHUNK = 8 << 20  # bytes held at once of what is copied
-PIECE = 64 << 20  # bytes between two calls of `progress`
+CHUNK = 1 << 20  # bytes held at once of what is copied: they stay in the cache
+PIECE = 64 << 20  # bytes copied between two calls of `progress`, at most
+MOST_AT_ONCE = 8  # files: more would only take more memory, for the disk is the limit then
+
+Piece: TypeAlias = "tuple[int, Callable[[_Output], None]]"
+"""How many bytes of tensors, and what puts them out."""
 
 
 class ShardedSource(TensorSource, Protocol):
-    """Tensors, and the files that they belong in."""
+    """Tensors that several threads may ask for at a time, and the files that they belong in."""
 
     @property
     def shards(self) -> Mapping[str, Sequence[str]]:
         """The names of every tensor, in the order they have in a file, by the file's name."""
+
+    @property
+    def at_once(self) -> int | None:
+        """How many files may be written side by side, if it matters to the source."""
+
+    def blocks(self, name: str) -> Iterator[torch.Tensor]:
+        """The tensor of that name in pieces, its first rows first.
+
+        Each is good until the next but one is asked for.
+        """
 
 
 def write_checkpoint(
@@ -54,28 +75,35 @@ def write_checkpoint(
 ) -> Mapping[str, FileDigest]:
     """Write the shards of `source` into `directory`; their digests by name.
 
-    The `changed` tensors come from `source`, of which two are in memory at a time; all others are
-    copied from the file in which `layout` has them, and so is a header that is the same. Every
-    file is hashed on its way and pushed to the disk. Nothing may be in the way but shards that
-    `journal` has as complete, which stay; it is told of all others.
+    The `changed` tensors come from `source`; all others are copied from the file in which `layout`
+    has them, and so is a header that is the same. Every file is hashed on its way and pushed to
+    the disk; several are written side by side, and of each two pieces are in memory at a time.
+    Nothing may be in the way but shards that `journal` has as complete, which stay; it is told of
+    all others. `progress` is called from this thread alone.
 
     Raises:
         MergeError: a tensor of `source` stands in no shard or in several, is neither changed nor
             the layout's, or comes other than it said.
     """
     _check(source, layout, changed)
-    total = sum(info.size for info in source.infos.values())
-    done, digests = 0, dict(journal.shards) if journal else {}
-    for file, names in source.shards.items():
-        infos = [source.infos[name] for name in names]
-        if file not in digests:
-            with _Output(directory / file) as output:
-                pieces = _pieces(file, infos, layout, source, changed)
-                _write(output, pieces, progress, done, total)
-                digests[file] = output.finish()
-            if journal:
-                journal.add(file, digests[file])
-        done += sum(info.size for info in infos)
+    infos = {file: [source.infos[n] for n in names] for file, names in source.shards.items()}
+    sizes = {file: sum(info.size for info in infos[file]) for file in infos}
+    digests = dict(journal.shards) if journal else {}
+    done, total = sum(sizes[file] for file in digests), sum(sizes.values())
+    todo = {
+        directory / file: _pieces(file, infos[file], layout, source, changed)
+        for file in infos
+        if file not in digests
+    }
+    with closing(_write_all(todo, source.at_once or MOST_AT_ONCE)) as events:
+        for event in events:
+            if isinstance(event, int):
+                done += event
+            else:
+                file, digests[file] = event
+                if journal:
+                    journal.add(*event)
+            progress("merging", done, total)
     if [*source.shards] != [SINGLE]:
         digests[INDEX] = _write_index(source, layout, directory)
     progress("merging", total, total)
@@ -95,45 +123,71 @@ def _is_as(info: TensorInfo, other: TensorInfo | None) -> bool:
     return other is not None and (info.dtype, info.shape) == (other.dtype, other.shape)
 
 
-def _write(
-    output: _Output,
-    pieces: Iterable[tuple[int, Callable[[_Output], None]]],
-    progress: Progress,
-    done: int,
-    total: int,
-) -> None:
-    """Put each piece out beside the work on the next one; `done` of `total` bytes came before."""
-    with ThreadPoolExecutor(1) as behind:
-        pending: deque[Future[None]] = deque()
-        for size, work in pieces:
-            progress("merging", done, total)
-            pending.append(behind.submit(work, output))
-            done += size
-            while len(pending) > 1:
-                pending.popleft().result()
-        while pending:
-            pending.popleft().result()
+def _write_all(
+    todo: Mapping[Path, Iterable[Piece]], at_once: int
+) -> Generator[int | tuple[str, FileDigest], None, None]:
+    """Write files side by side: yields bytes as they are put out, and each file once it is whole.
+
+    When this is closed, so does the writing, before the next piece of each file.
+    """
+    events: SimpleQueue[int | Future[tuple[str, FileDigest]]] = SimpleQueue()
+    stopped = Event()
+    with ThreadPoolExecutor(min(cores(), at_once)) as pool:
+        try:
+            for path, pieces in todo.items():
+                future = pool.submit(_write_file, path, pieces, events.put, stopped)
+                future.add_done_callback(events.put)
+            for _ in todo:
+                while isinstance(event := events.get(), int):
+                    yield event
+                yield event.result()
+        finally:
+            stopped.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _write_file(
+    path: Path, pieces: Iterable[Piece], told: Callable[[int], None], stopped: Event
+) -> tuple[str, FileDigest]:
+    """Put each piece out beside the work on the next one."""
+    with _Output(path) as output, ThreadPoolExecutor(1) as behind:
+        pending: deque[tuple[int, Future[None]]] = deque()
+        for size, work in chain(pieces, [(0, lambda output: None)]):
+            if stopped.is_set():
+                raise CancelledError
+            pending.append((size, behind.submit(work, output)))
+            if len(pending) > 1:
+                before, put_out = pending.popleft()
+                put_out.result()
+                told(before)
+        return path.name, output.finish()
+
+
+def cores() -> int:
+    """How many processors this process may use."""
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _pieces(
     file: str,
     infos: list[TensorInfo],
     layout: Checkpoint,
-    source: TensorSource,
+    source: ShardedSource,
     changed: Collection[str],
-) -> Iterator[tuple[int, Callable[[_Output], None]]]:
+) -> Iterator[Piece]:
     """One shard from front to back: how many bytes of tensors, and what puts them out."""
     head = _header_bytes(file, infos, layout)
-    yield 0, lambda output: output.write(head)
+    yield 0, partial(_Output.write, data=head)
     for is_changed, group in groupby(infos, lambda info: info.name in changed):
         if not is_changed:
             for path, start, end in _ranges(group, layout):
                 yield from _copies(path, start, end)
             continue
         for info in group:
-            data = _tensor_bytes(source.read(info.name), info)
-            yield info.size, lambda output, data=data: output.write(data)  # type: ignore[misc]
-            del data
+            for data in _data(source, info):
+                yield len(data), partial(_Output.write, data=data)
 
 
 def _ranges(infos: Iterable[TensorInfo], layout: Checkpoint) -> Iterator[tuple[Path, int, int]]:
@@ -149,11 +203,10 @@ def _ranges(infos: Iterable[TensorInfo], layout: Checkpoint) -> Iterator[tuple[P
         yield layout.directory / file, start, end
 
 
-def _copies(path: Path, start: int, end: int) -> Iterator[tuple[int, Callable[[_Output], None]]]:
-    while start < end:
-        size = min(PIECE, end - start)
-        yield size, lambda output, at=start, size=size: output.copy(path, at, size)  # type: ignore[misc]
-        start += size
+def _copies(path: Path, start: int, end: int) -> Iterator[Piece]:
+    for at in range(start, end, PIECE):
+        size = min(PIECE, end - at)
+        yield size, partial(_Output.copy, path=path, start=at, size=size)
 
 
 def _header_bytes(file: str, infos: list[TensorInfo], layout: Checkpoint) -> bytes | bytearray:
@@ -173,16 +226,22 @@ def _header_bytes(file: str, infos: list[TensorInfo], layout: Checkpoint) -> byt
     return len(raw).to_bytes(8, "little") + raw
 
 
-def _tensor_bytes(tensor: torch.Tensor, info: TensorInfo) -> memoryview:
-    """The elements of `tensor`, which must be as `info` states, in row-major order."""
-    import torch
-
-    if (dtype_name(tensor.dtype), tuple(tensor.shape)) != (info.dtype, info.shape):
-        raise MergeError(
-            f"{shown(info.name)} was announced as {info.dtype} {info.shape} "
-            f"but came as {tensor.dtype} {tuple(tensor.shape)}"
-        )
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+def _data(source: ShardedSource, info: TensorInfo) -> Iterator[memoryview]:
+    """The elements of a tensor, which must be as `info` states, in row-major order."""
+    count = 0
+    for block in source.blocks(info.name):
+        count += block.numel()
+        as_said = (dtype_name(block.dtype), block.shape[1:]) == (info.dtype, info.shape[1:])
+        if not as_said or count > math.prod(info.shape):
+            break
+        yield tensor_bytes(block.contiguous())
+    else:
+        if count == math.prod(info.shape):
+            return
+    raise MergeError(
+        f"{shown(info.name)} was announced as {info.dtype} {info.shape}, "
+        f"but came as {block.dtype} {tuple(block.shape)}"
+    )
 
 
 class _Output:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ def no_progress(phase: str, done: int, total: int) -> None:
 class Doubled:
     """A checkpoint some of whose tensors are twice as large in value."""
 
+    at_once = None
+
     def __init__(self, base: Checkpoint, names: set[str], dtypes: Mapping[str, str] = {}) -> None:
         self.base, self.names = base, names
         self.infos: dict[str, TensorInfo] = dict(base.infos)
@@ -46,6 +48,10 @@ class Doubled:
         assert name in self.names
         tensor = self.base.read(name) * 2
         return tensor.float() if self.infos[name].dtype == "F32" else tensor
+
+    def blocks(self, name: str) -> Iterator[torch.Tensor]:
+        tensor = self.read(name)
+        yield from tensor.split(7) if tensor.dim() else [tensor]
 
 
 @pytest.fixture(scope="module")
@@ -234,8 +240,8 @@ def test_shards_that_a_killed_writer_completed_are_taken_over_and_not_read_again
     source = Doubled(base, set(names))
     with pytest.raises(KeyboardInterrupt):
         write_checkpoint(source, base, killed, kill, names, Journal(killed, "key"))
-    complete = (killed / JOURNAL).read_text().count("digest")
-    damaged, *sound = sorted(base.shards)[:complete]
+    lines = (killed / JOURNAL).read_text().splitlines()[1:]
+    damaged, *sound = sorted(json.loads(line)["file"] for line in lines)
     with (killed / damaged).open("ab") as file:
         file.write(b"more")
     with (killed / JOURNAL).open("ab") as file:

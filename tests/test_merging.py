@@ -6,7 +6,9 @@ import json
 import random
 import re
 import socket
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -195,16 +197,21 @@ def test_a_tied_model_merges_what_is_not_tied(bases: Callable[..., Path], tmp_pa
 
 
 @pytest.fixture
-def merged_by_peft(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The paths of the layers that PEFT's own merge is called for."""
-    paths: list[str] = []
-    merge = _target.Target.merge
+def by_peft(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
+    """The paths of the layers that PEFT merges, or computes the whole product of, by which."""
+    paths: dict[str, list[str]] = {"merge": [], "delta": []}
 
-    def noted(target: _target.Target, values: Any) -> dict[str, torch.Tensor]:
-        paths.append(target.path)
-        return merge(target, values)
+    def note(name: str) -> None:
+        original = getattr(_target.Target, name)
 
-    monkeypatch.setattr(_target.Target, "merge", noted)
+        def noted(target: _target.Target, *arguments: Any) -> Any:
+            paths[name].append(target.path)
+            return original(target, *arguments)
+
+        monkeypatch.setattr(_target.Target, name, noted)
+
+    for name in paths:
+        note(name)
     return paths
 
 
@@ -212,30 +219,33 @@ WIDE = {"hidden_size": 512, "intermediate_size": 4096}  # more than one block in
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_of_each_shape_peft_merges_one_layer_and_blocks_the_rest_with_the_same_bits(
-    dtype: str, bases: Callable[..., Path], tmp_path: Path, merged_by_peft: list[str]
+def test_of_each_shape_peft_computes_one_product_and_blocks_give_the_same_bits(
+    dtype: str, bases: Callable[..., Path], tmp_path: Path, by_peft: dict[str, list[str]]
 ) -> None:
     base = bases(dtype=dtype, **WIDE)
     adapter = tiny_lora(tmp_path / "adapter", base, target_modules="all-linear")
     assert_parity(base, adapter, tmp_path, 14)
-    shapes = {Checkpoint.open(base).infos[f"{path}.weight"].shape for path in merged_by_peft}
-    assert len(shapes) == len(merged_by_peft) == 4
+    shapes = {Checkpoint.open(base).infos[f"{path}.weight"].shape for path in by_peft["delta"]}
+    assert len(shapes) == len(by_peft["delta"]) == 4
+    assert by_peft["merge"] == []
 
 
 def test_where_blocks_give_other_bits_peft_merges_every_layer(
     bases: Callable[..., Path],
     tmp_path: Path,
-    merged_by_peft: list[str],
+    by_peft: dict[str, list[str]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def rounded_twice(factors: _fused._Factors, weight: torch.Tensor) -> None:
-        weight += (factors.up @ factors.down * factors.scaling).to(weight.dtype)
+    product = _fused._Factors.product
 
-    monkeypatch.setattr(_fused._Factors, "add_to", rounded_twice)
+    def other_bits(*arguments: Any) -> torch.Tensor:
+        return product(*arguments).mul_(1 + 1e-7)
+
+    monkeypatch.setattr(_fused._Factors, "product", other_bits)
     base = bases(**WIDE)
     adapter = tiny_lora(tmp_path / "adapter", base, target_modules="all-linear")
     assert_parity(base, adapter, tmp_path, 14)
-    assert len(merged_by_peft) == 14
+    assert len(by_peft["merge"]) == 14
 
 
 def test_threads_are_as_many_after_a_merge_as_before(
@@ -250,6 +260,69 @@ def test_threads_are_as_many_after_a_merge_as_before(
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+def test_peft_computes_with_the_threads_of_the_one_who_opened_the_merge(
+    bases: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = set()
+
+    def noted(name: str) -> None:
+        original = getattr(_target.Target, name)
+
+        def counted(target: _target.Target, *arguments: Any) -> Any:
+            seen.add((torch.get_num_threads(), threading.current_thread()))
+            return original(target, *arguments)
+
+        monkeypatch.setattr(_target.Target, name, counted)
+
+    noted("merge")
+    noted("delta")
+    base = bases()
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        adapter = tiny_lora(tmp_path / "adapter", base, modules_to_save=["norm"])
+        merge = opened(base, adapter, tmp_path)
+        torch.set_num_threads(1)
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda name: list(merge.blocks(name)), sorted(merge.changed)))
+    finally:
+        torch.set_num_threads(before)
+    assert merge.recipe["threads"] == 3
+    assert [count for count, _ in seen] == [3]  # and all in one thread
+
+
+def test_threads_may_merge_side_by_side(bases: Callable[..., Path], tmp_path: Path) -> None:
+    base = bases(**WIDE)
+    options = {"target_modules": "all-linear", "modules_to_save": ["norm"]}
+    merge = opened(base, tiny_lora(tmp_path / "adapter", base, **options), tmp_path)
+    names = sorted(merge.changed)
+    one_by_one = {name: merge.read(name) for name in names}
+
+    def joined(name: str) -> torch.Tensor:
+        return torch.cat([block.clone() for block in merge.blocks(name)])
+
+    with ThreadPoolExecutor(8) as pool:
+        for name, tensor in zip(names * 3, pool.map(joined, names * 3), strict=True):
+            assert torch.equal(tensor, one_by_one[name])
+
+
+def test_the_last_two_blocks_of_a_thread_are_both_good(
+    bases: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = bases(**WIDE)
+    adapter = tiny_lora(tmp_path / "adapter", base, target_modules="all-linear")
+    merge = opened(base, adapter, tmp_path)
+    rows, before = 0, None
+    for name in sorted(name for name in merge.changed if "up_proj" in name):
+        whole = merge.read(name)
+        for block in merge.blocks(name):
+            if before is not None:
+                assert torch.equal(*before)
+            before = (block, whole[rows % len(whole) :][: len(block)])
+            rows += len(block)
+            assert len(block) < len(whole)
 
 
 # Reading

@@ -152,10 +152,15 @@ def test_a_single_bit_in_any_tensor_is_found(
     merge = opened()
     write_checkpoint(merge, base, tmp_path, no_progress, merge.changed)
     merge = opened()
-    assert different(Checkpoint.open(tmp_path), base, merge, merge.infos, no_progress) == set()
+    assert (
+        different(Checkpoint.open(tmp_path), base, merge, merge.infos, no_progress, merge.read)
+        == set()
+    )
     for name in base.infos:
         flip(tmp_path, name)
-        found = different(Checkpoint.open(tmp_path), base, merge, merge.infos, no_progress)
+        found = different(
+            Checkpoint.open(tmp_path), base, merge, merge.infos, no_progress, merge.read
+        )
         flip(tmp_path, name)
         assert found == {name}
 
@@ -169,7 +174,9 @@ def test_a_tensor_of_another_dtype_is_found_even_if_it_was_not_sampled(
     written = Checkpoint.open(tmp_path)
     name = "model.norm.weight"
     other = {**written.infos, name: evolve(written.infos[name], dtype="F16")}
-    assert different(evolve(written, infos=other), base, merge, (), no_progress) == {name}
+    assert different(evolve(written, infos=other), base, merge, (), no_progress, merge.read) == {
+        name
+    }
 
 
 # Later

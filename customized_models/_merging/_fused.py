@@ -5,51 +5,120 @@ This module is only imported when a merge is planned.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from itertools import pairwise
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from itertools import cycle, pairwise
+from typing import TypeVar
 
 import torch
 from attrs import frozen
 from peft.tuners.lora import Linear
 
+from .._checkpoints import Checkpoint, TensorInfo, opened, read_into, tensor_bytes, torch_dtype
 from ._target import Target
 
-_BLOCK = 1 << 20  # elements: four megabytes in float32, so that a block stays in the cache
+_BLOCK = 1 << 19  # elements: two megabytes in float32, so that a block stays in the cache
 _MIN_ROWS = 64  # products of fewer rows take another path in the math library, with other bits
+
+T = TypeVar("T")
 
 
 class Merging:
-    """Merges layers; those of a shape for which blocks have been seen to give PEFT's bits, so.
+    """Merges layers, from any thread; those of a shape that blocks were seen to suit, by blocks.
 
-    Whether they do depends on shapes and on the machine's math library, not on the values. The
-    first layer of each shape is merged both ways and compared.
+    Whether blocks give PEFT's bits depends on shapes and on the machine's math library, not on the
+    values: for the first layer of each shape PEFT computes the whole product, and the blocks are
+    compared with it. PEFT computes in a thread of its own, because the bits may also depend on
+    how many threads torch uses: there it is the number of the thread that planned the merge.
     """
 
     def __init__(self) -> None:
+        self._peft = ThreadPoolExecutor(1, "peft", _use_threads, (torch.get_num_threads(),))
+        self._aside = ThreadPoolExecutor(1, "blocks")
+        self._here = threading.local()
         self._same_bits: dict[object, bool] = {}
+        self._deciding = threading.Lock()
 
     def merge(
         self, target: Target, values: Mapping[str, torch.Tensor]
     ) -> Mapping[str, torch.Tensor]:
         """See `Target.merge`."""
+        return self._peft.submit(target.merge, values).result()
+
+    def by_blocks(
+        self, target: Target, base: Checkpoint, info: TensorInfo, dtype: torch.dtype
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]] | None:
+        """Rows of the layer's weight (out, in), before and after the merge; None if it takes PEFT.
+
+        Both in `dtype`, rounded once. The former are good until the next pair is asked for, the
+        latter until the one after that. The calling thread has one thread of torch's from then on.
+        """
         factors = _factors_of(target)
-        if factors is None:
-            return target.merge(values)
-        weight = values["weight"]
-        kind = (weight.shape, weight.dtype, factors.up.shape, torch.get_num_threads())
-        if kind not in self._same_bits:
-            other = weight.clone()
-            with _one_thread():
-                factors.add_to(other)
-            merged = target.merge(values)
-            self._same_bits[kind] = torch.equal(merged["weight"], other)
-            return merged
-        if not self._same_bits[kind]:
-            return target.merge(values)
-        with _one_thread():
-            factors.add_to(weight)
-        return values
+        if factors is None or not self._suits(target, factors):
+            return None
+        return self._blocks(factors, base, info, dtype)
+
+    def _suits(self, target: Target, factors: _Factors) -> bool:
+        shapes = (factors.up.shape, factors.down.shape)
+        with self._deciding:
+            if shapes not in self._same_bits:
+                whole = self._peft.submit(target.delta).result()
+                self._same_bits[shapes] = factors.make_up(whole, self._workspace())
+        return self._same_bits[shapes]
+
+    def _blocks(
+        self, factors: _Factors, base: Checkpoint, info: TensorInfo, dtype: torch.dtype
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        workspace, stored, into = self._workspace(), torch_dtype(info.dtype), info.shape[1]
+        with opened(base.directory / info.file) as fd:
+            for start, end in factors.blocks():
+                shape = (end - start, into)
+                rows = workspace.block("rows", shape, stored)
+                at = info.start + start * into * stored.itemsize
+                read_into(tensor_bytes(rows), fd, at, info.file)
+                before = rows.to(dtype)
+                total = workspace.block("total", shape, torch.float32).copy_(before)
+                total.add_(factors.product(start, end, workspace))
+                yield before, workspace.result(shape, dtype).copy_(total)
+
+    def _workspace(self) -> _Workspace:
+        if not hasattr(self._here, "workspace"):
+            self._here.workspace = _Workspace()
+        workspace: _Workspace = self._here.workspace
+        return workspace
+
+    def aside(self, work: Callable[[], T]) -> T:
+        """What `work` returns, which may merge by blocks; the calling thread stays as it is."""
+        return self._aside.submit(work).result()
+
+
+def _use_threads(count: int) -> None:
+    torch.get_num_threads()  # else torch sets this thread's number itself, at its first work
+    torch.set_num_threads(count)
+
+
+class _Workspace:
+    """Memory of one thread, in which torch starts no others from then on.
+
+    Blocks are too small to share out: threads would wait for one another at every step.
+    """
+
+    def __init__(self) -> None:
+        _use_threads(1)
+        self._memory: dict[str, torch.Tensor] = {}
+        self._turns = cycle(("even", "odd"))
+
+    def block(self, use: str, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+        """Memory for one use at a time."""
+        size = shape[0] * shape[1] * dtype.itemsize
+        if use not in self._memory or self._memory[use].numel() < size:
+            self._memory[use] = torch.empty(size, dtype=torch.uint8)
+        return self._memory[use][:size].view(dtype).view(shape)
+
+    def result(self, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+        """Memory that is used again at the next call but one."""
+        return self.block(next(self._turns), shape, dtype)
 
 
 @frozen
@@ -60,29 +129,27 @@ class _Factors:
     down: torch.Tensor
     scaling: float
 
-    @torch.no_grad()
-    def add_to(self, weight: torch.Tensor) -> None:
-        """weight (out, in) += up @ down * scaling, rounded once to its dtype."""
-        out, into = weight.shape
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """First row and end, exclusive, of each block."""
+        out, into = len(self.up), self.down.shape[1]
         count = max(1, out // max(_MIN_ROWS, _BLOCK // into))
-        bounds = [out * i // count for i in range(count + 1)]
-        rows = max(end - start for start, end in pairwise(bounds))
-        products, sums = torch.empty(rows, into), torch.empty(rows, into)
-        for start, end in pairwise(bounds):
-            block, product, total = weight[start:end], products[: end - start], sums[: end - start]
-            torch.mm(self.up[start:end], self.down, out=product)
-            block.copy_(total.copy_(block).add_(product.mul_(self.scaling)))
+        return pairwise(out * i // count for i in range(count + 1))
 
+    def product(self, start: int, end: int, workspace: _Workspace) -> torch.Tensor:
+        """Rows of up @ down * scaling."""
+        shape = (end - start, self.down.shape[1])
+        product = workspace.block("product", shape, torch.float32)
+        return torch.mm(self.up[start:end], self.down, out=product).mul_(self.scaling)
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Blocks are too small to share out: threads would wait for one another at every step."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+    def make_up(self, whole: torch.Tensor, workspace: _Workspace) -> bool:
+        """Whether the blocks of the product have the bits of the whole one."""
+        return all(
+            torch.equal(
+                self.product(start, end, workspace).view(torch.int32),
+                whole[start:end].view(torch.int32),
+            )
+            for start, end in self.blocks()
+        )
 
 
 def _factors_of(target: Target) -> _Factors | None:
@@ -91,9 +158,9 @@ def _factors_of(target: Target) -> _Factors | None:
     if type(layer) is not Linear or len(layer.active_adapters) != 1 or layer.disable_adapters:
         return None
     (name,) = layer.active_adapters
-    special = name in layer.lora_variant or layer.fan_in_fan_out or layer.lora_bias[name]
-    up: torch.Tensor = layer.lora_B[name].get_parameter("weight")
-    down: torch.Tensor = layer.lora_A[name].get_parameter("weight")
-    if special or up.dtype != torch.float32 or down.dtype != torch.float32:
+    if name in layer.lora_variant or layer.fan_in_fan_out or layer.lora_bias[name]:
+        return None
+    up, down = (target.value(f"{part}.{name}.weight") for part in ("lora_B", "lora_A"))
+    if up.dtype != torch.float32 or down.dtype != torch.float32:
         return None
     return _Factors(up, down, layer.scaling[name])

@@ -6,8 +6,9 @@ This module is only imported when a merge is planned.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +17,8 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora.layer import MultiheadAttention
 from peft.utils import AuxiliaryTrainingWrapper
 
-from .._adapters import PREFIX, Adapter, layer_of
-from .._checkpoints import read_tensor
+from .._adapters import PREFIX, WEIGHTS, Adapter, layer_of
+from .._checkpoints import TensorInfo, read_tensor
 from .._errors import (
     CustomizedModelsError,
     MalformedError,
@@ -94,12 +95,21 @@ class Injected:
     placeholders: Placeholders = field(repr=False)
     origins: Mapping[str, tuple[str, ...]] = field(factory=dict, init=False, repr=False)
     unused: tuple[str, ...] = field(default=(), init=False, repr=False)
+    _stacked: frozenset[str] = field(default=frozenset(), init=False, repr=False)
+    _stored: dict[int, Callable[[], torch.Tensor]] = field(factory=dict, init=False, repr=False)
+    _last: tuple[Any, dict[str, torch.Tensor]] | None = field(default=None, init=False, repr=False)
+
+    @property
+    def keeps_values(self) -> bool:
+        """Whether values of the adapter are in memory, and not only read when they are needed."""
+        return not self._stored
 
     def targets(self) -> list[Target]:
         """What the adapter changes, once it is loaded."""
         kind, found = str(self.adapter.config["peft_type"]), []
         for path, module in _wrapped(self.skeleton.model):
-            found.append(Target(path, kind, module, self._own(base_of(module), recurse=True)))
+            own = self._own(base_of(module), recurse=True)
+            found.append(Target(path, kind, module, own, self._stored_in(module)))
         inside = tuple(f"{target.path}." for target in found)
         for path, module in self.skeleton.model.named_modules():
             own = {} if f"{path}.".startswith(inside) else self._own(module, recurse=False)
@@ -123,20 +133,31 @@ class Injected:
         every = module.named_parameters(recurse=recurse)
         return {name: p.data for name, p in every if p not in self.placeholders and has_memory(p)}
 
+    def _stored_in(self, module: torch.nn.Module) -> dict[str, Callable[[], torch.Tensor]]:
+        every = module.named_parameters(remove_duplicate=False)
+        return {name: self._stored[id(p)] for name, p in every if id(p) in self._stored}
+
     def load(self) -> None:
         """Have PEFT load the adapter's weights, if they are exactly what its layers call for.
+
+        Those of layers without memory are only noted: each is read when its layer is merged.
 
         Raises:
             UnmergedTensorsError: the adapter holds other tensors than its configuration calls for.
             MalformedError: one of its tensors has a shape its configuration does not call for.
         """
         expected = get_peft_model_state_dict(
-            self.model, adapter_name=_NAME, save_embedding_layers=False
+            self.model,
+            self.model.state_dict(keep_vars=True),
+            adapter_name=_NAME,
+            save_embedding_layers=False,
         )
         expected |= self._resized(expected)
         self._refuse_overwriting(expected)
-        stated, self.origins = self._stated()
+        stated = self._note_origins()
         self.unused = _check_tensors(self.skeleton, self.adapter, expected, stated)
+        if self._note_stored(expected):
+            return
         self._give_memory(expected)
         with _quiet():
             loaded = self.model.load_adapter(
@@ -149,6 +170,37 @@ class Injected:
         copies = self.adapter.tensors.keys() - expected.keys()
         if strayed := {*missing, *loaded.unexpected_keys} - copies:
             raise UnmergedTensorsError(f"PEFT did not load {listed(strayed)}", strayed)
+
+    def _note_stored(self, expected: Mapping[str, torch.Tensor]) -> bool:
+        """Note where the values of each parameter lie, if none has memory; the base's are read."""
+        known = {id(parameter) for parameter in self.model.parameters() if parameter.is_meta}
+        if any(id(parameter) not in known for parameter in expected.values()):
+            return False
+        parameter: Any
+        for name, parameter in expected.items():
+            read = self._reader(name, parameter.dtype)
+            if parameter in self.placeholders:
+                owner, _, leaf = name.rpartition(".")
+                value = torch.nn.Parameter(read(), requires_grad=False)
+                self.model.get_submodule(owner)._parameters[leaf] = value
+            else:
+                self._stored[id(parameter)] = read
+        return True
+
+    def _reader(self, name: str, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
+        """Reads what PEFT would load into the parameter of that name and dtype."""
+        path = self.adapter.directory / WEIGHTS
+        infos = tuple(self.adapter.tensors[origin] for origin in self.origins[name])
+        if name in self._stacked:
+            return lambda: self._of_layer(path, infos)[name].to(dtype)
+        return lambda: read_tensor(path, infos[0]).to(dtype)
+
+    def _of_layer(self, path: Path, infos: tuple[TensorInfo, ...]) -> dict[str, torch.Tensor]:
+        """One layer as PEFT stacks it; the last is kept, for its other tensors come next."""
+        if self._last is None or self._last[0] != infos:
+            tensors = {info.name: read_tensor(path, info) for info in infos}
+            self._last = infos, self._converted(tensors)
+        return self._last[1]
 
     def _resized(self, expected: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The base's embeddings that come along because they have another number of rows."""
@@ -163,30 +215,42 @@ class Injected:
             and base_parameter(name) in self.skeleton.embeddings
         }
 
-    def _stated(self) -> tuple[dict[str, torch.Tensor], dict[str, tuple[str, ...]]]:
-        """What the adapter's file holds, without memory, and of which tensors of the file.
-
-        By the names of today's layers: PEFT renames, and for experts stacks, what was saved for
-        layers of an earlier version.
-        """
-        convert = private(
-            "peft.utils.transformers_weight_conversion",
-            "convert_peft_adapter_state_dict_for_transformers",
-        )
+    def _note_origins(self) -> dict[str, torch.Tensor]:
+        """What the adapter's file holds, without memory, by the names of today's layers."""
         tensors = {
             name: torch.empty(info.shape, device="meta")
             for name, info in self.adapter.tensors.items()
         }
+        stated = self._converted(tensors)
+        names = {id(tensor): name for name, tensor in tensors.items()}
+        self._stacked = frozenset(name for name, t in stated.items() if id(t) not in names)
+        used_up: dict[int, list[str]] = {}
+        for name in tensors.keys() - {names.get(id(tensor)) for tensor in stated.values()}:
+            used_up.setdefault(layer_of(name), []).append(name)
+        self.origins = {
+            name: tuple(sorted(used_up.get(layer_of(name), ())))
+            if name in self._stacked
+            else (names[id(tensor)],)
+            for name, tensor in stated.items()
+        }
+        return stated
+
+    def _converted(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """PEFT renames, and for experts stacks, what was saved for layers of an earlier version."""
+        convert = private(
+            "peft.utils.transformers_weight_conversion",
+            "convert_peft_adapter_state_dict_for_transformers",
+        )
         config = self.model.peft_config[_NAME]
         try:
-            stated: dict[str, torch.Tensor] = convert(self.model, config, tensors, _NAME)
+            converted: dict[str, torch.Tensor] = convert(self.model, config, tensors, _NAME)
         except (RuntimeError, ValueError, KeyError, IndexError) as error:
             raise UnmergedTensorsError(
                 f"PEFT cannot convert the adapter's tensors to the layers of this version of "
                 f"transformers: {shown(error, 500)}",
                 tensors,
             ) from error
-        return stated, _origins(tensors, stated)
+        return converted
 
     def _refuse_overwriting(self, expected: Mapping[str, torch.Tensor]) -> None:
         """The base's own tensors may come with an adapter that trained biases or new tokens."""
@@ -253,22 +317,6 @@ def _check_tensors(
                 f"for {tuple(tensor.shape)}"
             )
     return tuple(sorted(copies))
-
-
-def _origins(
-    before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]
-) -> dict[str, tuple[str, ...]]:
-    """The names `before` of what each one `after` holds; what was stacked has all of its layer."""
-    names = {id(tensor): name for name, tensor in before.items()}
-    kept = {names[id(tensor)] for tensor in after.values() if id(tensor) in names}
-    stacked: dict[int, list[str]] = {}
-    for name in before:
-        if name not in kept:
-            stacked.setdefault(layer_of(name), []).append(name)
-    return {
-        name: (names[id(t)],) if id(t) in names else tuple(stacked.get(layer_of(name), ()))
-        for name, t in after.items()
-    }
 
 
 def _is_copy(name: str, skeleton: Skeleton, adapter: Adapter) -> bool:

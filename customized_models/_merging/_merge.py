@@ -5,7 +5,8 @@ This module is only imported when a merge is planned.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from attrs import evolve, frozen
 from peft.utils import ModulesToSaveWrapper
 
 from .._adapters import PREFIX, Adapter, check_fits
-from .._checkpoints import Checkpoint, TensorInfo, dtype_name
+from .._checkpoints import Checkpoint, TensorInfo, dtype_name, torch_dtype
 from .._errors import (
     BaseModelMismatch,
     MergeError,
@@ -46,8 +47,9 @@ def plan(base: Checkpoint, adapter: Adapter) -> Merge:
     parts = _parts(layers, skeleton)
     done = {unit for part in parts for unit in part.units}
     parts += [_part([], [unit], skeleton) for unit in skeleton.quantized if unit not in done]
-    config = {**everywhere(base, "tie_word_embeddings", False)} if untied else {}
-    return Merge(skeleton, parts, untied, {**config, **skeleton.config})
+    config = everywhere(base, "tie_word_embeddings", False) if untied else {}
+    config |= skeleton.config
+    return Merge(skeleton, parts, untied, config, keeps_values=injected.keeps_values)
 
 
 @frozen
@@ -181,6 +183,9 @@ class Merge:
     dequantized, or that the base does not have. `recipe`: what the merged bits depend on. `config`:
     what must stand in `config.json` in place of the base's values, because the adapter unties the
     output layer, or has another vocabulary or a head, or because the base is quantized.
+    `keeps_values`: whether values of the adapter's stay in memory; if not, each merge of a tensor
+    reads them. `at_once`: how many files may be written side by side without more memory than
+    their pieces take; None where it does not matter.
     """
 
     def __init__(
@@ -189,14 +194,19 @@ class Merge:
         parts: Iterable[_Part],
         untied: Mapping[str, str],
         config: Mapping[str, Any],
+        *,
+        keeps_values: bool,
     ) -> None:
         base = skeleton.base
         self.config = config
+        self.keeps_values = keeps_values
         self._skeleton = skeleton
         self._parts = {info.name: part for part in parts for info in part.infos}
         self._copies = {head: skeleton.unit(of).tensors[0] for head, of in untied.items()}
         self._merging = Merging()
         self._ready: dict[str, torch.Tensor] = {}
+        self._one_part = threading.Lock()
+        self.at_once = 1 if any(part.units for part in self._parts.values()) else None
         self.changed = frozenset(self._parts.keys() | untied.keys())
         self._unread = set(self.changed)
         merged = {i.name: i for part in self._parts.values() for i in part.infos}
@@ -237,15 +247,66 @@ class Merge:
             NonFiniteError: the merged tensor holds NaN or infinity.
             UnchangedTargetsError: a merged parameter is the base's.
         """
+        if name in self._parts:
+            return self._merging.aside(lambda: self._whole(name))
         self._unread.discard(name)
+        return self._skeleton.base.read(self._copies.get(name, name))
+
+    def blocks(self, name: str) -> Iterator[torch.Tensor]:
+        """The tensor of `read` in pieces, its first rows first: a large one takes little memory.
+
+        Each is good until the next but one is asked for. Any number of threads may do this at the
+        same time, each of which has one thread of torch's from then on.
+
+        Raises: as `read`.
+        """
         if name not in self._parts:
-            return self._skeleton.base.read(self._copies.get(name, name))
-        if name not in self._ready:
-            self._ready |= self._merged(self._parts[name])
-        return self._ready.pop(name)
+            yield self.read(name)
+        elif (pairs := self._by_blocks(self._parts[name])) is None:
+            yield self._by_parts(name)
+        else:
+            self._unread.discard(name)
+            yield from _checked(name, pairs)
+
+    def read_by_peft(self, name: str) -> torch.Tensor:
+        """As `read`, but the layer is merged by PEFT as a whole in any case."""
+        if name not in self._parts:
+            return self.read(name)
+        return self._merged(self._parts[name])[name]
+
+    def _whole(self, name: str) -> torch.Tensor:
+        pairs = self._by_blocks(self._parts[name])
+        if pairs is None:
+            return self._by_parts(name)
+        self._unread.discard(name)
+        info, done = self.infos[name], 0
+        merged = torch.empty(info.shape, dtype=torch_dtype(info.dtype))
+        for block in _checked(name, pairs):
+            merged[done : done + len(block)] = block
+            done += len(block)
+        return merged
+
+    def _by_blocks(self, part: _Part) -> Iterator[tuple[torch.Tensor, torch.Tensor]] | None:
+        layer = part.layers[0] if len(part.layers) == 1 and len(part.infos) == 1 else None
+        if layer is None or part.units or layer.target.own or layer.target.changed != ("weight",):
+            return None
+        if "weight" not in layer.sources:
+            return None
+        unit = self._skeleton.unit(layer.sources["weight"])
+        dtype = self._skeleton.dtypes[layer.outputs["weight"]]
+        base = self._skeleton.base
+        return self._merging.by_blocks(layer.target, base, base.infos[unit.tensors[0]], dtype)
+
+    def _by_parts(self, name: str) -> torch.Tensor:
+        """The tensor out of its part, whose others are kept until they are asked for."""
+        with self._one_part:
+            if name not in self._ready:
+                self._ready |= self._merged(self._parts[name])
+            self._unread.discard(name)
+            return self._ready.pop(name)
 
     def _merged(self, part: _Part) -> dict[str, torch.Tensor]:
-        """The tensors that come of it."""
+        """The tensors that come of it, by PEFT and transformers."""
         loading = self._skeleton.loading
         values: dict[str, torch.Tensor] = {}
         for unit in part.units:
@@ -285,9 +346,7 @@ class Merge:
         self, layer: _Layer, name: str, merged: torch.Tensor, head: torch.Tensor | None
     ) -> None:
         path, changed = layer.outputs[name], layer.target.changed
-        extremes = torch.stack(torch.aminmax(merged))  # NaN if there is any
-        if not torch.isfinite(extremes).all():
-            raise NonFiniteError(f"merging gives NaN or infinity in {shown(path)}")
+        _refuse_non_finite(path, merged)
         if head is None:
             return
         beside = name.endswith("bias") and len(changed) > 1  # its gradient may have been 0
@@ -314,6 +373,25 @@ def _shards(base: Checkpoint, infos: Mapping[str, TensorInfo]) -> dict[str, tupl
     for info in sorted(infos.values(), key=lambda info: (not info.file, info.start)):
         shards[info.file or last].append(info)
     return {file: tuple(info.name for info in found) for file, found in shards.items()}
+
+
+def _checked(
+    name: str, pairs: Iterator[tuple[torch.Tensor, torch.Tensor]]
+) -> Iterator[torch.Tensor]:
+    """The latter of each pair, as long as all is finite and some pair differs."""
+    same = True
+    for before, after in pairs:
+        _refuse_non_finite(name, after)
+        same = same and torch.equal(before, after)
+        yield after
+    if same:
+        raise UnchangedTargetsError(f"the adapter leaves {shown(name)} as it is in the base")
+
+
+def _refuse_non_finite(name: str, merged: torch.Tensor) -> None:
+    extremes = torch.stack(torch.aminmax(merged))  # NaN if there is any
+    if not torch.isfinite(extremes).all():
+        raise NonFiniteError(f"merging gives NaN or infinity in {shown(name)}")
 
 
 def _head(tensor: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,8 @@ This module is only imported when a merge is planned.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -28,13 +29,15 @@ class Target:
 
     `path`: its name in the model. `kind`: the adapter's type. `own`: values of its parameters that
     came with the adapter, or that PEFT computed when it built the layer; they take the place of
-    the base's before the merge.
+    the base's before the merge. `stored`: what reads the parameters of the wrapper that have no
+    values but while they are needed.
     """
 
     path: str
     kind: str
     module: Any = field(repr=False)
     own: Mapping[str, torch.Tensor] = field(repr=False)
+    stored: Mapping[str, Callable[[], torch.Tensor]] = field(factory=dict, repr=False)
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -95,17 +98,36 @@ class Target:
         if isinstance(self.module, ModulesToSaveWrapper):
             places = {}  # it replaces them all
         try:
-            with torch.no_grad(), filled(base_of(self.module), places):
+            with torch.no_grad(), filled(base_of(self.module), places), self._loaded():
                 merged = self._unloaded()
                 return {name: merged[name] for name in values}
         except (RuntimeError, ValueError, IndexError) as error:  # values that do not go together
             raise MergeError(f"PEFT cannot merge {shown(self.path)}: {shown(error)}") from error
 
+    def delta(self) -> torch.Tensor:
+        """What PEFT adds to the weight of a plain LoRA's layer."""
+        (adapter,) = self.module.active_adapters
+        with torch.no_grad(), self._loaded():
+            product: torch.Tensor = self.module.get_delta_weight(adapter)
+            return product
+
+    def value(self, name: str) -> torch.Tensor:
+        """That of a parameter of the wrapper."""
+        if name in self.stored:
+            return self.stored[name]()
+        value: torch.Tensor = self.module.get_parameter(name).data
+        return value
+
+    def _loaded(self) -> AbstractContextManager[None]:
+        """While it lasts the wrapper has its values; then it is as it was, whatever PEFT did."""
+        return filled(self.module, {name: read() for name, read in self.stored.items()})
+
     def _unloaded(self) -> dict[str, torch.Tensor]:
         """The parameters of the module that PEFT puts in the place of its wrapper."""
         module: Any = self.module
+        inside = [inner for inner in module.modules() if isinstance(inner, BaseTunerLayer)]
         checked: Any = torch.sparse.check_sparse_tensor_invariants
-        with filled(module, {}), checked():
+        with checked():
             if hasattr(module, "unload_and_optionally_merge_module"):
                 unloaded = module.unload_and_optionally_merge_module(
                     merge=True, safe_merge=False, adapter_names=None
@@ -117,9 +139,8 @@ class Target:
                 module.merge(safe_merge=False, adapter_names=None)
                 unloaded = module.get_base_layer()
             merged = {name: tensor.detach() for name, tensor in unloaded.state_dict().items()}
-        for inner in module.modules():
-            if isinstance(inner, BaseTunerLayer):
-                inner.merged_adapters.clear()  # so that it can be merged again
+        for inner in inside:
+            inner.merged_adapters.clear()  # so that it can be merged again
         return merged
 
 
