@@ -5,7 +5,7 @@ This module is only imported when a merge is planned.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from .._errors import (
     listed,
     shown,
 )
-from ._fused import Merging
+from ._fused import Merging, Pairs
 from ._injection import inject
 from ._skeleton import Skeleton, build_skeleton
 from ._target import Target, move_together
@@ -152,26 +152,38 @@ class Merge:
         Raises: as `read`.
         """
         if name not in self._modules:
-            yield self.read(name)
-        elif (pairs := self._by_blocks(self._modules[name])) is None:
-            yield self._merged(name)
-        else:
-            self._unread.discard(name)
-            yield from _checked(name, pairs)
+            return iter([self.read(name)])
+        self._unread.discard(name)
+        return self._in_blocks(name, self._merging.by_blocks)
+
+    def blocks_by_peft(self, name: str) -> Iterator[torch.Tensor]:
+        """As `blocks`, of a tensor that the adapter changes, but all is PEFT's own arithmetic."""
+        return self._in_blocks(name, self._merging.by_peft)
+
+    def _in_blocks(self, name: str, way: Callable[..., Pairs | None]) -> Iterator[torch.Tensor]:
+        pairs = self._pairs(name, way)
+        return iter([self._whole(name)]) if pairs is None else _checked(name, pairs)
+
+    def _pairs(self, name: str, way: Callable[..., Pairs | None]) -> Pairs | None:
+        """Those of the layer's weight, if that is all to be merged and it can go that way."""
+        module = self._modules[name]
+        if module.target.changed != ("weight",) or module.target.own:
+            return None
+        info = self._base.infos[module.sources["weight"]]
+        return way(module.target, self._base, info, self._dtype)
 
     def _merged(self, name: str) -> torch.Tensor:
         self._unread.discard(name)
-        pairs = self._by_blocks(self._modules[name])
+        pairs = self._pairs(name, self._merging.by_blocks)
         if pairs is None:
-            return self.read_by_peft(name)
+            return self._whole(name)
         merged, done = torch.empty(self.infos[name].shape, dtype=self._dtype), 0
         for block in _checked(name, pairs):
             merged[done : done + len(block)] = block
             done += len(block)
         return merged
 
-    def read_by_peft(self, name: str) -> torch.Tensor:
-        """As `read`, but the layer is merged by PEFT as a whole in any case."""
+    def _whole(self, name: str) -> torch.Tensor:
         module = self._modules[name]
         values, heads = {}, {}
         for parameter, of in module.sources.items():
@@ -183,12 +195,6 @@ class Merge:
         for parameter in module.names:
             self._check(module, parameter, merged[parameter], heads[parameter])
         return next(merged[p] for p, of in module.names.items() if of == name)
-
-    def _by_blocks(self, module: _Module) -> Iterator[tuple[torch.Tensor, torch.Tensor]] | None:
-        if module.target.changed != ("weight",) or module.target.own:
-            return None
-        info = self._base.infos[module.sources["weight"]]
-        return self._merging.by_blocks(module.target, self._base, info, self._dtype)
 
     def _before(self, name: str) -> torch.Tensor:
         """A fresh copy of the base's tensor, as transformers would load it."""
@@ -230,9 +236,7 @@ def _merged_info(name: str, module: _Module, skeleton: Skeleton) -> TensorInfo:
     return evolve(of, name=name, shape=shape, dtype=dtype_name(skeleton.dtype))
 
 
-def _checked(
-    name: str, pairs: Iterator[tuple[torch.Tensor, torch.Tensor]]
-) -> Iterator[torch.Tensor]:
+def _checked(name: str, pairs: Pairs) -> Iterator[torch.Tensor]:
     """The latter of each pair, as long as all is finite and some pair differs."""
     same = True
     for before, after in pairs:
