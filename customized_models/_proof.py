@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from attrs import evolve
@@ -48,7 +49,7 @@ def prove(merged: MergedSource, directory: Path, seed: str, progress: Progress) 
     names = _one_of_each_shape(merge, draw)[:SAMPLES]
     others = sorted(merge.infos.keys() - merge.changed)
     names += draw.sample(others, min(SAMPLES, len(others)))
-    if wrong := different(written, base, merge, names, progress, merge.read_by_peft):
+    if wrong := different(written, base, merge, names, progress, merge.blocks_by_peft):
         raise MergeError(
             f"what was written is not what base and adapter give: {listed(wrong)}; "
             f"nothing was published. If it happens again, suspect this machine's disk or memory"
@@ -70,9 +71,9 @@ def different(
     merge: Merge,
     names: Collection[str],
     progress: Progress,
-    read: Callable[[str], torch.Tensor],
+    blocks: Callable[[str], Iterable[torch.Tensor]],
 ) -> set[str]:
-    """Those of `names` whose bytes in `written` are not as `read`, or the base's if unchanged.
+    """Those of `names` whose bytes in `written` are not `blocks`, or the base's if unchanged.
 
     Any tensor of another dtype or shape than the merge states, missing or additional is among
     them, whether it was asked for or not.
@@ -84,17 +85,18 @@ def different(
         if _kind(written.infos[name]) != _kind(merge.infos[name])
     }
     total, done = sum(merge.infos[name].size for name in names), 0
-    for name in names:
-        progress("proving", done, total)
-        done += merge.infos[name].size
-        if name in wrong:
-            continue
+
+    def same(name: str) -> bool:
         if name in merge.changed:
-            same = _is_written(read(name), written, name)
-        else:
-            same = _same_range(written, base, name)
-        if not same:
-            wrong.add(name)
+            return _is_written(blocks(name), written, name)
+        return _same_range(written, base, name)
+
+    with ThreadPoolExecutor(1) as aside:  # blocks change the number of torch's threads there
+        for name in names:
+            progress("proving", done, total)
+            done += merge.infos[name].size
+            if name not in wrong and not aside.submit(same, name).result():
+                wrong.add(name)
     progress("proving", total, total)
     return wrong
 
@@ -103,12 +105,20 @@ def _kind(info: TensorInfo) -> tuple[str, tuple[int, ...]]:
     return info.dtype, info.shape
 
 
-def _is_written(tensor: torch.Tensor, written: Checkpoint, name: str) -> bool:
-    data, info = tensor_bytes(tensor.contiguous()), written.infos[name]
+def _is_written(blocks: Iterable[torch.Tensor], written: Checkpoint, name: str) -> bool:
+    info, at = written.infos[name], 0
     with opened(written.directory / info.file) as fd:
-        return all(
-            data[at : at + CHUNK] == _part(fd, info, at) for at in range(0, info.size, CHUNK)
-        )
+        for block in blocks:
+            data = tensor_bytes(block.contiguous())
+            for start in range(0, len(data), CHUNK):
+                part = data[start : start + CHUNK]
+                if (
+                    at + len(part) > info.size
+                    or read_at(fd, info.start + at, len(part), name) != part
+                ):
+                    return False
+                at += len(part)
+    return at == info.size
 
 
 def _same_range(written: Checkpoint, base: Checkpoint, name: str) -> bool:
@@ -138,7 +148,7 @@ def derive_again(registry: ModelRegistry, complete: CompleteModel) -> None:
             raise IntegrityError(f"{complete.name} is stored as {manifest.digest}, not as recorded")
         manifest.verify(directory)
         written, merge = Checkpoint.open(directory), merged.merge
-        wrong = different(written, merged.layout, merge, merge.infos, _silent, merge.read)
+        wrong = different(written, merged.layout, merge, merge.infos, _silent, merge.blocks)
         wrong |= _other_files(manifest, merged.source.files)
         if wrong:
             _refuse(complete, merge.recipe, f"other bytes in {listed(wrong)}")

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 CHUNK = 1 << 20  # bytes held at once of what is copied: they stay in the cache
 PIECE = 64 << 20  # bytes copied between two calls of `progress`, at most
-MOST_AT_ONCE = 8  # files: more would only take more memory, for the disk is the limit then
+_MOST_AT_ONCE = 8  # files: more would only take more memory, for the disk is the limit then
 
 Piece: TypeAlias = "tuple[int, Callable[[_Output], None]]"
 """How many bytes of tensors, and what puts them out."""
@@ -95,7 +95,7 @@ def write_checkpoint(
         for file in infos
         if file not in digests
     }
-    with closing(_write_all(todo, source.at_once or MOST_AT_ONCE)) as events:
+    with closing(_write_all(todo, source.at_once or _MOST_AT_ONCE)) as events:
         for event in events:
             if isinstance(event, int):
                 done += event
@@ -132,7 +132,7 @@ def _write_all(
     """
     events: SimpleQueue[int | Future[tuple[str, FileDigest]]] = SimpleQueue()
     stopped = Event()
-    with ThreadPoolExecutor(min(cores(), at_once)) as pool:
+    with ThreadPoolExecutor(min(_cores(), at_once)) as pool:
         try:
             for path, pieces in todo.items():
                 future = pool.submit(_write_file, path, pieces, events.put, stopped)
@@ -163,7 +163,7 @@ def _write_file(
         return path.name, output.finish()
 
 
-def cores() -> int:
+def _cores() -> int:
     """How many processors this process may use."""
     if sys.platform == "linux":
         return len(os.sched_getaffinity(0))

@@ -3,9 +3,12 @@ from __future__ import annotations
 import gc
 import importlib
 import json
+import os
 import random
 import re
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -246,6 +249,46 @@ def test_where_blocks_give_other_bits_peft_merges_every_layer(
     adapter = tiny_lora(tmp_path / "adapter", base, target_modules="all-linear")
     assert_parity(base, adapter, tmp_path, 14)
     assert len(by_peft["merge"]) == 14
+
+
+BOTH_WAYS = """
+import sys
+from pathlib import Path
+from parity import assert_parity
+from customized_models._merging import _target
+from customized_models.testing import tiny_llama, tiny_lora
+
+paths, merge = [], _target.Target.merge
+
+def noted(target, values):
+    paths.append(target.path)
+    return merge(target, values)
+
+_target.Target.merge = noted
+scratch, dtype = Path(sys.argv[1]), sys.argv[2]
+sizes = {"hidden_size": 300, "intermediate_size": 5000, "num_attention_heads": 6}
+base = tiny_llama(scratch / "base", tokenizer=False, dtype=dtype, **sizes)
+adapter = tiny_lora(scratch / "adapter", base, r=128, target_modules="all-linear")
+assert_parity(base, adapter, scratch, 14)
+print(*paths)
+"""
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="is about a mode of MKL")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_where_the_math_library_sums_by_the_number_of_rows_some_shapes_are_left_to_peft(
+    dtype: str, tmp_path: Path
+) -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", BOTH_WAYS, str(tmp_path), dtype],
+        env={**os.environ, "MKL_CBWR": "COMPATIBLE"},
+        cwd=Path(__file__).parent,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    mlp = sorted(path for path in result.stdout.split() if ".mlp." in path)
+    assert mlp == [f"model.layers.{layer}.mlp.down_proj" for layer in (0, 1)]
 
 
 def test_threads_are_as_many_after_a_merge_as_before(

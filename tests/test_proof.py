@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 from attrs import evolve
 from peft.tuners.lora import Linear
 
@@ -120,23 +121,24 @@ def test_bytes_that_change_behind_the_writer_are_found_and_nothing_is_published(
     assert list(registry.complete_models()) == [complete]
 
 
-def test_peft_itself_merges_the_samples_again_one_of_each_shape(
+def test_peft_itself_computes_the_samples_again_one_of_each_shape(
     registry: ModelRegistry,
     customized: CustomizedModel,
     complete: CompleteModel,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    merges = []
-    original = Linear.merge
+    products: list[tuple[int, ...]] = []
+    original = Linear.get_delta_weight
 
-    def counted(self: Linear, *arguments: object, **named: object) -> None:
-        merges.append(tuple(self.get_base_layer().weight.shape))
-        original(self, *arguments, **named)
+    def counted(self: Linear, adapter: str) -> torch.Tensor:
+        product: torch.Tensor = original(self, adapter)
+        products.append(tuple(product.shape))
+        return product
 
     with merged_source(registry, customized) as merged:
-        monkeypatch.setattr(Linear, "merge", counted)
+        monkeypatch.setattr(Linear, "get_delta_weight", counted)
         prove(merged, registry.local_path(complete), "seed", no_progress)
-    assert sorted(merges) == [(64, 64), (64, 96)]
+    assert sorted(products) == [(64, 64), (64, 96)]
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +155,7 @@ def test_a_single_bit_in_any_tensor_is_found(
     write_checkpoint(merge, base, tmp_path, no_progress, merge.changed)
     merge = opened()
     assert (
-        different(Checkpoint.open(tmp_path), base, merge, merge.infos, no_progress, merge.read)
+        different(Checkpoint.open(tmp_path), base, merge, merge.infos, no_progress, merge.blocks)
         == set()
     )
     for name in base.infos:
@@ -174,7 +176,7 @@ def test_a_tensor_of_another_dtype_is_found_even_if_it_was_not_sampled(
     written = Checkpoint.open(tmp_path)
     name = "model.norm.weight"
     other = {**written.infos, name: evolve(written.infos[name], dtype="F16")}
-    assert different(evolve(written, infos=other), base, merge, (), no_progress, merge.read) == {
+    assert different(evolve(written, infos=other), base, merge, (), no_progress, merge.blocks) == {
         name
     }
 

@@ -5,6 +5,9 @@ The result is a stream of tensors; who takes them, and in which order, is not kn
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from .._adapters import Adapter
@@ -39,9 +42,22 @@ def open_merge(base: Checkpoint, adapter: Adapter) -> Merge:
     refuse_adapter(adapter.config)
     refuse_base(base.directory)
     refuse_codes(json_object(base.directory / "config.json"), base.infos)
-    from ._merge import plan  # torch, transformers and peft
+    with _uncollected():
+        from ._merge import plan  # torch, transformers and peft
 
     return plan(base, adapter)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """While much is imported nothing becomes garbage; to look for it takes a second."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def __getattr__(name: str) -> object:

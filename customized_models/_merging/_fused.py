@@ -5,11 +5,12 @@ This module is only imported when a merge is planned.
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import cycle, pairwise
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import torch
 from attrs import frozen
@@ -22,6 +23,7 @@ _BLOCK = 1 << 19  # elements: two megabytes in float32, so that a block stays in
 _MIN_ROWS = 64  # products of fewer rows take another path in the math library, with other bits
 
 T = TypeVar("T")
+Pairs: TypeAlias = Iterator[tuple[torch.Tensor, torch.Tensor]]
 
 
 class Merging:
@@ -48,7 +50,7 @@ class Merging:
 
     def by_blocks(
         self, target: Target, base: Checkpoint, info: TensorInfo, dtype: torch.dtype
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]] | None:
+    ) -> Pairs | None:
         """Rows of the layer's weight (out, in), before and after the merge; None if it takes PEFT.
 
         Both in `dtype`, rounded once. The former are good until the next pair is asked for, the
@@ -57,7 +59,28 @@ class Merging:
         factors = _factors_of(target)
         if factors is None or not self._suits(target, factors):
             return None
-        return self._blocks(factors, base, info, dtype)
+        workspace = self._workspace()
+
+        def add(before: torch.Tensor, after: torch.Tensor, start: int, end: int) -> None:
+            total = workspace.block("total", before.shape, torch.float32).copy_(before)
+            after.copy_(total.add_(factors.product(start, end, workspace)))
+
+        return self._pairs(base, info, dtype, factors.bounds(), add)
+
+    def by_peft(
+        self, target: Target, base: Checkpoint, info: TensorInfo, dtype: torch.dtype
+    ) -> Pairs | None:
+        """As `by_blocks`, with PEFT's own product added as PEFT adds it; None for other layers."""
+        factors = _factors_of(target)
+        if factors is None:
+            return None
+        whole = self._peft.submit(target.delta).result()
+
+        def add(before: torch.Tensor, after: torch.Tensor, start: int, end: int) -> None:
+            after.copy_(before)
+            after += whole[start:end]
+
+        return self._pairs(base, info, dtype, factors.bounds(), add)
 
     def _suits(self, target: Target, factors: _Factors) -> bool:
         shapes = (factors.up.shape, factors.down.shape)
@@ -67,20 +90,23 @@ class Merging:
                 self._same_bits[shapes] = factors.make_up(whole, self._workspace())
         return self._same_bits[shapes]
 
-    def _blocks(
-        self, factors: _Factors, base: Checkpoint, info: TensorInfo, dtype: torch.dtype
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def _pairs(
+        self,
+        base: Checkpoint,
+        info: TensorInfo,
+        dtype: torch.dtype,
+        bounds: Iterable[tuple[int, int]],
+        add: Callable[[torch.Tensor, torch.Tensor, int, int], None],
+    ) -> Pairs:
         workspace, stored, into = self._workspace(), torch_dtype(info.dtype), info.shape[1]
         with opened(base.directory / info.file) as fd:
-            for start, end in factors.blocks():
-                shape = (end - start, into)
-                rows = workspace.block("rows", shape, stored)
+            for start, end in bounds:
+                rows = workspace.block("rows", (end - start, into), stored)
                 at = info.start + start * into * stored.itemsize
                 read_into(tensor_bytes(rows), fd, at, info.file)
-                before = rows.to(dtype)
-                total = workspace.block("total", shape, torch.float32).copy_(before)
-                total.add_(factors.product(start, end, workspace))
-                yield before, workspace.result(shape, dtype).copy_(total)
+                before, after = rows.to(dtype), workspace.result(rows.shape, dtype)
+                add(before, after, start, end)
+                yield before, after
 
     def _workspace(self) -> _Workspace:
         if not hasattr(self._here, "workspace"):
@@ -109,14 +135,14 @@ class _Workspace:
         self._memory: dict[str, torch.Tensor] = {}
         self._turns = cycle(("even", "odd"))
 
-    def block(self, use: str, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+    def block(self, use: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """Memory for one use at a time."""
-        size = shape[0] * shape[1] * dtype.itemsize
+        size = math.prod(shape) * dtype.itemsize
         if use not in self._memory or self._memory[use].numel() < size:
             self._memory[use] = torch.empty(size, dtype=torch.uint8)
-        return self._memory[use][:size].view(dtype).view(shape)
+        return self._memory[use][:size].view(dtype).view(*shape)
 
-    def result(self, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+    def result(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """Memory that is used again at the next call but one."""
         return self.block(next(self._turns), shape, dtype)
 
@@ -129,7 +155,7 @@ class _Factors:
     down: torch.Tensor
     scaling: float
 
-    def blocks(self) -> Iterator[tuple[int, int]]:
+    def bounds(self) -> Iterator[tuple[int, int]]:
         """First row and end, exclusive, of each block."""
         out, into = len(self.up), self.down.shape[1]
         count = max(1, out // max(_MIN_ROWS, _BLOCK // into))
@@ -148,7 +174,7 @@ class _Factors:
                 self.product(start, end, workspace).view(torch.int32),
                 whole[start:end].view(torch.int32),
             )
-            for start, end in self.blocks()
+            for start, end in self.bounds()
         )
 
 

@@ -6,7 +6,7 @@ This module is only imported when a merge is planned.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from .._errors import (
     listed,
     shown,
 )
-from ._fused import Merging
+from ._fused import Merging, Pairs
 from ._injection import inject
 from ._loading import Unit
 from ._skeleton import Skeleton, build_skeleton, everywhere
@@ -261,21 +261,24 @@ class Merge:
         Raises: as `read`.
         """
         if name not in self._parts:
-            yield self.read(name)
-        elif (pairs := self._by_blocks(self._parts[name])) is None:
-            yield self._by_parts(name)
-        else:
-            self._unread.discard(name)
-            yield from _checked(name, pairs)
+            return iter([self.read(name)])
+        pairs = self._pairs(self._parts[name], self._merging.by_blocks)
+        if pairs is None:
+            return iter([self._by_parts(name)])
+        self._unread.discard(name)
+        return _checked(name, pairs)
 
-    def read_by_peft(self, name: str) -> torch.Tensor:
-        """As `read`, but the layer is merged by PEFT as a whole in any case."""
+    def blocks_by_peft(self, name: str) -> Iterator[torch.Tensor]:
+        """As `blocks`, of a tensor that the adapter changes, but all is PEFT's own arithmetic."""
         if name not in self._parts:
-            return self.read(name)
-        return self._merged(self._parts[name])[name]
+            return iter([self.read(name)])
+        pairs = self._pairs(self._parts[name], self._merging.by_peft)
+        if pairs is None:
+            return iter([self._merged(self._parts[name])[name]])
+        return _checked(name, pairs)
 
     def _whole(self, name: str) -> torch.Tensor:
-        pairs = self._by_blocks(self._parts[name])
+        pairs = self._pairs(self._parts[name], self._merging.by_blocks)
         if pairs is None:
             return self._by_parts(name)
         self._unread.discard(name)
@@ -286,7 +289,8 @@ class Merge:
             done += len(block)
         return merged
 
-    def _by_blocks(self, part: _Part) -> Iterator[tuple[torch.Tensor, torch.Tensor]] | None:
+    def _pairs(self, part: _Part, way: Callable[..., Pairs | None]) -> Pairs | None:
+        """Those of a layer's weight, if that is all to be merged and it can go that way."""
         layer = part.layers[0] if len(part.layers) == 1 and len(part.infos) == 1 else None
         if layer is None or part.units or layer.target.own or layer.target.changed != ("weight",):
             return None
@@ -295,7 +299,7 @@ class Merge:
         unit = self._skeleton.unit(layer.sources["weight"])
         dtype = self._skeleton.dtypes[layer.outputs["weight"]]
         base = self._skeleton.base
-        return self._merging.by_blocks(layer.target, base, base.infos[unit.tensors[0]], dtype)
+        return way(layer.target, base, base.infos[unit.tensors[0]], dtype)
 
     def _by_parts(self, name: str) -> torch.Tensor:
         """The tensor out of its part, whose others are kept until they are asked for."""
