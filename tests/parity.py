@@ -132,6 +132,19 @@ def assert_loads_as(directory: Path, tensors: Mapping[str, torch.Tensor], auto_c
     assert [n for n, t in loaded.items() if not same_bits(t, tensors[n])] == []
 
 
+def write_merged(merge: Merge, base: Path, directory: Path) -> Path:
+    """The merged model, with its configuration, in a new directory."""
+    directory.mkdir()
+    for path in base.glob("*.json"):
+        (directory / path.name).write_bytes(path.read_bytes())
+    (directory / INDEX).unlink(missing_ok=True)
+    config = json.loads((base / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | dict(merge.config)))
+    write_checkpoint(merge, Checkpoint.open(base), directory, lambda *_: None, merge.changed)
+    merge.finish()
+    return directory
+
+
 def assert_architecture_parity(
     base: Path,
     adapter: Path,
@@ -152,15 +165,7 @@ def assert_architecture_parity(
     assert expected.changed
     original = Checkpoint.open(base)
     merge = opened(base, adapter, scratch)
-    out = scratch / "out"
-    out.mkdir()
-    for path in base.glob("*.json"):
-        (out / path.name).write_bytes(path.read_bytes())
-    (out / INDEX).unlink(missing_ok=True)
-    config = json.loads((base / "config.json").read_text())
-    (out / "config.json").write_text(json.dumps(config | dict(merge.config)))
-    write_checkpoint(merge, original, out, lambda *_: None, merge.changed)
-    merge.finish()
+    out = write_merged(merge, base, scratch / "out")
     written = Checkpoint.open(out)
     assert_only_changed_tensors_differ(merge, original, written)
     if SINGLE not in written.shards:

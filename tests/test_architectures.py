@@ -21,7 +21,13 @@ from architectures import (
     make_old_adapter,
     weights_of,
 )
-from parity import assert_architecture_parity, opened, same_bits
+from parity import (
+    assert_architecture_parity,
+    merged_by_peft,
+    opened,
+    same_bits,
+    write_merged,
+)
 from peft import LoraConfig
 from transformers.core_model_loading import SplitModulelist
 
@@ -368,3 +374,24 @@ def test_a_change_of_one_of_many_tied_layers_is_refused(
     adapter = make_adapter(tmp_path / "adapter", base, architecture, config)
     with pytest.raises(UnsupportedAdapterError, match=f"{module}.*ties to one another"):
         opened(base, adapter, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
+@pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True` and the:UserWarning")
+@pytest.mark.parametrize("name", ["Qwen3, tied", "Gemma 3", "GPT-2", "Whisper"])
+def test_an_embedding_that_is_changed_parts_from_the_output_layer_it_was_tied_to(
+    name: str, bases: MakeBase, tmp_path: Path
+) -> None:
+    architecture = ARCHITECTURES[name]
+    base = bases(name)
+    model = architecture.auto_class.from_pretrained(base, dtype="auto")
+    ((head, embedding),) = model.all_tied_weights_keys.items()
+    before = model.state_dict()[head].clone()
+    config = lora(architecture, target_modules=[embedding.rpartition(".")[0]]).config()
+    adapter = make_adapter(tmp_path / "adapter", base, architecture, config)
+    of_peft = merged_by_peft(base, adapter, architecture.auto_class).tensors
+    out = write_merged(opened(base, adapter, tmp_path), base, tmp_path / "out")
+    loaded = architecture.auto_class.from_pretrained(out, dtype="auto").state_dict()
+    assert same_bits(loaded[head], before)
+    assert same_bits(loaded[embedding], of_peft[embedding])
+    assert not same_bits(loaded[embedding], before)

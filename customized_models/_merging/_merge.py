@@ -14,7 +14,7 @@ from attrs import evolve, frozen
 from peft.utils import ModulesToSaveWrapper
 
 from .._adapters import PREFIX, Adapter, check_fits
-from .._checkpoints import Checkpoint, TensorInfo, dtype_name, torch_dtype
+from .._checkpoints import Checkpoint, TensorInfo, dtype_name, json_object, torch_dtype
 from .._errors import (
     BaseModelMismatch,
     MergeError,
@@ -28,7 +28,7 @@ from .._errors import (
 from ._fused import Merging, Pairs
 from ._injection import inject
 from ._loading import Unit
-from ._skeleton import Skeleton, build_skeleton, everywhere
+from ._skeleton import Skeleton, build_skeleton
 from ._target import Target, move_together
 from ._versions import installed
 
@@ -47,9 +47,14 @@ def plan(base: Checkpoint, adapter: Adapter) -> Merge:
     parts = _parts(layers, skeleton)
     done = {unit for part in parts for unit in part.units}
     parts += [_part([], [unit], skeleton) for unit in skeleton.quantized if unit not in done]
-    config = everywhere(base, "tie_word_embeddings", False) if untied else {}
-    config |= skeleton.config
+    config = _config(
+        base, {**skeleton.config, **({"tie_word_embeddings": False} if untied else {})}
+    )
     return Merge(skeleton, parts, untied, config, keeps_values=injected.keeps_values)
+
+
+_OF_TEXT = frozenset({"vocab_size", "tie_word_embeddings"})
+_OF_QUANTIZATION = frozenset({"quantization_config"})
 
 
 @frozen
@@ -99,6 +104,20 @@ def _layer(
     for path in sources.values():
         skeleton.unit(path)
     return _Layer(target, adapter_tensors, sources, outputs)
+
+
+def _config(base: Checkpoint, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """What `config.json` must have in place of the base's values; None where nothing is left.
+
+    What is said of the language model stands inside where that has a configuration of its own.
+    """
+    document = json_object(base.directory / "config.json")
+    config = dict(changes)
+    if isinstance(inner := document.get("text_config"), dict):
+        of_text = {key: changes[key] for key in _OF_TEXT & changes.keys()}
+        config = {k: v for k, v in changes.items() if k not in _OF_TEXT or k in document}
+        config |= {"text_config": inner | of_text} if of_text else {}
+    return config | dict.fromkeys(_OF_QUANTIZATION & document.keys())
 
 
 def _refuse_incomplete(layers: list[_Layer], skeleton: Skeleton) -> None:
@@ -206,7 +225,8 @@ class Merge:
         self._merging = Merging()
         self._ready: dict[str, torch.Tensor] = {}
         self._one_part = threading.Lock()
-        self.at_once = 1 if any(part.units for part in self._parts.values()) else None
+        many = any(part.units and len(part.infos) > 1 for part in self._parts.values())
+        self.at_once = 1 if many else None
         self.changed = frozenset(self._parts.keys() | untied.keys())
         self._unread = set(self.changed)
         merged = {i.name: i for part in self._parts.values() for i in part.infos}

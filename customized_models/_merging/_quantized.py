@@ -35,16 +35,6 @@ def treatment_of(base: Checkpoint) -> str:
     return f"dequantized from {method}" if method else "as stored"
 
 
-def without_quantization(base: Checkpoint) -> dict[str, Any]:
-    """What to change in `config.json` so that it speaks of no quantization."""
-    document = json_object(base.directory / "config.json")
-    changes: dict[str, Any] = {_KEY: None} if _KEY in document else {}
-    inner = document.get("text_config")
-    if isinstance(inner, dict) and _KEY in inner:
-        changes["text_config"] = {key: value for key, value in inner.items() if key != _KEY}
-    return changes
-
-
 def dequantized_units(base: Checkpoint, loading: Loading) -> tuple[Unit, ...]:
     """All that is dequantized.
 

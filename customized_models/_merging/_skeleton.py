@@ -24,7 +24,7 @@ from .._errors import (
     shown,
 )
 from ._loading import Loading, Unit
-from ._quantized import dequantized_units, take_quantizer, treatment_of, without_quantization
+from ._quantized import dequantized_units, take_quantizer, treatment_of
 from ._versions import private
 
 _CLASSES = {
@@ -51,7 +51,7 @@ class Skeleton:
     else. `embeddings`: both weights.
     `vocabulary`: the number of rows that they have, if the adapter came with a resized vocabulary.
     `quantized`: what is dequantized, and `treatment` what that makes of the base. `config`: values
-    that the merged model's `config.json` has in place of the base's; None where it has no such key.
+    that the merged model's `config.json` has in place of the base's.
     """
 
     model: PreTrainedModel = field(repr=False)
@@ -121,7 +121,7 @@ def build_skeleton(base: Checkpoint, adapter: Adapter) -> Skeleton:
     Raises:
         UnsupportedArchitectureError: transformers has no class for the base and the adapter's task.
     """
-    changes = without_quantization(base)
+    changes: dict[str, Any] = {}
     try:
         config = AutoConfig.from_pretrained(
             base.directory, local_files_only=True, trust_remote_code=False
@@ -133,7 +133,7 @@ def build_skeleton(base: Checkpoint, adapter: Adapter) -> Skeleton:
         vocabulary, labels = _resized(adapter, model), _labels(adapter, model)
         if vocabulary is not None:
             config.get_text_config().vocab_size = vocabulary
-            changes |= everywhere(base, "vocab_size", vocabulary)
+            changes["vocab_size"] = vocabulary
         if labels is not None:
             config.num_labels = labels
             changes |= {"id2label": config.id2label, "label2id": config.label2id}
@@ -215,16 +215,6 @@ def _dtypes(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype
         if tensor.dtype != dtypes[name]:
             tensor.data = tensor.data.to(dtypes[name])
     return dtypes
-
-
-def everywhere(base: Checkpoint, key: str, value: object) -> dict[str, Any]:
-    """What to change in the base's `config.json` so that its language model has that value."""
-    document = json_object(base.directory / "config.json")
-    inner = document.get("text_config")
-    if not isinstance(inner, dict):
-        return {key: value}
-    here = {key: value} if key in document or key == "tie_word_embeddings" else {}
-    return {**here, "text_config": {**inner, key: value}}
 
 
 def _embeddings(model: PreTrainedModel) -> list[str]:
