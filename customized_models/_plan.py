@@ -13,13 +13,14 @@ from ._adapters import PREFIX
 from ._checkpoints import ITEM_SIZE, TensorInfo
 from ._models import CustomizedModel, html_table
 from ._sources import MergedSource, merged_source
-from ._writer import CHUNK
+from ._writer import files_at_once
 
 if TYPE_CHECKING:
     from ._registry import ModelRegistry
 
 ROWS = 20  # of a table that is shown
 _FLOAT32 = ITEM_SIZE["F32"]
+_BLOCKS = 32 << 20  # bytes
 _FIRST_USE = 256 << 20  # bytes: seen with DoRA, which makes the libraries load most
 _HEADER = ("tensor", "dtype", "shape", "bytes", "from")
 
@@ -51,9 +52,8 @@ class MergePlan:
     small files. `memory`: an upper estimate of the worker's peak in bytes, over what it takes to
     import torch, transformers and PEFT. `recipe`: what the merged bits will depend on here.
 
-    A plain LoRA is merged by PEFT and by our faster kernel once for each shape; where their bits
-    agree, the kernel merges the other tensors of that shape, else PEFT does. Which it will be is
-    only known then.
+    A plain LoRA is merged in blocks if they give the bits of PEFT's whole product, which is tried
+    once for each shape, here as in a save; else PEFT merges it, and takes more memory.
     """
 
     customized: str
@@ -132,22 +132,24 @@ def _sources_of(
 
 
 def _memory(merged: MergedSource) -> int:
-    """The most bytes at once, which is at the largest changed tensor.
+    """The most bytes at once.
 
-    The adapter as read, and as PEFT's layers hold it in float32: twice, for the proof opens it
-    again. Of the changed tensor: what was read and its cast, a copy that the kernel works on, and
-    PEFT's product and scaled product in float32; of another one, what is being written or was
-    read back. And what the libraries load when they are first used.
+    The adapter as PEFT loads it, if it does, twice, for the proof opens it again. The largest
+    changed tensor: either PEFT's product before and after scaling, with which blocks are compared;
+    or, where PEFT merges it as a whole, what was read and its cast, the products, the operands of
+    the sum in float32, and what DoRA weighs it with. Of each file that is written, blocks, and two tensors that PEFT merged.
+    And what the libraries load when they are first used.
     """
-    adapter = merged.adapter.tensors.values()
+    merge, base = merged.merge, merged.layout.infos
+    adapter = merged.adapter.tensors.values() if merge.keeps_values else ()
     held = sum(info.size + 2 * math.prod(info.shape) * _FLOAT32 for info in adapter)
-    infos, base = merged.merge.infos, merged.layout.infos
-    changed = merged.merge.changed
-    at_once = (
-        base.get(name, infos[name]).size
-        + 2 * infos[name].size
-        + 2 * math.prod(infos[name].shape) * _FLOAT32
-        for name in changed
-    )
-    another = max((infos[name].size for name in changed), default=0)
-    return held + max(at_once, default=0) + another + 2 * CHUNK + _FIRST_USE
+    at_once, waiting = 0, 0
+    for info in (merge.infos[name] for name in merge.changed):
+        product = math.prod(info.shape) * _FLOAT32
+        if merge.takes_blocks(info.name):
+            at_once = max(at_once, 2 * product)
+        else:
+            at_once = max(at_once, base.get(info.name, info).size + info.size + 5 * product)
+            waiting = max(waiting, 2 * info.size)
+    files = min(files_at_once(), len(merge.shards))
+    return held + at_once + files * (waiting + _BLOCKS) + _FIRST_USE

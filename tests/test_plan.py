@@ -186,22 +186,27 @@ def peak():
 
 registry = ModelRegistry(sys.argv[1])
 customized = registry.get(CustomizedModel, sys.argv[2])
-print(plan_merge(registry, customized.name).memory)
 before = peak()
 with merged_source(registry, customized) as merged, registry._storage.staging("peak") as out:
     write_checkpoint(merged.merge, merged.layout, out, lambda *_: None, merged.merge.changed)
     prove(merged, out, "seed", lambda *_: None)
-print(peak() - before)
+taken = peak() - before
+print(plan_merge(registry, customized.name).memory, taken)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
-def test_a_save_stays_within_the_memory_that_its_plan_states(tmp_path: Path) -> None:
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_a_save_stays_within_the_memory_that_its_plan_states(
+    use_dora: bool, tmp_path: Path
+) -> None:
     base = tiny_llama(tmp_path / "base", hidden_size=2048, intermediate_size=8192)
     registry = ModelRegistry(tmp_path / "models")
     registry.add_base_model("wide", base)
-    adapter = tiny_lora(tmp_path / "adapter", base, r=16, target_modules="all-linear")
-    customized = registry.register(adapter, train_name="wide")
+    options = {"r": 16, "target_modules": "all-linear", "use_dora": use_dora}
+    customized = registry.register(
+        tiny_lora(tmp_path / "adapter", base, **options), train_name="wide"
+    )
 
     output = subprocess.check_output(
         [sys.executable, "-c", PEAK, str(registry.root), customized.name], text=True

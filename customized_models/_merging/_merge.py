@@ -156,6 +156,10 @@ class Merge:
         self._unread.discard(name)
         return self._in_blocks(name, self._merging.by_blocks)
 
+    def takes_blocks(self, name: str) -> bool:
+        """Whether `blocks` has more than the whole of a tensor that the adapter changes."""
+        return self._merging.aside(lambda: self._pairs(name, self._merging.by_blocks)) is not None
+
     def blocks_by_peft(self, name: str) -> Iterator[torch.Tensor]:
         """As `blocks`, of a tensor that the adapter changes, but all is PEFT's own arithmetic."""
         return self._in_blocks(name, self._merging.by_peft)
