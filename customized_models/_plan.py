@@ -137,8 +137,8 @@ def _memory(merged: MergedSource) -> int:
     The adapter as PEFT loads it, if it does, twice, for the proof opens it again. The largest
     changed tensor: either PEFT's product before and after scaling, with which blocks are compared;
     or, where PEFT merges it as a whole, what was read and its cast, the products, the operands of
-    the sum in float32, and what DoRA weighs it with. Of each file that is written, blocks, and two tensors that PEFT merged.
-    And what the libraries load when they are first used.
+    the sum in float32, and what DoRA weighs it with. Of each file that is written, blocks, and two
+    tensors that PEFT merged. And what the libraries load when they are first used.
     """
     merge, base = merged.merge, merged.layout.infos
     adapter = merged.adapter.tensors.values() if merge.keeps_values else ()

@@ -404,6 +404,24 @@ def test_nothing_of_the_base_stays_in_memory(base: Path, adapter: Path, tmp_path
     assert not held
 
 
+def test_the_adapters_values_are_in_memory_only_while_their_layer_is_merged(
+    base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    merge = opened(base, adapter, tmp_path)
+    for name in merge.changed:
+        merge.read(name)
+        list(merge.blocks_by_peft(name))
+    gc.collect()
+    sizes = {tensor.numel() for tensor in load_file(adapter / WEIGHTS).values()}
+    held = [
+        tensor
+        for tensor in gc.get_objects()
+        if issubclass(type(tensor), torch.nn.Parameter) and not tensor.is_meta
+    ]
+    assert not [tensor for tensor in held if tensor.numel() in sizes]
+    assert not merge.keeps_values
+
+
 def test_a_merge_is_not_finished_before_every_changed_tensor_was_read(
     base: Path, adapter: Path, tmp_path: Path
 ) -> None:
