@@ -12,7 +12,7 @@ from attrs import field, frozen
 from ._checkpoints import ITEM_SIZE
 from ._models import CustomizedModel, html_table
 from ._sources import MergedSource, merged_source
-from ._writer import CHUNK
+from ._writer import files_at_once
 
 if TYPE_CHECKING:
     from ._merging import Merge
@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
 ROWS = 20  # of a table that is shown
 _FLOAT32 = ITEM_SIZE["F32"]
+_BLOCKS = 32 << 20  # bytes
 _FIRST_USE = 256 << 20  # bytes: seen with DoRA, which makes the libraries load most
-_HEADER = ("tensor", "dtype", "shape", "bytes", "from")
+_HEADER = ("tensor", "dtype", "shape", "bytes", "by", "from")
 
 
 @frozen
@@ -30,13 +31,16 @@ class Change:
 
     `tensor`: its name in the checkpoint. `size`: bytes. `adapter_tensors`: those that it is
     computed from, by the names in the adapter's file; none where a quantized base is dequantized or
-    an output layer becomes one of its own.
+    an output layer becomes one of its own. `by`: "blocks", a row block at a time with the bits of
+    PEFT's whole product, or "PEFT" itself; "transformers" where it is only dequantized; "copy" for
+    such an output layer.
     """
 
     tensor: str
     dtype: str
     shape: tuple[int, ...]
     size: int
+    by: str
     adapter_tensors: tuple[str, ...]
 
 
@@ -51,9 +55,8 @@ class MergePlan:
     an upper estimate of the worker's peak in bytes, over what it takes to import torch,
     transformers and PEFT. `recipe`: what the merged bits will depend on here.
 
-    A plain LoRA is merged by PEFT and by our faster kernel once for each shape; where their bits
-    agree, the kernel merges the other tensors of that shape, else PEFT does. Which it will be is
-    only known then.
+    A plain LoRA is merged in blocks if they give the bits of PEFT's whole product, which is tried
+    once for each shape, here as in a save; else PEFT merges it, and takes more memory.
     """
 
     customized: str
@@ -83,11 +86,11 @@ class MergePlan:
 
     def _rows(self) -> list[tuple[str, ...]]:
         rows: list[tuple[str, ...]] = [
-            (c.tensor, c.dtype, str(c.shape), f"{c.size:,}", ", ".join(c.adapter_tensors))
+            (c.tensor, c.dtype, str(c.shape), f"{c.size:,}", c.by, ", ".join(c.adapter_tensors))
             for c in self.changes[:ROWS]
         ]
         if len(self.changes) > ROWS:
-            rows.append((f"and {len(self.changes) - ROWS} more", "", "", "", ""))
+            rows.append((f"and {len(self.changes) - ROWS} more", "", "", "", "", ""))
         return rows
 
 
@@ -114,26 +117,29 @@ def plan_merge(registry: ModelRegistry, name: str) -> MergePlan:
 
 def _change(merge: Merge, name: str) -> Change:
     info = merge.infos[name]
-    return Change(name, info.dtype, info.shape, info.size, merge.sources(name))
+    return Change(name, info.dtype, info.shape, info.size, merge.way(name), merge.sources(name))
 
 
 def _memory(merged: MergedSource) -> int:
-    """The most bytes at once, which is at the largest changed tensor.
+    """The most bytes at once.
 
-    The adapter as read, and as PEFT's layers hold it in float32: twice, for the proof opens it
-    again. Of the changed tensor: what was read and its cast, a copy that the kernel works on, and
-    PEFT's product and scaled product in float32; of another one, what is being written or was
-    read back. And what the libraries load when they are first used.
+    The adapter as PEFT loads it, if it does, twice, for the proof opens it again. What is merged at
+    once: either PEFT's product before and after scaling, with which the proof compares blocks; or,
+    where PEFT merges it as a whole, what was read and its cast, the products, the operands of the
+    sum in float32, and what DoRA weighs it with. Of each file that is written, blocks, and two
+    tensors that PEFT merged. And what the libraries load when they are first used.
     """
-    adapter = merged.adapter.tensors.values()
+    merge, base = merged.merge, merged.layout.infos
+    adapter = merged.adapter.tensors.values() if merge.keeps_values else ()
     held = sum(info.size + 2 * math.prod(info.shape) * _FLOAT32 for info in adapter)
-    infos, base = merged.merge.infos, merged.layout.infos
-    changed = merged.merge.changed
-    at_once = (
-        base.get(name, infos[name]).size
-        + 2 * infos[name].size
-        + 2 * math.prod(infos[name].shape) * _FLOAT32
-        for name in changed
-    )
-    another = max((infos[name].size for name in changed), default=0)
-    return held + max(at_once, default=0) + another + 2 * CHUNK + _FIRST_USE
+    at_once, waiting = 0, 0
+    for infos in {merge.together(name) for name in merge.changed}:
+        product = sum(math.prod(info.shape) for info in infos) * _FLOAT32
+        if merge.way(infos[0].name) == "blocks":
+            at_once = max(at_once, 2 * product)
+        else:
+            sizes = (base.get(info.name, info).size + info.size for info in infos)
+            at_once = max(at_once, sum(sizes) + 5 * product)
+            waiting = max(waiting, *(2 * info.size for info in infos))
+    files = min(merge.at_once or files_at_once(), len(merge.shards))
+    return held + at_once + files * (waiting + _BLOCKS) + _FIRST_USE

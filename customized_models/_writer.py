@@ -95,7 +95,7 @@ def write_checkpoint(
         for file in infos
         if file not in digests
     }
-    with closing(_write_all(todo, source.at_once or _MOST_AT_ONCE)) as events:
+    with closing(_write_all(todo, source.at_once or files_at_once())) as events:
         for event in events:
             if isinstance(event, int):
                 done += event
@@ -132,7 +132,7 @@ def _write_all(
     """
     events: SimpleQueue[int | Future[tuple[str, FileDigest]]] = SimpleQueue()
     stopped = Event()
-    with ThreadPoolExecutor(min(_cores(), at_once)) as pool:
+    with ThreadPoolExecutor(at_once) as pool:
         try:
             for path, pieces in todo.items():
                 future = pool.submit(_write_file, path, pieces, events.put, stopped)
@@ -163,11 +163,10 @@ def _write_file(
         return path.name, output.finish()
 
 
-def _cores() -> int:
-    """How many processors this process may use."""
-    if sys.platform == "linux":
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def files_at_once() -> int:
+    """One for each processor that this process may use, up to a limit."""
+    known = sys.platform == "linux"
+    return min(len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1, _MOST_AT_ONCE)
 
 
 def _pieces(

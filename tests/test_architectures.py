@@ -395,3 +395,17 @@ def test_an_embedding_that_is_changed_parts_from_the_output_layer_it_was_tied_to
     assert same_bits(loaded[head], before)
     assert same_bits(loaded[embedding], of_peft[embedding])
     assert not same_bits(loaded[embedding], before)
+
+
+def test_a_plan_names_the_tensors_of_an_adapter_that_were_saved_under_other_names(
+    bases: MakeBase, tmp_path: Path
+) -> None:
+    base = bases("Mixtral", layout="hub")
+    adapter = make_old_adapter(tmp_path / "adapter", base, ("q_proj", "w1", "w2", "w3"))
+    merge = opened(base, adapter, tmp_path)
+    modules = {name.removesuffix(".weight") for name in merge.changed}
+    assert len(modules) == 2 * (1 + 4 * 3)
+    for module in modules:
+        factors = [f"base_model.model.{module}.lora_{part}.weight" for part in "AB"]
+        assert [*merge.sources(f"{module}.weight")] == factors
+        assert (merge.way(f"{module}.weight") == "blocks") == module.endswith("q_proj")

@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,28 @@ def test_a_progress_that_raises_stops_the_writing(base: Checkpoint, tmp_path: Pa
     with pytest.raises(JobCancelled):
         write_checkpoint(Doubled(base, set()), base, tmp_path, cancel, ())
     assert not (tmp_path / INDEX).exists()
+
+
+def test_an_error_in_one_shard_ends_the_writing_of_all(base: Checkpoint, tmp_path: Path) -> None:
+    class Failing(Doubled):
+        def read(self, name: str) -> torch.Tensor:
+            if name == CHANGED:
+                raise MergeError("does not merge")
+            return super().read(name)
+
+    source = Failing(base, set(base.infos))
+    before = threading.active_count()
+    with pytest.raises(MergeError, match="does not merge"):
+        write_checkpoint(source, base, tmp_path, no_progress, source.names)
+    assert threading.active_count() == before
+    assert not (tmp_path / INDEX).exists()
+
+
+def test_progress_is_told_in_the_thread_that_asked(base: Checkpoint, tmp_path: Path) -> None:
+    threads = set()
+    source = Doubled(base, set())
+    write_checkpoint(source, base, tmp_path, lambda *_: threads.add(threading.current_thread()), ())
+    assert threads == {threading.current_thread()}
 
 
 def test_a_tensor_that_is_not_as_announced_is_never_written(

@@ -200,21 +200,16 @@ def test_a_tied_model_merges_what_is_not_tied(bases: Callable[..., Path], tmp_pa
 
 
 @pytest.fixture
-def by_peft(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
-    """The paths of the layers that PEFT merges, or computes the whole product of, by which."""
-    paths: dict[str, list[str]] = {"merge": [], "delta": []}
+def by_peft(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The paths of the layers that PEFT merges."""
+    paths: list[str] = []
+    merge = _target.Target.merge
 
-    def note(name: str) -> None:
-        original = getattr(_target.Target, name)
+    def noted(target: _target.Target, values: Any) -> Any:
+        paths.append(target.path)
+        return merge(target, values)
 
-        def noted(target: _target.Target, *arguments: Any) -> Any:
-            paths[name].append(target.path)
-            return original(target, *arguments)
-
-        monkeypatch.setattr(_target.Target, name, noted)
-
-    for name in paths:
-        note(name)
+    monkeypatch.setattr(_target.Target, "merge", noted)
     return paths
 
 
@@ -222,21 +217,32 @@ WIDE = {"hidden_size": 512, "intermediate_size": 4096}  # more than one block in
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_of_each_shape_peft_computes_one_product_and_blocks_give_the_same_bits(
-    dtype: str, bases: Callable[..., Path], tmp_path: Path, by_peft: dict[str, list[str]]
+def test_of_each_shape_blocks_are_compared_once_and_give_the_same_bits(
+    dtype: str,
+    bases: Callable[..., Path],
+    tmp_path: Path,
+    by_peft: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    compared = []
+    make_up = _fused._Factors.make_up
+
+    def noted(factors: _fused._Factors, *arguments: Any) -> bool:
+        compared.append((*factors.up.shape, *factors.down.shape))
+        return make_up(factors, *arguments)
+
+    monkeypatch.setattr(_fused._Factors, "make_up", noted)
     base = bases(dtype=dtype, **WIDE)
     adapter = tiny_lora(tmp_path / "adapter", base, target_modules="all-linear")
     assert_parity(base, adapter, tmp_path, 14)
-    shapes = {Checkpoint.open(base).infos[f"{path}.weight"].shape for path in by_peft["delta"]}
-    assert len(shapes) == len(by_peft["delta"]) == 4
-    assert by_peft["merge"] == []
+    assert len(compared) == len(set(compared)) == 4
+    assert by_peft == []
 
 
 def test_where_blocks_give_other_bits_peft_merges_every_layer(
     bases: Callable[..., Path],
     tmp_path: Path,
-    by_peft: dict[str, list[str]],
+    by_peft: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     product = _fused._Factors.product
@@ -248,7 +254,7 @@ def test_where_blocks_give_other_bits_peft_merges_every_layer(
     base = bases(**WIDE)
     adapter = tiny_lora(tmp_path / "adapter", base, target_modules="all-linear")
     assert_parity(base, adapter, tmp_path, 14)
-    assert len(by_peft["merge"]) == 14
+    assert len(by_peft) == 14
 
 
 BOTH_WAYS = """
@@ -330,6 +336,7 @@ def test_peft_computes_with_the_threads_of_the_one_who_opened_the_merge(
         torch.set_num_threads(1)
         with ThreadPoolExecutor(4) as pool:
             list(pool.map(lambda name: list(merge.blocks(name)), sorted(merge.changed)))
+            list(pool.map(lambda name: list(merge.blocks_by_peft(name)), sorted(merge.changed)))
     finally:
         torch.set_num_threads(before)
     assert merge.recipe["threads"] == 3
@@ -404,6 +411,24 @@ def test_nothing_of_the_base_stays_in_memory(base: Path, adapter: Path, tmp_path
     assert not held
 
 
+def test_the_adapters_values_are_in_memory_only_while_their_layer_is_merged(
+    base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    merge = opened(base, adapter, tmp_path)
+    for name in merge.changed:
+        merge.read(name)
+        list(merge.blocks_by_peft(name))
+    gc.collect()
+    sizes = {tensor.numel() for tensor in load_file(adapter / WEIGHTS).values()}
+    held = [
+        tensor
+        for tensor in gc.get_objects()
+        if issubclass(type(tensor), torch.nn.Parameter) and not tensor.is_meta
+    ]
+    assert not [tensor for tensor in held if tensor.numel() in sizes]
+    assert not merge.keeps_values
+
+
 def test_a_merge_is_not_finished_before_every_changed_tensor_was_read(
     base: Path, adapter: Path, tmp_path: Path
 ) -> None:
@@ -421,6 +446,20 @@ def test_the_recipe_has_what_the_bits_depend_on(base: Path, adapter: Path, tmp_p
     assert recipe["threads"] == torch.get_num_threads()
     assert json.loads(json.dumps(recipe)) == recipe
     assert {"peft", "transformers", "cpu_capability", "arithmetic"} <= recipe.keys()
+
+
+def test_planning_reads_headers_alone(
+    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> NoReturn:
+        raise AssertionError("a tensor was read")
+
+    for reader in ("_checkpoints.read_tensor", "_merging._injection.read_tensor"):
+        monkeypatch.setattr(f"customized_models.{reader}", refuse)
+    monkeypatch.setattr(_fused, "read_into", refuse)
+    merge = opened(base, adapter, tmp_path)
+    assert {merge.way(name) for name in merge.changed} == {"blocks"}
+    assert all(merge.sources(name) for name in merge.changed)
 
 
 def test_planning_opens_no_connection_and_draws_no_random_numbers(

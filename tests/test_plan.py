@@ -67,6 +67,7 @@ def test_a_plan_says_what_the_save_then_does(
         name: tuple(t.shape) for name, t in written.items() if not t.equal(base[name])
     }
     assert {c.dtype for c in plan.changes} == {"BF16"}
+    assert {c.by for c in plan.changes} == {"blocks"}
     assert plan.recipe == complete.recipe
 
 
@@ -78,6 +79,7 @@ def test_a_whole_module_that_was_trained_stands_under_its_own_tensor(
 
     sources = {c.tensor: c.adapter_tensors for c in plan.changes}
     assert sources["lm_head.weight"] == ("base_model.model.lm_head.weight",)
+    assert {c.tensor for c in plan.changes if c.by == "PEFT"} == {"lm_head.weight"}
     assert len(sources) == 5
 
 
@@ -159,7 +161,7 @@ def test_a_plan_is_a_value_and_a_table_in_terminals_and_an_escaped_one_in_notebo
     assert repr(plan).startswith(f"<MergePlan {customized.name}: 4 of 21 tensors change")
     first, header, *rows = str(plan).splitlines()
     assert first == repr(plan)
-    assert header.split() == ["tensor", "dtype", "shape", "bytes", "from"]
+    assert header.split() == ["tensor", "dtype", "shape", "bytes", "by", "from"]
     assert [row.split()[0] for row in rows] == [change.tensor for change in plan.changes]
     assert "&lt;MergePlan" in plan._repr_html_()
 
@@ -186,22 +188,27 @@ def peak():
 
 registry = ModelRegistry(sys.argv[1])
 customized = registry.get(CustomizedModel, sys.argv[2])
-print(plan_merge(registry, customized.name).memory)
 before = peak()
 with merged_source(registry, customized) as merged, registry._storage.staging("peak") as out:
     write_checkpoint(merged.merge, merged.layout, out, lambda *_: None, merged.merge.changed)
     prove(merged, out, "seed", lambda *_: None)
-print(peak() - before)
+taken = peak() - before
+print(plan_merge(registry, customized.name).memory, taken)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
-def test_a_save_stays_within_the_memory_that_its_plan_states(tmp_path: Path) -> None:
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_a_save_stays_within_the_memory_that_its_plan_states(
+    use_dora: bool, tmp_path: Path
+) -> None:
     base = tiny_llama(tmp_path / "base", hidden_size=2048, intermediate_size=8192)
     registry = ModelRegistry(tmp_path / "models")
     registry.add_base_model("wide", base)
-    adapter = tiny_lora(tmp_path / "adapter", base, r=16, target_modules="all-linear")
-    customized = registry.register(adapter, train_name="wide")
+    options = {"r": 16, "target_modules": "all-linear", "use_dora": use_dora}
+    customized = registry.register(
+        tiny_lora(tmp_path / "adapter", base, **options), train_name="wide"
+    )
 
     output = subprocess.check_output(
         [sys.executable, "-c", PEAK, str(registry.root), customized.name], text=True

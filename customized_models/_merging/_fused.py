@@ -30,9 +30,10 @@ class Merging:
     """Merges layers, from any thread; those of a shape that blocks were seen to suit, by blocks.
 
     Whether blocks give PEFT's bits depends on shapes and on the machine's math library, not on the
-    values: for the first layer of each shape PEFT computes the whole product, and the blocks are
-    compared with it. PEFT computes in a thread of its own, because the bits may also depend on
-    how many threads torch uses: there it is the number of the thread that planned the merge.
+    values: for each shape the whole product of two random factors is compared with its blocks. It
+    is computed, as is all that PEFT computes, in a thread of its own, because the bits may also
+    depend on how many threads torch uses: there it is the number of the thread that planned the
+    merge.
     """
 
     def __init__(self) -> None:
@@ -48,6 +49,11 @@ class Merging:
         """See `Target.merge`."""
         return self._peft.submit(target.merge, values).result()
 
+    def suits_blocks(self, target: Target) -> bool:
+        """Whether it is a plain LoRA's layer, of a shape for which blocks give PEFT's bits."""
+        shapes = _shapes_of(target)
+        return shapes is not None and self._suits(*shapes)
+
     def by_blocks(
         self, target: Target, base: Checkpoint, info: TensorInfo, dtype: torch.dtype
     ) -> Pairs | None:
@@ -56,10 +62,9 @@ class Merging:
         Both in `dtype`, rounded once. The former are good until the next pair is asked for, the
         latter until the one after that. The calling thread has one thread of torch's from then on.
         """
-        factors = _factors_of(target)
-        if factors is None or not self._suits(target, factors):
+        if not self.suits_blocks(target):
             return None
-        workspace = self._workspace()
+        factors, workspace = _factors_of(target), self._workspace()
 
         def add(before: torch.Tensor, after: torch.Tensor, start: int, end: int) -> None:
             total = workspace.block("total", before.shape, torch.float32).copy_(before)
@@ -71,9 +76,9 @@ class Merging:
         self, target: Target, base: Checkpoint, info: TensorInfo, dtype: torch.dtype
     ) -> Pairs | None:
         """As `by_blocks`, with PEFT's own product added as PEFT adds it; None for other layers."""
-        factors = _factors_of(target)
-        if factors is None:
+        if _shapes_of(target) is None:
             return None
+        factors = _factors_of(target)
         whole = self._peft.submit(target.delta).result()
 
         def add(before: torch.Tensor, after: torch.Tensor, start: int, end: int) -> None:
@@ -82,13 +87,15 @@ class Merging:
 
         return self._pairs(base, info, dtype, factors.bounds(), add)
 
-    def _suits(self, target: Target, factors: _Factors) -> bool:
-        shapes = (factors.up.shape, factors.down.shape)
+    def _suits(self, up: torch.Size, down: torch.Size) -> bool:
         with self._deciding:
-            if shapes not in self._same_bits:
-                whole = self._peft.submit(target.delta).result()
-                self._same_bits[shapes] = factors.make_up(whole, self._workspace())
-        return self._same_bits[shapes]
+            if (up, down) not in self._same_bits:
+                drawn = torch.Generator().manual_seed(0)
+                one, other = (torch.randn(size, generator=drawn) for size in (up, down))
+                factors = _Factors(one, other, 1.0)
+                whole = self._peft.submit(torch.mm, factors.up, factors.down).result()
+                self._same_bits[up, down] = factors.make_up(whole, self._workspace())
+        return self._same_bits[up, down]
 
     def _pairs(
         self,
@@ -178,15 +185,20 @@ class _Factors:
         )
 
 
-def _factors_of(target: Target) -> _Factors | None:
-    """Those of a layer for which PEFT computes exactly this, else None."""
+def _shapes_of(target: Target) -> tuple[torch.Size, torch.Size] | None:
+    """Those of the factors of a layer for which PEFT adds their product and no more, else None."""
     layer = target.module
     if type(layer) is not Linear or len(layer.active_adapters) != 1 or layer.disable_adapters:
         return None
     (name,) = layer.active_adapters
     if name in layer.lora_variant or layer.fan_in_fan_out or layer.lora_bias[name]:
         return None
+    up: torch.Tensor = layer.lora_B[name].get_parameter("weight")
+    down: torch.Tensor = layer.lora_A[name].get_parameter("weight")
+    return (up.shape, down.shape) if up.dtype == down.dtype == torch.float32 else None
+
+
+def _factors_of(target: Target) -> _Factors:
+    (name,) = target.module.active_adapters
     up, down = (target.value(f"{part}.{name}.weight") for part in ("lora_B", "lora_A"))
-    if up.dtype != torch.float32 or down.dtype != torch.float32:
-        return None
-    return _Factors(up, down, layer.scaling[name])
+    return _Factors(up, down, target.module.scaling[name])

@@ -288,6 +288,23 @@ class Merge:
         self._unread.discard(name)
         return _checked(name, pairs)
 
+    def way(self, name: str) -> str:
+        """What the changed tensor `name` is made by.
+
+        "blocks" or, where those do not suit, "PEFT"; "transformers" where it is only dequantized;
+        "copy" where an output layer starts as the embedding that it was tied to.
+        """
+        part = self._parts.get(name)
+        if part is None or not part.layers:
+            return "transformers" if part else "copy"
+        target = part.layers[0].target
+        blocks = self._is_one_weight(part) and self._merging.suits_blocks(target)
+        return "blocks" if blocks else "PEFT"
+
+    def together(self, name: str) -> tuple[TensorInfo, ...]:
+        """What the changed tensor `name` is merged at once with, itself among them."""
+        return self._parts[name].infos if name in self._parts else (self.infos[name],)
+
     def blocks_by_peft(self, name: str) -> Iterator[torch.Tensor]:
         """As `blocks`, of a tensor that the adapter changes, but all is PEFT's own arithmetic."""
         if name not in self._parts:
@@ -311,15 +328,20 @@ class Merge:
 
     def _pairs(self, part: _Part, way: Callable[..., Pairs | None]) -> Pairs | None:
         """Those of a layer's weight, if that is all to be merged and it can go that way."""
-        layer = part.layers[0] if len(part.layers) == 1 and len(part.infos) == 1 else None
-        if layer is None or part.units or layer.target.own or layer.target.changed != ("weight",):
+        if not self._is_one_weight(part):
             return None
-        if "weight" not in layer.sources:
-            return None
+        (layer,), base = part.layers, self._skeleton.base
         unit = self._skeleton.unit(layer.sources["weight"])
         dtype = self._skeleton.dtypes[layer.outputs["weight"]]
-        base = self._skeleton.base
         return way(layer.target, base, base.infos[unit.tensors[0]], dtype)
+
+    def _is_one_weight(self, part: _Part) -> bool:
+        """Whether it is one tensor of the base's, which transformers loads as it is."""
+        if len(part.layers) != 1 or len(part.infos) != 1 or part.units:
+            return False
+        (layer,) = part.layers
+        own = layer.target.own or "weight" not in layer.sources
+        return layer.target.changed == ("weight",) and not own
 
     def _by_parts(self, name: str) -> torch.Tensor:
         """The tensor out of its part, whose others are kept until they are asked for."""

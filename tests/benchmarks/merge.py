@@ -1,44 +1,90 @@
-"""Merging measured as whole processes, side by side: `cp -r`, PEFT in memory, and ours.
+"""Saving measured as whole processes, in pairs side by side: ours, `cp -r`, and PEFT in memory.
 
-    python tests/benchmarks/merge.py --directory /scratch/merge
+    python tests/benchmarks/merge.py --disk /scratch/merge --tmpfs /dev/shm/merge
 
-Makes a random Llama of 1.1 billion parameters in bfloat16 (2.2 GB) and a LoRA of rank 16 on all
-its linear layers there, once. Ours hashes and fsyncs every file it writes; the others do neither.
-The peak is the kernel's `ru_maxrss`, which also counts pages of mapped files.
+Ours is what a user calls, `Merger(registry).save(customized).result()`: it starts an interpreter
+of its own, hashes and fsyncs what it writes, and proves it. On tmpfs it is compared with `cp -r`
+of the base; on the disk with `cp -r` and an fsync of every file, and with PEFT's
+`merge_and_unload` and `save_pretrained`, which does neither.
+
+The models are random and made once, on the disk; there must be room for three times the largest,
+which has 6.4 GB. The peak over the imports, and where the time goes, come from a run of their own
+that does the job in one process.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
+import statistics
 import subprocess
 import sys
 import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-WAYS = ("cp", "peft", "ours")
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+LLAMA_1B = {
+    "vocab_size": 32_000, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+    "num_attention_heads": 32, "num_key_value_heads": 8,
+}  # fmt: skip
+LLAMA_3B = {
+    "vocab_size": 128_256, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28,
+    "num_attention_heads": 24, "num_key_value_heads": 8, "tied": True,
+}  # fmt: skip
+MIXTRAL = {
+    "vocab_size": 32_000, "hidden_size": 1024, "intermediate_size": 3584, "num_hidden_layers": 8,
+    "num_attention_heads": 16, "num_key_value_heads": 4, "num_local_experts": 8,
+}  # fmt: skip
+MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "1b-all-linear": (LLAMA_1B, {"target_modules": "all-linear"}),
+    "1b-attention": (LLAMA_1B, {"target_modules": ATTENTION}),
+    "3b-all-linear": (LLAMA_3B, {"target_modules": "all-linear"}),
+    "mixtral-experts": (MIXTRAL, {"target_modules": [], "target_parameters": EXPERTS}),
+}
 
 
-def make_models(directory: Path) -> None:
+def make(directory: Path) -> None:
+    """The model that `directory` is named after."""
     from customized_models.testing import tiny_llama, tiny_lora
 
-    tiny_llama(
-        directory / "base",
-        tokenizer=False,
-        shard_size="1GB",
-        vocab_size=32_000,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-    )
-    tiny_lora(directory / "adapter", directory / "base", r=16, target_modules="all-linear")
-    (directory / "checked").mkdir()
-    from customized_models._adapters import copy_adapter
+    base_options, options = MODELS[directory.name]
+    if "num_local_experts" in base_options:
+        import torch
+        from transformers import MixtralConfig, MixtralForCausalLM
 
-    copy_adapter(directory / "adapter", directory / "checked")
+        model = MixtralForCausalLM(MixtralConfig(**base_options)).to(torch.bfloat16)
+        model.save_pretrained(directory / "base", max_shard_size="1GB")
+    else:
+        tiny_llama(directory / "base", tokenizer=False, shard_size="1GB", **base_options)
+    tiny_lora(directory / "adapter", directory / "base", r=16, **options)
+
+
+def register(directory: Path) -> None:
+    from customized_models import ModelRegistry
+
+    registry = ModelRegistry(directory / "registry")
+    registry.add_base_model("base", directory / "base")
+    registry.register(directory / "adapter", train_name="benchmark", base_model="base")
+
+
+def save(directory: Path) -> None:
+    from customized_models import Merger, ModelRegistry
+
+    registry = ModelRegistry(directory / "registry")
+    Merger(registry).save(next(iter(registry.customized_models()))).result(progress=False)
+
+
+def forget(directory: Path) -> None:
+    """Delete what was saved, outside of what is measured."""
+    from customized_models import ModelRegistry
+
+    registry = ModelRegistry(directory / "registry")
+    for complete in registry.complete_models():
+        registry.delete(complete)
 
 
 def merge_with_peft(directory: Path) -> None:
@@ -50,65 +96,179 @@ def merge_with_peft(directory: Path) -> None:
     merged.save_pretrained(directory / "out", max_shard_size="1GB")
 
 
-def merge_with_ours(directory: Path) -> None:
-    from customized_models._adapters import Adapter
-    from customized_models._checkpoints import Checkpoint
-    from customized_models._merging import open_merge
-    from customized_models._writer import write_checkpoint
-
-    base = Checkpoint.open(directory / "base")
-    merge = open_merge(base, Adapter.open(directory / "checked"))
-    (directory / "out").mkdir()
-    write_checkpoint(merge, base, directory / "out", lambda *_: None, merge.changed)
-    merge.finish()
+# Where the time goes
 
 
-def command_for(way: str, directory: Path) -> list[str]:
-    if way == "cp":
-        return ["cp", "-r", str(directory / "base"), str(directory / "out")]
-    return [sys.executable, __file__, "--directory", str(directory), "--only", way]
+class Split:
+    """Wall and CPU seconds by what was done; several threads may add to one."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+
+    def timed(self, what: str, work: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, **named: Any) -> Any:
+            wall, cpu = time.perf_counter(), time.thread_time()
+            try:
+                return work(*arguments, **named)
+            finally:
+                self.seconds[what][0] += time.perf_counter() - wall
+                self.seconds[what][1] += time.thread_time() - cpu
+
+        return run
+
+    def watch(self, what: str, owner: Any, name: str) -> None:
+        setattr(owner, name, self.timed(what, getattr(owner, name)))
+
+    def watch_steps(self, what: str, owner: Any, name: str) -> None:
+        """Of a method that returns an iterator."""
+        method = getattr(owner, name)
+
+        def steps(*arguments: Any) -> Iterator[Any]:
+            end = object()
+            step = self.timed(what, next)
+            iterator = self.timed(what, method)(*arguments)
+            while (item := step(iterator, end)) is not end:
+                yield item
+
+        setattr(owner, name, steps)
 
 
-def measure(way: str, directory: Path) -> tuple[float, float, float]:
-    """Seconds, seconds of CPU and megabytes of a process that does it, out of nothing."""
+def profile(directory: Path) -> None:
+    """A save within this process, and what each part of it took."""
+    import hashlib
+    import os
+    from types import SimpleNamespace
+
+    from customized_models import Merger, ModelRegistry, _jobs, _worker
+
+    started = time.perf_counter()
+    import transformers
+
+    from customized_models import _merger, _merging, _storage, _writer
+    from customized_models._merging import _fused, _merge
+
+    _ = transformers.AutoConfig, transformers.AutoModelForCausalLM
+    imported = time.perf_counter() - started
+    split, before = Split(), memory()
+    split.watch("plan", _merging, "open_merge")
+    split.watch("reading", _fused, "read_into")
+    split.watch("reading", _writer, "read_into")
+    split.watch_steps("kernel and reading", _merge.Merge, "blocks")
+    split.watch("hashing and writing", _writer._Output, "write")
+
+    def timed_hash() -> SimpleNamespace:
+        one = hashlib.sha256()
+        update = split.timed("of which hashing", one.update)
+        return SimpleNamespace(update=update, hexdigest=one.hexdigest)
+
+    _writer.hashlib = SimpleNamespace(sha256=timed_hash)
+    split.watch("fsync", os, "fsync")
+    split.watch("all shards", _merger, "write_checkpoint")
+    split.watch("proof", _merger, "prove")
+    split.watch("publishing", _storage.LocalStorage, "publish")
+    _jobs._start_worker = lambda registry, id, payload: _worker.run(registry, id)
+    registry = ModelRegistry(directory / "registry")
+    customized = next(iter(registry.customized_models()))
+    started = time.perf_counter()
+    split.timed("everything but imports", Merger(registry).save)(customized).result(progress=False)
+    print(f"  {'':24}{'wall s':>8}{'CPU s':>8}  (threads together)")
+    print(f"  {'imports':24}{imported:8.2f}")
+    for what, (wall, cpu) in split.seconds.items():
+        print(f"  {what:24}{wall:8.2f}{cpu:8.2f}")
+    peak = [(now - then) / 1e6 for now, then in zip(memory(), before, strict=True)]
+    print(f"  peak over the imports {peak[0]:.0f} MB; at the end {peak[1]:.0f} MB without files")
+
+
+def memory() -> tuple[int, int]:
+    """Bytes: the most that was resident, and what is now that is no file's. Linux alone has it."""
+    status = Path("/proc/self/status").read_text()
+    fields = dict(line.split(":", 1) for line in status.splitlines())
+    return tuple(int(fields[name].split()[0]) * 1024 for name in ("VmHWM", "RssAnon"))  # type: ignore[return-value]
+
+
+# Side by side
+
+
+def ours(directory: Path) -> list[str]:
+    return [sys.executable, __file__, "--step", "save", "--disk", str(directory)]
+
+
+def cp(directory: Path) -> list[str]:
+    return ["cp", "-r", str(directory / "base"), str(directory / "out")]
+
+
+def cp_and_fsync(directory: Path) -> list[str]:
+    copy = 'cp -r "$0/base" "$0/out" && sync "$0"/out/* "$0/out"'
+    return ["sh", "-c", copy, str(directory)]
+
+
+def peft(directory: Path) -> list[str]:
+    return [sys.executable, __file__, "--step", "merge_with_peft", "--disk", str(directory)]
+
+
+def seconds(command: list[str], directory: Path) -> float:
+    """Wall time of a process, from its start to its end; what it made is removed."""
+    started = time.perf_counter()
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+    taken = time.perf_counter() - started
     shutil.rmtree(directory / "out", ignore_errors=True)
-    os.sync()
-    start = time.perf_counter()
-    process = subprocess.Popen(command_for(way, directory), stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - start
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{way} failed with {process.returncode}")
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes here
-    return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * unit / 1e6
+    forget(directory)
+    subprocess.run(["sync"], check=True)
+    return taken
+
+
+def compare(other: Callable[[Path], list[str]], directory: Path, repeat: int) -> str:
+    """A row's cells: medians of both, and of their ratios within each pair."""
+    seconds(cp(directory), directory)  # all find the base in the page cache
+    pairs = [
+        (seconds(ours(directory), directory), seconds(other(directory), directory))
+        for _ in range(repeat)
+    ]
+    mine, theirs = (statistics.median(column) for column in zip(*pairs, strict=True))
+    ratio = statistics.median(a / b for a, b in pairs)
+    spread = f"{min(a / b for a, b in pairs):.2f} to {max(a / b for a, b in pairs):.2f}"
+    return f"{mine:8.2f}{theirs:8.2f}{ratio:8.2f}   {spread}"
+
+
+def step(name: str, directory: Path) -> None:
+    """Do it in a process of its own: this one stays small, and imports nothing."""
+    command = [sys.executable, __file__, "--step", name, "--disk", str(directory)]
+    subprocess.run(command, check=True, stderr=None if name == "profile" else subprocess.DEVNULL)
+
+
+def benchmark(name: str, disk: Path, tmpfs: Path, repeat: int) -> None:
+    print(f"{name:16}{'':16}{'ours s':>8}{'it s':>8}{'ratio':>8}   least and most", flush=True)
+    here, there = disk / name, tmpfs / name
+    if not (here / "adapter").is_dir():
+        step("make", here)
+    if not (here / "registry").is_dir():
+        step("register", here)
+    shutil.copytree(here / "base", there / "base", dirs_exist_ok=True)
+    shutil.copytree(here / "adapter", there / "adapter", dirs_exist_ok=True)
+    step("register", there)
+    print(f"{'':16}{'tmpfs, cp -r':16}{compare(cp, there, repeat)}", flush=True)
+    step("profile", there)
+    shutil.rmtree(there)
+    print(f"{'':16}{'disk, cp, fsync':16}{compare(cp_and_fsync, here, repeat)}", flush=True)
+    print(f"{'':16}{'disk, PEFT':16}{compare(peft, here, repeat)}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--directory", type=Path, required=True)
-    parser.add_argument("--repeat", type=int, default=1, help="take the fastest of this many")
-    parser.add_argument("--only", choices=("models", *WAYS[1:]), help="do this and measure nothing")
+    parser.add_argument("--disk", type=Path, required=True)
+    parser.add_argument("--tmpfs", type=Path, default=Path("/dev/shm/merge-benchmark"))
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--step", help="do this with the model in --disk, and measure nothing")
     arguments = parser.parse_args()
-    if arguments.only:
-        steps = {"models": make_models, "peft": merge_with_peft, "ours": merge_with_ours}
-        steps[arguments.only](arguments.directory)
+    if arguments.step:
+        globals()[arguments.step](arguments.disk)
         return
-    if not (arguments.directory / "checked").exists():
-        # A child's peak starts at that of the process that forks it, so this one stays small.
-        subprocess.run(command_for("models", arguments.directory), check=True)
-    measure("cp", arguments.directory)  # so that all find the base in the page cache
-    results = {way: [] for way in WAYS}
-    for _ in range(arguments.repeat):
-        for way in WAYS:
-            results[way].append(measure(way, arguments.directory))
-    shutil.rmtree(arguments.directory / "out")
-    cp, peft = min(results["cp"]), min(results["peft"])
-    print(f"{'':6}{'seconds':>9}{'of cp':>8}{'of peft':>9}{'CPU s':>8}{'peak MB':>9}{'of peft':>9}")
-    for way in WAYS:
-        seconds, cpu, peak = min(results[way])
-        times = f"{seconds:9.2f}{seconds / cp[0]:8.2f}{seconds / peft[0]:9.2f}{cpu:8.2f}"
-        print(f"{way:6}{times}{peak:9.0f}{peak / peft[2]:9.2f}")
+    for name in arguments.models:
+        try:
+            benchmark(name, arguments.disk, arguments.tmpfs, arguments.repeat)
+        except subprocess.CalledProcessError as error:
+            print(f"{'':16}failed: {' '.join(error.cmd[-4:])}", flush=True)
 
 
 if __name__ == "__main__":
