@@ -209,7 +209,7 @@ def peft(directory: Path) -> list[str]:
 def seconds(command: list[str], directory: Path) -> float:
     """Wall time of a process, from its start to its end; what it made is removed."""
     started = time.perf_counter()
-    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+    subprocess.run(command, check=True, stderr=subprocess.PIPE, text=True)
     taken = time.perf_counter() - started
     shutil.rmtree(directory / "out", ignore_errors=True)
     forget(directory)
@@ -248,7 +248,7 @@ def benchmark(name: str, disk: Path, tmpfs: Path, repeat: int) -> None:
     step("register", there)
     print(f"{'':16}{'tmpfs, cp -r':16}{compare(cp, there, repeat)}", flush=True)
     step("profile", there)
-    shutil.rmtree(there)
+    shutil.rmtree(there)  # its memory is needed
     print(f"{'':16}{'disk, cp, fsync':16}{compare(cp_and_fsync, here, repeat)}", flush=True)
     print(f"{'':16}{'disk, PEFT':16}{compare(peft, here, repeat)}", flush=True)
 
@@ -268,7 +268,10 @@ def main() -> None:
         try:
             benchmark(name, arguments.disk, arguments.tmpfs, arguments.repeat)
         except subprocess.CalledProcessError as error:
-            print(f"{'':16}failed: {' '.join(error.cmd[-4:])}", flush=True)
+            said = (error.stderr or "").strip().rpartition("\n")[2]
+            print(f"{'':16}failed: {' '.join(error.cmd[-4:])}: {said}", flush=True)
+        finally:
+            shutil.rmtree(arguments.tmpfs / name, ignore_errors=True)
 
 
 if __name__ == "__main__":
