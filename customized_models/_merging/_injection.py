@@ -8,7 +8,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +16,8 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora.layer import MultiheadAttention
 from peft.utils import AuxiliaryTrainingWrapper
 
-from .._adapters import PREFIX, WEIGHTS, Adapter, layer_of
-from .._checkpoints import TensorInfo, read_tensor
+from .._adapters import Adapter
+from .._checkpoints import read_tensor
 from .._errors import (
     CustomizedModelsError,
     MalformedError,
@@ -30,9 +29,10 @@ from .._errors import (
 )
 from ._refusals import reads_values
 from ._skeleton import Skeleton, base_parameter
+from ._stored import StoredAdapter
 from ._target import WRAPPERS, Target, base_of
 from ._values import Placeholders, has_memory, place_on_cpu, values_while_injecting
-from ._versions import installed, private
+from ._versions import installed
 
 _NAME = "default"
 
@@ -85,31 +85,28 @@ def _refuse_unheld_rank(adapter: Adapter) -> None:
 class Injected:
     """A skeleton with an adapter's layers in it.
 
-    Once it is loaded, `origins` has the names in the adapter's file of what each of its tensors is
-    made of, by the name that it has for today's layers, and `unused` those of copies of the base's.
+    Once it is loaded, `sources` tells what of the adapter's file each layer is merged with.
     """
 
     skeleton: Skeleton = field(repr=False)
     adapter: Adapter = field(repr=False)
     model: PeftModel = field(repr=False)
     placeholders: Placeholders = field(repr=False)
-    origins: Mapping[str, tuple[str, ...]] = field(factory=dict, init=False, repr=False)
-    unused: tuple[str, ...] = field(default=(), init=False, repr=False)
-    _stacked: frozenset[str] = field(default=frozenset(), init=False, repr=False)
-    _stored: dict[int, Callable[[], torch.Tensor]] = field(factory=dict, init=False, repr=False)
-    _last: tuple[Any, dict[str, torch.Tensor]] | None = field(default=None, init=False, repr=False)
+    _file: StoredAdapter | None = field(default=None, init=False, repr=False)
+    _unused: tuple[str, ...] = field(default=(), init=False, repr=False)
+    _readers: dict[int, Callable[[], torch.Tensor]] = field(factory=dict, init=False, repr=False)
 
     @property
     def keeps_values(self) -> bool:
         """Whether values of the adapter are in memory, and not only read when they are needed."""
-        return not self._stored
+        return not self._readers
 
     def targets(self) -> list[Target]:
         """What the adapter changes, once it is loaded."""
         kind, found = str(self.adapter.config["peft_type"]), []
         for path, module in _wrapped(self.skeleton.model):
             own = self._own(base_of(module), recurse=True)
-            found.append(Target(path, kind, module, own, self._stored_in(module)))
+            found.append(Target(path, kind, module, own, self._readers_of(module)))
         inside = tuple(f"{target.path}." for target in found)
         for path, module in self.skeleton.model.named_modules():
             own = {} if f"{path}.".startswith(inside) else self._own(module, recurse=False)
@@ -117,25 +114,18 @@ class Injected:
                 found.append(Target(path, kind, module, own))
         return found
 
-    def sources(self, paths: Iterable[str]) -> dict[str, tuple[str, ...]]:
-        """By the path of a layer, the names in the adapter's file of what it is merged with."""
-        found: dict[str, set[str]] = {path: set() for path in paths}
-        for name, origin in self.origins.items():
-            path = name.removeprefix(PREFIX)
-            while path and path not in found:
-                path = path.rpartition(".")[0]
-            if path:
-                found[path].update(origin)
-        return {path: tuple(sorted(names - {*self.unused})) for path, names in found.items()}
-
     def _own(self, module: torch.nn.Module, *, recurse: bool) -> dict[str, torch.Tensor]:
         """Parameters of the base that are no longer without a value."""
         every = module.named_parameters(recurse=recurse)
         return {name: p.data for name, p in every if p not in self.placeholders and has_memory(p)}
 
-    def _stored_in(self, module: torch.nn.Module) -> dict[str, Callable[[], torch.Tensor]]:
+    def _readers_of(self, module: torch.nn.Module) -> dict[str, Callable[[], torch.Tensor]]:
         every = module.named_parameters(remove_duplicate=False)
-        return {name: self._stored[id(p)] for name, p in every if id(p) in self._stored}
+        return {name: self._readers[id(p)] for name, p in every if id(p) in self._readers}
+
+    def sources(self, paths: Iterable[str]) -> dict[str, tuple[str, ...]]:
+        """By the path of a layer, the names in the adapter's file of what it is merged with."""
+        return self._file.by_layer(paths, self._unused) if self._file else {}
 
     def load(self) -> None:
         """Have PEFT load the adapter's weights, if they are exactly what its layers call for.
@@ -154,9 +144,9 @@ class Injected:
         )
         expected |= self._resized(expected)
         self._refuse_overwriting(expected)
-        stated = self._note_origins()
-        self.unused = _check_tensors(self.skeleton, self.adapter, expected, stated)
-        if self._note_stored(expected):
+        self._file = StoredAdapter(self.adapter, self.model, _NAME)
+        self._unused = _check_tensors(self.skeleton, self.adapter, expected, self._file.tensors)
+        if self._reads_later(expected, self._file):
             return
         self._give_memory(expected)
         with _quiet():
@@ -171,36 +161,21 @@ class Injected:
         if strayed := {*missing, *loaded.unexpected_keys} - copies:
             raise UnmergedTensorsError(f"PEFT did not load {listed(strayed)}", strayed)
 
-    def _note_stored(self, expected: Mapping[str, torch.Tensor]) -> bool:
+    def _reads_later(self, expected: Mapping[str, torch.Tensor], file: StoredAdapter) -> bool:
         """Note where the values of each parameter lie, if none has memory; the base's are read."""
         known = {id(parameter) for parameter in self.model.parameters() if parameter.is_meta}
         if any(id(parameter) not in known for parameter in expected.values()):
             return False
         parameter: Any
         for name, parameter in expected.items():
-            read = self._reader(name, parameter.dtype)
+            read = file.reader(name, parameter.dtype)
             if parameter in self.placeholders:
                 owner, _, leaf = name.rpartition(".")
                 value = torch.nn.Parameter(read(), requires_grad=False)
                 self.model.get_submodule(owner)._parameters[leaf] = value
             else:
-                self._stored[id(parameter)] = read
+                self._readers[id(parameter)] = read
         return True
-
-    def _reader(self, name: str, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
-        """Reads what PEFT would load into the parameter of that name and dtype."""
-        path = self.adapter.directory / WEIGHTS
-        infos = tuple(self.adapter.tensors[origin] for origin in self.origins[name])
-        if name in self._stacked:
-            return lambda: self._of_layer(path, infos)[name].to(dtype)
-        return lambda: read_tensor(path, infos[0]).to(dtype)
-
-    def _of_layer(self, path: Path, infos: tuple[TensorInfo, ...]) -> dict[str, torch.Tensor]:
-        """One layer as PEFT stacks it; the last is kept, for its other tensors come next."""
-        if self._last is None or self._last[0] != infos:
-            tensors = {info.name: read_tensor(path, info) for info in infos}
-            self._last = infos, self._converted(tensors)
-        return self._last[1]
 
     def _resized(self, expected: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The base's embeddings that come along because they have another number of rows."""
@@ -214,43 +189,6 @@ class Injected:
             and name in self.adapter.tensors.keys() - expected.keys()
             and base_parameter(name) in self.skeleton.embeddings
         }
-
-    def _note_origins(self) -> dict[str, torch.Tensor]:
-        """What the adapter's file holds, without memory, by the names of today's layers."""
-        tensors = {
-            name: torch.empty(info.shape, device="meta")
-            for name, info in self.adapter.tensors.items()
-        }
-        stated = self._converted(tensors)
-        names = {id(tensor): name for name, tensor in tensors.items()}
-        self._stacked = frozenset(name for name, t in stated.items() if id(t) not in names)
-        used_up: dict[int, list[str]] = {}
-        for name in tensors.keys() - {names.get(id(tensor)) for tensor in stated.values()}:
-            used_up.setdefault(layer_of(name), []).append(name)
-        self.origins = {
-            name: tuple(sorted(used_up.get(layer_of(name), ())))
-            if name in self._stacked
-            else (names[id(tensor)],)
-            for name, tensor in stated.items()
-        }
-        return stated
-
-    def _converted(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """PEFT renames, and for experts stacks, what was saved for layers of an earlier version."""
-        convert = private(
-            "peft.utils.transformers_weight_conversion",
-            "convert_peft_adapter_state_dict_for_transformers",
-        )
-        config = self.model.peft_config[_NAME]
-        try:
-            converted: dict[str, torch.Tensor] = convert(self.model, config, tensors, _NAME)
-        except (RuntimeError, ValueError, KeyError, IndexError) as error:
-            raise UnmergedTensorsError(
-                f"PEFT cannot convert the adapter's tensors to the layers of this version of "
-                f"transformers: {shown(error, 500)}",
-                tensors,
-            ) from error
-        return converted
 
     def _refuse_overwriting(self, expected: Mapping[str, torch.Tensor]) -> None:
         """The base's own tensors may come with an adapter that trained biases or new tokens."""

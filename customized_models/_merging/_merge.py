@@ -10,26 +10,22 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from attrs import evolve, frozen
-from peft.utils import ModulesToSaveWrapper
+from attrs import evolve
 
 from .._adapters import PREFIX, Adapter, check_fits
-from .._checkpoints import Checkpoint, TensorInfo, dtype_name, json_object, torch_dtype
+from .._checkpoints import Checkpoint, TensorInfo, json_object, torch_dtype
 from .._errors import (
-    BaseModelMismatch,
     MergeError,
     NonFiniteError,
     UnchangedTargetsError,
     UnmergedTensorsError,
-    UnsupportedAdapterError,
     listed,
     shown,
 )
 from ._fused import Merging, Pairs
 from ._injection import inject
-from ._loading import Unit
+from ._parts import Layer, Part, plan_parts
 from ._skeleton import Skeleton, build_skeleton
-from ._target import Target, move_together
 from ._versions import installed
 
 
@@ -39,71 +35,14 @@ def plan(base: Checkpoint, adapter: Adapter) -> Merge:
     skeleton = build_skeleton(base, adapter)
     injected = inject(skeleton, adapter)
     injected.load()
-    targets = {target.path: target for target in injected.targets()}
-    untied = _untie(targets, skeleton)
-    sources = injected.sources(targets)
-    layers = [_layer(t, sources[path], skeleton, untied) for path, t in targets.items()]
-    _refuse_incomplete(layers, skeleton)
-    parts = _parts(layers, skeleton)
-    done = {unit for part in parts for unit in part.units}
-    parts += [_part([], [unit], skeleton) for unit in skeleton.quantized if unit not in done]
-    config = _config(
-        base, {**skeleton.config, **({"tie_word_embeddings": False} if untied else {})}
-    )
+    parts, untied = plan_parts(injected)
+    changes = {**skeleton.config, **({"tie_word_embeddings": False} if untied else {})}
+    config = _config(base, changes)
     return Merge(skeleton, parts, untied, config, keeps_values=injected.keeps_values)
 
 
 _OF_TEXT = frozenset({"vocab_size", "tie_word_embeddings"})
 _OF_QUANTIZATION = frozenset({"quantization_config"})
-
-
-@frozen
-class _Layer:
-    """A layer to merge.
-
-    `adapter_tensors`: the names of what it is merged with. `sources`: the parameter of the model
-    that each of its parameters has its values from; none for a head that the base lacks. `outputs`:
-    the one that it is afterwards.
-    """
-
-    target: Target
-    adapter_tensors: tuple[str, ...]
-    sources: Mapping[str, str]
-    outputs: Mapping[str, str]
-
-
-@frozen
-class _Part:
-    """Layers that are merged together, because tensors of the checkpoint hold several of them.
-
-    `units`: of those tensors. `infos`: what comes out.
-    """
-
-    layers: tuple[_Layer, ...]
-    units: tuple[Unit, ...]
-    infos: tuple[TensorInfo, ...]
-
-
-def _layer(
-    target: Target,
-    adapter_tensors: tuple[str, ...],
-    skeleton: Skeleton,
-    untied: Mapping[str, str],
-) -> _Layer:
-    if not target.changed:
-        raise UnsupportedAdapterError(
-            f"the adapter trains a bias of {shown(target.path)}, which has none in the base"
-        )
-    outputs = {name: f"{target.path}.{name}" for name in target.parameters}
-    sources = {name: skeleton.tied.get(path, path) for name, path in outputs.items()}
-    if isinstance(target.module, ModulesToSaveWrapper):  # which needs nothing of the base
-        known = skeleton.loading.units
-        sources = {name: path for name, path in sources.items() if path in known}
-    if not untied:
-        outputs = {name: skeleton.tied.get(path, path) for name, path in outputs.items()}
-    for path in sources.values():
-        skeleton.unit(path)
-    return _Layer(target, adapter_tensors, sources, outputs)
 
 
 def _config(base: Checkpoint, changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -118,79 +57,6 @@ def _config(base: Checkpoint, changes: Mapping[str, Any]) -> dict[str, Any]:
         config = {k: v for k, v in changes.items() if k not in _OF_TEXT or k in document}
         config |= {"text_config": inner | of_text} if of_text else {}
     return config | dict.fromkeys(_OF_QUANTIZATION & document.keys())
-
-
-def _refuse_incomplete(layers: list[_Layer], skeleton: Skeleton) -> None:
-    """A head that was drawn at random before the training and is not saved is lost."""
-    there = {path for layer in layers for path in _changed(layer)}
-    there |= skeleton.loading.units.keys() | skeleton.tied.keys()
-    if lost := skeleton.loading.parameters - there:
-        raise BaseModelMismatch(
-            f"neither the base model's files nor the adapter have {listed(lost)}, which a "
-            f"{type(skeleton.model).__name__} needs; save it with the adapter (modules_to_save)"
-        )
-
-
-def _untie(targets: dict[str, Target], skeleton: Skeleton) -> dict[str, str]:
-    """Which parameter each new tensor starts from, if the output layer and the embedding part ways.
-
-    PEFT would change both, or neither, where the adapter was trained with one of them changed.
-    Of `targets` that stay tied, one is left.
-    """
-    by_path = {f"{path}.{name}": t for path, t in targets.items() for name in t.changed}
-    for holder in dict.fromkeys(skeleton.tied.values()):
-        members = [name for name, of in skeleton.tied.items() if of == holder]
-        ends = [by_path[name] for name in (*members, holder) if name in by_path]
-        if not ends:
-            continue
-        together = all(move_together(end, ends[-1]) for end in ends[:-1] or ends)
-        if members == [skeleton.head] and not together:
-            return {members[0]: holder}
-        needed = {holder} if members == [skeleton.head] else {holder, *members}
-        if not together or needed - by_path.keys():
-            raise UnsupportedAdapterError(
-                f"the adapter changes some of {listed([*members, holder])}, which the base model "
-                f"ties to one another: PEFT would change all, which is not what was trained"
-            )
-        for name in by_path.keys() & members:
-            del targets[by_path[name].path]
-    return {}
-
-
-def _parts(layers: list[_Layer], skeleton: Skeleton) -> list[_Part]:
-    """The layers, together where tensors of the checkpoint hold parameters of several."""
-    groups: dict[int, list[_Layer]] = {}
-    of_unit: dict[Unit, list[_Layer]] = {}
-    for layer in layers:
-        near = {id(of_unit[u]): of_unit[u] for u in _converted([layer], skeleton) if u in of_unit}
-        group = [layer, *(member for other in near.values() for member in other)]
-        for key in near:
-            del groups[key]
-        groups[id(group)] = group
-        of_unit.update(dict.fromkeys(_converted(group, skeleton), group))
-    every = groups.values()
-    return [_part(group, _converted(group, skeleton), skeleton) for group in every]
-
-
-def _converted(layers: Iterable[_Layer], skeleton: Skeleton) -> list[Unit]:
-    """What transformers converts of that which the layers change."""
-    found = (skeleton.loading.units.get(path) for layer in layers for path in _changed(layer))
-    return [*dict.fromkeys(unit for unit in found if unit and unit.patterns is not None)]
-
-
-def _changed(layer: _Layer) -> list[str]:
-    return [layer.outputs[name] for name in layer.target.changed]
-
-
-def _part(layers: list[_Layer], units: list[Unit], skeleton: Skeleton) -> _Part:
-    infos = [info for unit in units for info in skeleton.loading.saved_infos(unit)]
-    inside = {parameter for unit in units for parameter in unit.parameters}
-    for path in (path for layer in layers for path in _changed(layer) if path not in inside):
-        dtype = dtype_name(skeleton.dtypes[path])
-        for name in skeleton.tensors(path) or [path]:
-            of = skeleton.base.infos.get(name, TensorInfo(name, "", (), "", 0, 0))
-            infos.append(evolve(of, shape=skeleton.shapes[path], dtype=dtype))
-    return _Part(tuple(layers), tuple(units), tuple(infos))
 
 
 class Merge:
@@ -210,7 +76,7 @@ class Merge:
     def __init__(
         self,
         skeleton: Skeleton,
-        parts: Iterable[_Part],
+        parts: Iterable[Part],
         untied: Mapping[str, str],
         config: Mapping[str, Any],
         *,
@@ -298,7 +164,7 @@ class Merge:
         if part is None or not part.layers:
             return "transformers" if part else "copy"
         target = part.layers[0].target
-        blocks = self._is_one_weight(part) and self._merging.suits_blocks(target)
+        blocks = part.is_one_weight and self._merging.suits_blocks(target)
         return "blocks" if blocks else "PEFT"
 
     def together(self, name: str) -> tuple[TensorInfo, ...]:
@@ -326,22 +192,14 @@ class Merge:
             done += len(block)
         return merged
 
-    def _pairs(self, part: _Part, way: Callable[..., Pairs | None]) -> Pairs | None:
+    def _pairs(self, part: Part, way: Callable[..., Pairs | None]) -> Pairs | None:
         """Those of a layer's weight, if that is all to be merged and it can go that way."""
-        if not self._is_one_weight(part):
+        if not part.is_one_weight:
             return None
         (layer,), base = part.layers, self._skeleton.base
         unit = self._skeleton.unit(layer.sources["weight"])
         dtype = self._skeleton.dtypes[layer.outputs["weight"]]
         return way(layer.target, base, base.infos[unit.tensors[0]], dtype)
-
-    def _is_one_weight(self, part: _Part) -> bool:
-        """Whether it is one tensor of the base's, which transformers loads as it is."""
-        if len(part.layers) != 1 or len(part.infos) != 1 or part.units:
-            return False
-        (layer,) = part.layers
-        own = layer.target.own or "weight" not in layer.sources
-        return layer.target.changed == ("weight",) and not own
 
     def _by_parts(self, name: str) -> torch.Tensor:
         """The tensor out of its part, whose others are kept until they are asked for."""
@@ -351,7 +209,7 @@ class Merge:
             self._unread.discard(name)
             return self._ready.pop(name)
 
-    def _merged(self, part: _Part) -> dict[str, torch.Tensor]:
+    def _merged(self, part: Part) -> dict[str, torch.Tensor]:
         """The tensors that come of it, by PEFT and transformers."""
         loading = self._skeleton.loading
         values: dict[str, torch.Tensor] = {}
@@ -368,7 +226,7 @@ class Merge:
         return tensors
 
     def _merged_layer(
-        self, layer: _Layer, known: dict[str, torch.Tensor]
+        self, layer: Layer, known: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """Its changed parameters, by their names in the model, in place of `known` values."""
         target = layer.target
@@ -389,7 +247,7 @@ class Merge:
         return {layer.outputs[name]: merged[name] for name in target.changed}
 
     def _check(
-        self, layer: _Layer, name: str, merged: torch.Tensor, head: torch.Tensor | None
+        self, layer: Layer, name: str, merged: torch.Tensor, head: torch.Tensor | None
     ) -> None:
         path, changed = layer.outputs[name], layer.target.changed
         _refuse_non_finite(path, merged)
