@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from ._errors import CustomizedModelsError, JobFailed, shown
-from ._jobs import pickled
+from ._jobs import pickled, worker_environment
 
 if TYPE_CHECKING:
     from ._registry import ModelRegistry
@@ -45,6 +45,7 @@ def ask(
         [sys.executable, "-P", "-c", code],
         input=pickle.dumps((pickled(registry), task, arguments, named)),
         capture_output=True,
+        env=worker_environment(),
     )
     if ended.returncode:
         said = ended.stderr.decode(errors="replace")[-2000:]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -246,6 +247,11 @@ def start_job(
     return Job(registry, id)
 
 
+def worker_environment() -> dict[str, str]:
+    """Ours, and what has glibc give back to the system at once the memory of a tensor."""
+    return {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), **os.environ}
+
+
 def pickled(registry: ModelRegistry) -> bytes:
     """The registry as another interpreter can load it.
 
@@ -301,6 +307,7 @@ def _start_worker(registry: ModelRegistry, id: str, payload: bytes) -> None:
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            env=worker_environment(),
         )
     assert child.stdin is not None
     with suppress(BrokenPipeError), child.stdin:  # if it died already, its log says why

@@ -8,10 +8,13 @@ from typing import Any
 
 import peft
 import pytest
+import torch
+import transformers
 from architectures import (
     ARCHITECTURES,
     ATTENTION,
     LATENT_ATTENTION,
+    MIXTURE,
     Adaptation,
     adaptations,
     everything_in,
@@ -21,6 +24,7 @@ from architectures import (
     make_old_adapter,
     weights_of,
 )
+from attrs import evolve
 from parity import (
     assert_architecture_parity,
     merged_by_peft,
@@ -37,6 +41,7 @@ from customized_models._errors import (
     UnsupportedAdapterError,
     UnsupportedArchitectureError,
 )
+from customized_models._merging._target import Target
 
 pytestmark = [
     # PEFT says that it does what is right for a GPT-2 and that it knows no class of norms
@@ -409,3 +414,28 @@ def test_a_plan_names_the_tensors_of_an_adapter_that_were_saved_under_other_name
         factors = [f"base_model.model.{module}.lora_{part}.weight" for part in "AB"]
         assert [*merge.sources(f"{module}.weight")] == factors
         assert (merge.way(f"{module}.weight") == "blocks") == module.endswith("q_proj")
+
+
+@pytest.mark.parametrize("suited", [True, False])
+def test_experts_are_merged_two_at_a_time_where_that_gives_the_same_bits(
+    suited: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = transformers.MixtralConfig(**MIXTURE, num_local_experts=5)
+    five = evolve(ARCHITECTURES["Mixtral"], config=lambda: config)
+    base = make_base(tmp_path / "base", five)
+    adaptation = adaptations(five)["experts"]
+    adapter = make_adapter(tmp_path / "adapter", base, five, adaptation.config())
+    delta, asked = Target.delta_of_experts, []
+
+    def noted(target: Target, *arguments: Any) -> torch.Tensor:
+        start, end, dtype = arguments[2:]
+        asked.append((start, end, dtype))
+        few = delta(target, *arguments)
+        return few if suited or end - start == 5 else few * (1 + 1e-6)
+
+    monkeypatch.setattr(Target, "delta_of_experts", noted)
+    assert_architecture_parity(base, adapter, tmp_path, five.auto_class, adaptation.touches)
+    merged = [(start, end) for start, end, dtype in asked if dtype == torch.bfloat16]
+    of_a_layer = [(0, 2), (2, 5)] if suited else []
+    assert merged == of_a_layer * 2 * 2  # two parameters in each of two layers
+    assert [end - start for start, end, _ in asked].count(5) == 2  # once for each shape

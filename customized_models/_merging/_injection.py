@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from attrs import define, field
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
-from peft.tuners.lora.layer import MultiheadAttention
+from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from peft.utils import AuxiliaryTrainingWrapper
 
 from .._adapters import Adapter
@@ -30,7 +30,7 @@ from .._errors import (
 from ._refusals import reads_values
 from ._skeleton import Skeleton, base_parameter
 from ._stored import StoredAdapter
-from ._target import WRAPPERS, Target, base_of
+from ._target import WRAPPERS, Target, base_of, each_wrapper
 from ._values import Placeholders, has_memory, place_on_cpu, values_while_injecting
 from ._versions import installed
 
@@ -106,12 +106,14 @@ class Injected:
         kind, found = str(self.adapter.config["peft_type"]), []
         for path, module in _wrapped(self.skeleton.model):
             own = self._own(base_of(module), recurse=True)
-            found.append(Target(path, kind, module, own, self._readers_of(module)))
+            for place, wrapper in each_wrapper(path, module):
+                readers = self._readers_of(wrapper)
+                found.append(Target(path, place, kind, wrapper, own, readers))
         inside = tuple(f"{target.path}." for target in found)
         for path, module in self.skeleton.model.named_modules():
             own = {} if f"{path}.".startswith(inside) else self._own(module, recurse=False)
             if own:
-                found.append(Target(path, kind, module, own))
+                found.append(Target(path, path, kind, module, own))
         return found
 
     def _own(self, module: torch.nn.Module, *, recurse: bool) -> dict[str, torch.Tensor]:
@@ -120,8 +122,12 @@ class Injected:
         return {name: p.data for name, p in every if p not in self.placeholders and has_memory(p)}
 
     def _readers_of(self, module: torch.nn.Module) -> dict[str, Callable[[], torch.Tensor]]:
-        every = module.named_parameters(remove_duplicate=False)
-        return {name: self._readers[id(p)] for name, p in every if id(p) in self._readers}
+        found = {}
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            inside = isinstance(module, ParamWrapper) and name.startswith("base_layer.")
+            if id(parameter) in self._readers and not inside:
+                found[name] = self._readers[id(parameter)]
+        return found
 
     def sources(self, paths: Iterable[str]) -> dict[str, tuple[str, ...]]:
         """By the path of a layer, the names in the adapter's file of what it is merged with."""
@@ -296,6 +302,10 @@ def _wrapped(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
 def _check_kind(path: str, module: Any) -> None:
     base = base_of(module)
     nested = any(isinstance(inner, WRAPPERS) for inner in base.modules())
+    *_, (_, innermost) = each_wrapper(path, module)
+    nested = nested or (
+        isinstance(module, ParamWrapper) and not isinstance(innermost, ParamWrapper)
+    )
     if nested and not isinstance(module, MultiheadAttention):
         raise UnsupportedAdapterError(
             f"{shown(path)} is a {type(module).__name__} of PEFT around a {type(base).__name__} "

@@ -212,6 +212,8 @@ class Merge:
     def _merged(self, part: Part) -> dict[str, torch.Tensor]:
         """The tensors that come of it, by PEFT and transformers."""
         loading = self._skeleton.loading
+        for layer in part.layers:
+            self._merging.decide(layer.target)
         values: dict[str, torch.Tensor] = {}
         for unit in part.units:
             values |= loading.read(unit)

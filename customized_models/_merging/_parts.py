@@ -25,10 +25,10 @@ def plan_parts(injected: Injected) -> tuple[list[Part], dict[str, str]]:
         UnsupportedAdapterError, UnsupportedArchitectureError, BaseModelMismatch: as `open_merge`.
     """
     skeleton = injected.skeleton
-    targets = {target.path: target for target in injected.targets()}
+    targets = {target.place: target for target in injected.targets()}
     untied = _untie(targets, skeleton)
     sources = injected.sources(targets)
-    layers = [_layer(t, sources[path], skeleton, untied) for path, t in targets.items()]
+    layers = [_layer(t, sources[place], skeleton, untied) for place, t in targets.items()]
     _refuse_incomplete(layers, skeleton)
     parts = _parts(layers, skeleton)
     done = {unit for part in parts for unit in part.units}
@@ -111,7 +111,7 @@ def _untie(targets: dict[str, Target], skeleton: Skeleton) -> dict[str, str]:
     PEFT would change both, or neither, where the adapter was trained with one of them changed.
     Of `targets` that stay tied, one is left.
     """
-    by_path = {f"{path}.{name}": t for path, t in targets.items() for name in t.changed}
+    by_path = {f"{t.path}.{name}": t for t in targets.values() for name in t.changed}
     for holder in dict.fromkeys(skeleton.tied.values()):
         members = [name for name, of in skeleton.tied.items() if of == holder]
         ends = [by_path[name] for name in (*members, holder) if name in by_path]
@@ -127,7 +127,7 @@ def _untie(targets: dict[str, Target], skeleton: Skeleton) -> dict[str, str]:
                 f"ties to one another: PEFT would change all, which is not what was trained"
             )
         for name in by_path.keys() & members:
-            del targets[by_path[name].path]
+            del targets[by_path[name].place]
     return {}
 
 

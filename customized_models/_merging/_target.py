@@ -27,13 +27,15 @@ _WEIGHT_AND_BIAS = ("ADAMSS", "GLORA", "LN_TUNING", "ROAD")
 class Target:
     """A layer that PEFT wrapped, or a plain one that has a bias of the adapter's.
 
-    `path`: its name in the model. `kind`: the adapter's type. `own`: values of its parameters that
-    came with the adapter, or that PEFT computed when it built the layer; they take the place of
-    the base's before the merge. `stored`: what reads the parameters of the wrapper that have no
-    values but while they are needed.
+    `path`: its name in the model, and `place` that of the wrapper: PEFT puts one inside another
+    where it adapts several parameters of a layer by themselves. `kind`: the adapter's type. `own`:
+    values of its parameters that came with the adapter, or that PEFT computed when it built the
+    layer; they take the place of the base's before the merge. `stored`: what reads the parameters
+    of the wrapper that have no values but while they are needed.
     """
 
     path: str
+    place: str
     kind: str
     module: Any = field(repr=False)
     own: Mapping[str, torch.Tensor] = field(repr=False)
@@ -49,8 +51,8 @@ class Target:
         module: Any = self.module
         if not isinstance(module, WRAPPERS):
             return {name: name for name in self.own}
-        if isinstance(module, ParamWrapper):  # those beside it may be large
-            return {wrapper.parameter_name: wrapper.parameter_name for wrapper in _nested(module)}
+        if isinstance(module, ParamWrapper):
+            return {module.parameter_name: module.parameter_name}
         if isinstance(module, ModulesToSaveWrapper):  # buffers are saved along
             return {name: name for name in base_of(module).state_dict()}
         inside = [name for name, _ in base_of(module).named_parameters()]
@@ -106,10 +108,44 @@ class Target:
 
     def delta(self) -> torch.Tensor:
         """What PEFT adds to the weight of a plain LoRA's layer."""
-        (adapter,) = self.module.active_adapters
-        with torch.no_grad(), self._loaded():
-            product: torch.Tensor = self.module.get_delta_weight(adapter)
-            return product
+        with self._loaded():
+            return self._delta()
+
+    def _delta(self) -> torch.Tensor:
+        (adapter,), scaling = self.module.active_adapters, self.module.scaling
+        before = scaling[adapter]
+        scaling[adapter] = _InPlace(before)
+        try:
+            with torch.no_grad():
+                product: torch.Tensor = self.module.get_delta_weight(adapter)
+        finally:
+            scaling[adapter] = before
+        return product
+
+    @property
+    def experts(self) -> int:
+        """How many are stacked in the parameter; 1 where it is no stack."""
+        return self.module.num_experts if isinstance(self.module, ParamWrapper) else 1
+
+    def delta_of_experts(
+        self, up: torch.Tensor, down: torch.Tensor, start: int, end: int, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """What PEFT adds to the experts from `start` to `end`, exclusive: at least two of them.
+
+        `up` (out, rank x experts) and `down` (experts x rank, in) are the factors of all.
+        """
+        count, module = self.experts, self.module
+        (adapter,) = module.active_adapters
+        up = up.reshape(len(up), -1, count)[:, :, start:end].reshape(len(up), -1)
+        down = down.reshape(count, -1, down.shape[1])[start:end].reshape(-1, down.shape[1])
+        factors = {f"lora_B.{adapter}.weight": up, f"lora_A.{adapter}.weight": down}
+        weight = {module.parameter_name: torch.empty(0, dtype=dtype)}  # it is asked for its dtype
+        with filled(base_of(module), weight), filled(module, factors):
+            module.num_experts = end - start
+            try:
+                return self._delta()
+            finally:
+                module.num_experts = count
 
     def value(self, name: str) -> torch.Tensor:
         """That of a parameter of the wrapper."""
@@ -128,7 +164,10 @@ class Target:
         inside = [inner for inner in module.modules() if isinstance(inner, BaseTunerLayer)]
         checked: Any = torch.sparse.check_sparse_tensor_invariants
         with checked():
-            if hasattr(module, "unload_and_optionally_merge_module"):
+            if isinstance(module, ParamWrapper):  # would unload those inside of it as well
+                module.merge(safe_merge=False, adapter_names=None)
+                unloaded = module.get_base_layer()
+            elif hasattr(module, "unload_and_optionally_merge_module"):
                 unloaded = module.unload_and_optionally_merge_module(
                     merge=True, safe_merge=False, adapter_names=None
                 )
@@ -144,6 +183,16 @@ class Target:
         return merged
 
 
+class _InPlace:
+    """A factor that PEFT multiplies a product with; it spares a copy of the product."""
+
+    def __init__(self, value: float) -> None:
+        self._value = value
+
+    def __rmul__(self, product: torch.Tensor) -> torch.Tensor:
+        return product.mul_(self._value)
+
+
 def base_of(wrapper: Any) -> torch.nn.Module:
     """The module that was there before PEFT wrapped it."""
     inner: torch.nn.Module
@@ -154,11 +203,12 @@ def base_of(wrapper: Any) -> torch.nn.Module:
     return inner
 
 
-def _nested(wrapper: Any) -> Iterator[Any]:
-    """A wrapper of a parameter, and those of other parameters of the same module inside of it."""
-    while isinstance(wrapper, ParamWrapper):
-        yield wrapper
-        wrapper = wrapper.base_layer
+def each_wrapper(path: str, module: Any) -> Iterator[tuple[str, Any]]:
+    """A wrapper and its place; those of a layer's parameters are one inside another."""
+    yield path, module
+    while isinstance(module, ParamWrapper) and isinstance(module.base_layer, BaseTunerLayer):
+        path, module = f"{path}.base_layer", module.base_layer
+        yield path, module
 
 
 def move_together(end: Target, other: Target) -> bool:
