@@ -139,14 +139,13 @@ def _part(fd: int, info: TensorInfo, at: int) -> bytearray:
 def derive_again(registry: ModelRegistry, complete: CompleteModel) -> None:
     """See `Merger.verify`; imports torch and PEFT, so for an own process."""
     customized = registry.get(CustomizedModel, complete.customized)
+    registry.verify(customized)
+    registry.verify(complete)
     with (
         registry._opened(complete) as directory,
         merged_source(registry, customized) as merged,
     ):
         manifest = Manifest.read(directory)
-        if manifest.digest != complete.digest:
-            raise IntegrityError(f"{complete.name} is stored as {manifest.digest}, not as recorded")
-        manifest.verify(directory)
         written, merge = Checkpoint.open(directory), merged.merge
         wrong = different(written, merged.layout, merge, merge.infos, _silent, merge.blocks)
         wrong |= _other_files(manifest, merged.source.files)

@@ -17,6 +17,7 @@ from attrs import frozen
 from peft.tuners.lora import Linear
 
 from .._checkpoints import Checkpoint, TensorInfo, opened, read_into, tensor_bytes, torch_dtype
+from ._experts import merge_in_pairs, pairs_make_up, stack_of
 from ._target import Target
 
 _BLOCK = 1 << 19  # elements: two megabytes in float32, so that a block stays in the cache
@@ -52,13 +53,10 @@ class Merging:
     def _merged(
         self, target: Target, values: Mapping[str, torch.Tensor]
     ) -> Mapping[str, torch.Tensor]:
-        if not self._same_bits.get(_stack_of(target)):
+        if not self._same_bits.get(stack_of(target)):
             return target.merge(values)
-        ((_, weight),) = values.items()
-        up, down = _values_of(target)
-        with torch.no_grad():
-            for start, end in _pairs_of(target.experts):
-                weight[start:end] += target.delta_of_experts(up, down, start, end, weight.dtype)
+        for weight in values.values():
+            merge_in_pairs(target, weight)
         return values
 
     def decide(self, target: Target) -> None:
@@ -66,9 +64,9 @@ class Merging:
 
         Before their values are there, because it takes as much memory as all of them in float32.
         """
-        stack = _stack_of(target)
+        stack = stack_of(target)
         if stack is not None and stack not in self._same_bits:
-            self._same_bits[stack] = self._peft.submit(_pairs_make_up, target).result()
+            self._same_bits[stack] = self._peft.submit(pairs_make_up, target).result()
 
     def suits_blocks(self, target: Target) -> bool:
         """Whether it is a plain LoRA's layer, of a shape for which blocks give PEFT's bits."""
@@ -212,26 +210,6 @@ def _pairs_of(experts: int) -> list[tuple[int, int]]:
     return [(start, start + 2 if start + 3 != experts else experts) for start in starts]
 
 
-def _stack_of(target: Target) -> tuple[object, ...] | None:
-    """What it depends on whether experts may be merged two at a time; None if they never may."""
-    if target.experts < 4 or target.own:
-        return None
-    (name,) = target.module.active_adapters
-    up, down = (getattr(target.module, part)[name].weight.shape for part in ("lora_B", "lora_A"))
-    return target.experts, up, down, target.module.in_features
-
-
-def _pairs_make_up(target: Target) -> bool:
-    """Whether what PEFT adds to two experts has the bits of what it adds to them among all."""
-    (name,), drawn = target.module.active_adapters, torch.Generator().manual_seed(0)
-    shapes = (getattr(target.module, part)[name].weight.shape for part in ("lora_B", "lora_A"))
-    up, down = (torch.randn(shape, generator=drawn) for shape in shapes)
-    whole = target.delta_of_experts(up, down, 0, target.experts, torch.float32)
-    pairs = _pairs_of(target.experts)
-    parts = (target.delta_of_experts(up, down, *pair, torch.float32) for pair in pairs)
-    return all(torch.equal(part, whole[a:b]) for part, (a, b) in zip(parts, pairs, strict=True))
-
-
 def _shapes_of(target: Target) -> tuple[torch.Size, torch.Size] | None:
     """Those of the factors of a layer for which PEFT adds their product and no more, else None."""
     layer = target.module
@@ -247,10 +225,4 @@ def _shapes_of(target: Target) -> tuple[torch.Size, torch.Size] | None:
 
 def _factors_of(target: Target) -> _Factors:
     (name,) = target.module.active_adapters
-    return _Factors(*_values_of(target), target.module.scaling[name])
-
-
-def _values_of(target: Target) -> tuple[torch.Tensor, torch.Tensor]:
-    (name,) = target.module.active_adapters
-    up, down = (target.value(f"{part}.{name}.weight") for part in ("lora_B", "lora_A"))
-    return up, down
+    return _Factors(*target.factors(), target.module.scaling[name])

@@ -147,7 +147,13 @@ class Target:
             finally:
                 module.num_experts = count
 
-    def value(self, name: str) -> torch.Tensor:
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of a LoRA: up (out, rank) and down (rank, in), or those of all experts together."""
+        (adapter,) = self.module.active_adapters
+        up, down = (self._value(f"{part}.{adapter}.weight") for part in ("lora_B", "lora_A"))
+        return up, down
+
+    def _value(self, name: str) -> torch.Tensor:
         """That of a parameter of the wrapper."""
         if name in self.stored:
             return self.stored[name]()
