@@ -166,14 +166,17 @@ def _check_config(config: Mapping[str, Any]) -> None:
     if "lora_alpha" in config and (plain or config["lora_alpha"] is not None):
         _check_number("lora_alpha", config["lora_alpha"])
     for key in ("rank_pattern", "alpha_pattern"):
-        patterns = config.get(key) or {}
+        patterns = {} if config.get(key) is None else config[key]
         if not isinstance(patterns, dict):
             raise MalformedError(f"{key} is no object")
         for pattern, value in patterns.items():
             check_pattern(key, pattern)
-            if config["peft_type"] == "ADALORA" and _are_masks(value):
-                continue  # which of a module's ranks are left
-            (_check_number if key == "alpha_pattern" else _check_rank)(f"{key} value", value)
+            if key == "alpha_pattern":
+                _check_number(f"{key} value", value)
+            elif config["peft_type"] == "ADALORA":
+                _check_masks(f"{key} value", value)
+            else:
+                _check_rank(f"{key} value", value)
     for key in _SETS + _REGEX_FIELDS:
         _check_names(key, config.get(key))
     _refuse_outside(config, CONFIG)
@@ -184,8 +187,10 @@ def _check_rank(what: str, value: object, lowest: int = 1) -> None:
         raise MalformedError(f"{what} {shown(value)} is no whole number {lowest} to {_MAX_RANK}")
 
 
-def _are_masks(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(item, bool) for item in value)
+def _check_masks(what: str, value: object) -> None:
+    """Which of a module's ranks are left."""
+    if not isinstance(value, list) or not all(isinstance(item, bool) for item in value):
+        raise MalformedError(f"{what} {shown(value)} is no list of true and false")
 
 
 def _check_number(what: str, value: object) -> None:
@@ -249,7 +254,8 @@ def check_fits(adapter: Adapter, base: Checkpoint) -> None:
     Raises:
         BaseModelMismatch: shapes differ, a layer's number is beyond the base's, or nothing fits.
     """
-    weights, modules = _by_tail(base), {name.split(".")[-2] for name in base.infos if "." in name}
+    here, weights = {name: [info] for name, info in base.infos.items()}, _by_tail(base)
+    modules = {name.split(".")[-2] for name in base.infos if "." in name}
     layers = max((layer_of(name) for name in base.infos), default=-1)
     wrong, found = set(), False
     for name, info in adapter.tensors.items():
@@ -257,14 +263,14 @@ def check_fits(adapter: Adapter, base: Checkpoint) -> None:
         if layer_of(path) > layers:
             wrong.add(name)
             continue
-        target = _target(path, base.infos) or _target(_tail(path), weights)
-        if target is None:  # renamed while it is loaded, or a tied head without a tensor
+        targets = _targets(path, here) or _targets(_tail(path), weights)
+        if not targets:  # renamed while it is loaded, or a tied head without a tensor
             alike = modules.intersection(path.split("."))
             found = found or "experts" in alike or bool(alike and layer_of(path) < 0)
             found = found or path.startswith("lm_head.")
             continue
         found = True
-        if not _same_shape(path, info, target, adapter):
+        if not any(_same_shape(path, info, target, adapter) for target in targets):
             wrong.add(name)
     elsewhere = adapter.config["peft_type"] in _SHARED or adapter.config.get("target_parameters")
     if wrong or not (found or elsewhere):
@@ -286,27 +292,23 @@ def _tail(name: str) -> str:
     return name[match.start(1) :] if match else name
 
 
-def _by_tail(base: Checkpoint) -> dict[str, TensorInfo]:
-    """The base's tensors by tail; without tails that several share."""
-    result: dict[str, TensorInfo] = {}
-    shared = set()
+def _by_tail(base: Checkpoint) -> dict[str, list[TensorInfo]]:
+    """The base's tensors by tail, which a part for language and one for images may share."""
+    result: dict[str, list[TensorInfo]] = {}
     for name, info in base.infos.items():
-        tail = _tail(name)
-        if tail in result:
-            shared.add(tail)
-        result[tail] = info
-    return {tail: info for tail, info in result.items() if tail not in shared}
+        result.setdefault(_tail(name), []).append(info)
+    return result
 
 
-def _target(path: str, infos: Mapping[str, TensorInfo]) -> TensorInfo | None:
-    """The tensor that `path` stands for itself, or the weight of the module it lies in."""
+def _targets(path: str, infos: Mapping[str, list[TensorInfo]]) -> list[TensorInfo]:
+    """What `path` may stand for itself, or the weights of the module it lies in."""
     if path in infos:
         return infos[path]
     while "." in path:
         path = path.rpartition(".")[0]
         if f"{path}.weight" in infos:
             return infos[f"{path}.weight"]
-    return None
+    return []
 
 
 def _same_shape(path: str, info: TensorInfo, target: TensorInfo, adapter: Adapter) -> bool:

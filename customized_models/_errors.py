@@ -112,7 +112,7 @@ class UnsupportedAdapterError(UnsupportedError):
 
 
 class UnsupportedArchitectureError(UnsupportedError):
-    """A model architecture that has no GGUF mapping here."""
+    """A model architecture that cannot be merged exactly, or that has no GGUF mapping here."""
 
 
 class UnsupportedQuantizationError(UnsupportedError):

@@ -87,7 +87,8 @@ class Merger:
     def plan(self, customized: CustomizedModel) -> MergePlan:
         """What `save` would change, write and need; refused where `save` would be.
 
-        Only headers and the adapter are read. It takes the seconds that an interpreter needs to
+        Headers are read, and what PEFT needs to build the layers of methods that start from the
+        base's weights; no tensor for a LoRA. It takes the seconds that an interpreter needs to
         import torch, transformers and PEFT: it runs in one of its own, because it sets globals
         of theirs, and those here are yours.
 

@@ -126,8 +126,8 @@ def _memory(merged: MergedSource) -> int:
     The adapter as PEFT loads it, if it does, twice, for the proof opens it again. What is merged at
     once: either PEFT's product before and after scaling, with which the proof compares blocks; or,
     where PEFT merges it as a whole, what was read and its cast, the products, the operands of the
-    sum in float32, and what DoRA weighs it with. Of each file that is written, blocks, and two
-    tensors that PEFT merged. And what the libraries load when they are first used.
+    sum in float32, and what DoRA weighs it with. Of each file that is written, blocks, and twice
+    what PEFT merged at once. And what the libraries load when they are first used.
     """
     merge, base = merged.merge, merged.layout.infos
     adapter = merged.adapter.tensors.values() if merge.keeps_values else ()
@@ -140,6 +140,6 @@ def _memory(merged: MergedSource) -> int:
         else:
             sizes = (base.get(info.name, info).size + info.size for info in infos)
             at_once = max(at_once, sum(sizes) + 5 * product)
-            waiting = max(waiting, *(2 * info.size for info in infos))
+            waiting = max(waiting, 2 * sum(info.size for info in infos))
     files = min(merge.at_once or files_at_once(), len(merge.shards))
     return held + at_once + files * (waiting + _BLOCKS) + _FIRST_USE

@@ -45,6 +45,7 @@ class Architecture:
     task: str | None = "CAUSAL_LM"
     experts: tuple[str, ...] = ()
     convolutions: tuple[str, ...] = ()
+    attention: tuple[str, ...] = ()
     hub: Callable[[Tensors], Tensors] | None = None
     converted: bool = False
     saved_by: str | None = None
@@ -192,6 +193,8 @@ def adaptations(architecture: Architecture) -> dict[str, Adaptation]:
     }
     if architecture.experts:
         kinds["experts"] = lora(architecture, target_parameters=[*architecture.experts])
+    if architecture.attention:
+        kinds["attention"] = lora(architecture, target_modules=[*architecture.attention])
     if architecture.convolutions:
         kinds["convolutions"] = lora(architecture, target_modules=[*architecture.convolutions])
     return kinds
@@ -475,6 +478,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         (*LLAMA_TARGETS, "out_proj", "fc1", "fc2"),
         "multi_modal_projector",
         None,
+        attention=("q_proj", "v_proj"),
         convolutions=("patch_embedding",),
         hub=OLD_LLAVA,
         converted=True,
@@ -504,6 +508,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         ),
         (*LLAMA_TARGETS, "out_proj", "fc1", "fc2"),
         "multi_modal_projector",
+        attention=("q_proj", "v_proj"),
         convolutions=("patch_embedding",),
         hub=OLD_LLAVA,
         converted=True,
@@ -520,6 +525,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
         "layer_norm",
         None,
+        attention=("q_proj", "v_proj"),
         convolutions=("conv1", "conv2"),
     ),
     "T5": Architecture(
@@ -528,6 +534,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         ("q", "k", "v", "o", "wi", "wo"),
         "relative_attention_bias",
         "SEQ_2_SEQ_LM",
+        attention=("q", "v"),
         hub=t5,
     ),
     "T5 1.1": Architecture(
@@ -540,6 +547,18 @@ ARCHITECTURES: dict[str, Architecture] = {
         "SEQ_2_SEQ_LM",
         hub=t5,
         untied="lm_head.weight",
+    ),
+    "Marian": Architecture(
+        SEQ2SEQ,
+        lambda: transformers.MarianConfig(
+            vocab_size=64, d_model=32, encoder_layers=2, decoder_layers=2,
+            encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48,
+            decoder_ffn_dim=48, max_position_embeddings=64, pad_token_id=0,
+            decoder_start_token_id=0,
+        ),
+        ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
+        "final_layer_norm",
+        "SEQ_2_SEQ_LM",
     ),
     "BERT with a head": Architecture(
         CLASSIFICATION,

@@ -298,6 +298,15 @@ def save_weights(directory: Path, tensors: dict[str, torch.Tensor]) -> None:
     save_file(tensors, directory / WEIGHTS)
 
 
+@pytest.mark.parametrize("pattern", [False, 0, "", [], {"q_proj": 1}, {"q_proj": [1]}], ids=str)
+def test_masks_of_ranks_that_are_none_are_malformed(pattern: object, untrusted: Path) -> None:
+    config = json.loads((untrusted / CONFIG).read_text())
+    config |= {"peft_type": "ADALORA", "rank_pattern": pattern}
+    (untrusted / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(MalformedError, match="rank_pattern"):
+        Adapter.open(untrusted)
+
+
 def test_weights_without_tensors_are_malformed(untrusted: Path) -> None:
     save_weights(untrusted, {})
     with pytest.raises(MalformedError, match="no tensors"):

@@ -408,6 +408,18 @@ def test_a_resized_vocabulary_comes_with_the_adapter(
     assert (ours - wanted).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("end", ["lm_head", "model.embed_tokens"])
+def test_a_resized_vocabulary_of_one_end_alone_is_refused(
+    end: str, base: Path, tmp_path: Path
+) -> None:
+    adapter = with_more_tokens(base, tmp_path / "adapter", lora()(), 330)
+    tensors = load_file(adapter / WEIGHTS)
+    del tensors[f"base_model.model.{end}.weight"]
+    save_file(tensors, adapter / WEIGHTS)
+    with pytest.raises(BaseModelMismatch, match=rf"vocabulary of 330.*{end}"):
+        opened(base, adapter, tmp_path)
+
+
 def test_embeddings_of_two_sizes_are_refused(base: Path, tmp_path: Path) -> None:
     adapter = with_more_tokens(base, tmp_path / "adapter", lora()(), 330)
     tensors = load_file(adapter / WEIGHTS)

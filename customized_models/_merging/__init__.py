@@ -21,19 +21,23 @@ __all__ = ["Merge", "open_merge"]
 
 
 def open_merge(base: Checkpoint, adapter: Adapter) -> Merge:
-    """Plan the merge of `adapter` into `base`; only the adapter's weights are read.
+    """Plan the merge of `adapter` into `base`, out of headers where PEFT does not need more.
 
     Every tensor that the adapter changes will have the bits and dtype that
-    `PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype="auto"), adapter)
-    .merge_and_unload()` gives it on the CPU; every other tensor has the bytes of the base's file.
-    An output layer and an embedding that are tied come apart if the adapter changes one of them.
+    `PeftModel.from_pretrained(AutoModelFor...from_pretrained(base, dtype="auto"), adapter)
+    .merge_and_unload()` gives it on the CPU, with the class for the adapter's task; every other
+    tensor has the bytes of the base's file, or what they dequantize to. An output layer and an
+    embedding that are tied come apart if the adapter changes one of them.
+
+    Methods that start from the base's weights have PEFT read those; tensors that both stand in the
+    files though they are tied, and copies of the base's in the adapter, are read to compare them.
 
     Raises:
         UnsupportedAdapterError: a type or option that cannot be merged exactly, or an adapter
             that changes tensors that are tied in another way; the message names it.
         MalformedError: the configuration states sizes that the adapter's tensors do not have.
-        UnsupportedArchitectureError: transformers has no such causal language model, or it
-            converts tensors that the adapter changes while it loads them.
+        UnsupportedArchitectureError: transformers has no model of that class, or does not save
+            tensors that the adapter changes as it loads them.
         UnsupportedVersionError: an installed package lacks what this builds on.
         BaseModelMismatch: the adapter changes modules that the base lacks, or of another shape.
         UnmergedTensorsError: the adapter holds tensors that its configuration does not call for,

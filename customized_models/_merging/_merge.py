@@ -28,6 +28,12 @@ from ._parts import Layer, Part, plan_parts
 from ._skeleton import Skeleton, build_skeleton
 from ._versions import installed
 
+_OF_TEXT = frozenset({"vocab_size", "tie_word_embeddings"})
+_UNCHANGED = (
+    "the adapter leaves {} as it is in the base; if that layer was not to be trained, as those of "
+    "images in a training on text, train with exclude_modules naming it"
+)
+
 
 def plan(base: Checkpoint, adapter: Adapter) -> Merge:
     """See `open_merge`, which has refused by configuration what it can."""
@@ -36,13 +42,11 @@ def plan(base: Checkpoint, adapter: Adapter) -> Merge:
     injected = inject(skeleton, adapter)
     injected.load()
     parts, untied = plan_parts(injected)
-    changes = {**skeleton.config, **({"tie_word_embeddings": False} if untied else {})}
+    changes = dict(skeleton.config)
+    if untied:
+        changes["tie_word_embeddings"] = False
     config = _config(base, changes)
     return Merge(skeleton, parts, untied, config, keeps_values=injected.keeps_values)
-
-
-_OF_TEXT = frozenset({"vocab_size", "tie_word_embeddings"})
-_OF_QUANTIZATION = frozenset({"quantization_config"})
 
 
 def _config(base: Checkpoint, changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -54,9 +58,9 @@ def _config(base: Checkpoint, changes: Mapping[str, Any]) -> dict[str, Any]:
     config = dict(changes)
     if isinstance(inner := document.get("text_config"), dict):
         of_text = {key: changes[key] for key in _OF_TEXT & changes.keys()}
-        config = {k: v for k, v in changes.items() if k not in _OF_TEXT or k in document}
+        config = {k: v for k, v in changes.items() if k != "vocab_size" or k in document}
         config |= {"text_config": inner | of_text} if of_text else {}
-    return config | dict.fromkeys(_OF_QUANTIZATION & document.keys())
+    return config | dict.fromkeys({"quantization_config"} & document.keys())
 
 
 class Merge:
@@ -86,7 +90,10 @@ class Merge:
         self.config = config
         self.keeps_values = keeps_values
         self._skeleton = skeleton
+        parts = [*parts]
         self._parts = {info.name: part for part in parts for info in part.infos}
+        if len(self._parts) != sum(len(part.infos) for part in parts):
+            raise MergeError("two layers that are merged apart change the same tensor of the base")
         self._copies = {head: skeleton.unit(of).tensors[0] for head, of in untied.items()}
         self._merging = Merging()
         self._ready: dict[str, torch.Tensor] = {}
@@ -132,6 +139,8 @@ class Merge:
         Raises:
             NonFiniteError: the merged tensor holds NaN or infinity.
             UnchangedTargetsError: a merged parameter is the base's.
+            MergeError: PEFT cannot merge these values, or changes others than the adapter targets.
+            UnsupportedArchitectureError: transformers does not save what it loads.
         """
         if name in self._parts:
             return self._merging.aside(lambda: self._whole(name))
@@ -207,7 +216,11 @@ class Merge:
             if name not in self._ready:
                 self._ready |= self._merged(self._parts[name])
             self._unread.discard(name)
-            return self._ready.pop(name)
+            tensor = self._ready.pop(name)
+            if self._unread.isdisjoint(info.name for info in self._parts[name].infos):
+                for info in self._parts[name].infos:  # read before, and merged once more
+                    self._ready.pop(info.name, None)
+            return tensor
 
     def _merged(self, part: Part) -> dict[str, torch.Tensor]:
         """The tensors that come of it, by PEFT and transformers."""
@@ -259,7 +272,7 @@ class Merge:
         same = torch.equal(_head(merged), head)
         same = same and torch.equal(merged, self._skeleton.read(layer.sources[name]))
         if same and name in changed and not beside:
-            raise UnchangedTargetsError(f"the adapter leaves {shown(path)} as it is in the base")
+            raise UnchangedTargetsError(_UNCHANGED.format(shown(path)))
         if not same and name not in changed:
             raise MergeError(f"merging changed {shown(path)}, which the adapter does not target")
 
@@ -291,7 +304,7 @@ def _checked(
         same = same and torch.equal(before, after)
         yield after
     if same:
-        raise UnchangedTargetsError(f"the adapter leaves {shown(name)} as it is in the base")
+        raise UnchangedTargetsError(_UNCHANGED.format(shown(name)))
 
 
 def _refuse_non_finite(name: str, merged: torch.Tensor) -> None:

@@ -29,7 +29,9 @@ def plan_parts(injected: Injected) -> tuple[list[Part], dict[str, str]]:
     untied = _untie(targets, skeleton)
     sources = injected.sources(targets)
     layers = [_layer(t, sources[place], skeleton, untied) for place, t in targets.items()]
-    _refuse_incomplete(layers, skeleton)
+    if injected.adapter.config.get("task_type") != "FEATURE_EXTRACTION":  # which uses no head
+        _refuse_incomplete(layers, skeleton)
+    _refuse_two_vocabularies(layers, skeleton)
     parts = _parts(layers, skeleton)
     done = {unit for part in parts for unit in part.units}
     parts += [_part([], [unit], skeleton) for unit in skeleton.quantized if unit not in done]
@@ -98,10 +100,22 @@ def _refuse_incomplete(layers: list[Layer], skeleton: Skeleton) -> None:
     """A head that was drawn at random before the training and is not saved is lost."""
     there = {path for layer in layers for path in _changed(layer)}
     there |= skeleton.loading.units.keys() | skeleton.tied.keys()
+    there |= {*(skeleton.model._keys_to_ignore_on_save or ())}  # computed, not learnt
     if lost := skeleton.loading.parameters - there:
         raise BaseModelMismatch(
             f"neither the base model's files nor the adapter have {listed(lost)}, which a "
             f"{type(skeleton.model).__name__} needs; save it with the adapter (modules_to_save)"
+        )
+
+
+def _refuse_two_vocabularies(layers: list[Layer], skeleton: Skeleton) -> None:
+    """Embedding and output layer have the same number of rows, or the model cannot be loaded."""
+    changed = {skeleton.tied.get(path, path) for layer in layers for path in _changed(layer)}
+    ends = {skeleton.tied.get(path, path) for path in skeleton.embeddings}
+    if skeleton.vocabulary is not None and (short := ends - changed):
+        raise BaseModelMismatch(
+            f"the adapter was trained with a vocabulary of {skeleton.vocabulary}, but has no "
+            f"{listed(short)} of that size; save it with the adapter (save_embedding_layers=True)"
         )
 
 
@@ -122,8 +136,9 @@ def _untie(targets: dict[str, Target], skeleton: Skeleton) -> dict[str, str]:
             return {members[0]: holder}
         needed = {holder} if members == [skeleton.head] else {holder, *members}
         if not together or needed - by_path.keys():
+            what = "resizes" if skeleton.vocabulary is not None else "changes"
             raise UnsupportedAdapterError(
-                f"the adapter changes some of {listed([*members, holder])}, which the base model "
+                f"the adapter {what} some of {listed([*members, holder])}, which the base model "
                 f"ties to one another: PEFT would change all, which is not what was trained"
             )
         for name in by_path.keys() & members:

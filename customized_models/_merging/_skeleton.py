@@ -38,7 +38,7 @@ _CLASSES = {
 """By PEFT's task type, the classes that may load the base; the first that knows it does, unless the
 base's configuration names the class of another."""
 
-_HEADED = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+_HEADED = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 
 
 @frozen
@@ -121,7 +121,6 @@ def build_skeleton(base: Checkpoint, adapter: Adapter) -> Skeleton:
     Raises:
         UnsupportedArchitectureError: transformers has no class for the base and the adapter's task.
     """
-    changes: dict[str, Any] = {}
     try:
         config = AutoConfig.from_pretrained(
             base.directory, local_files_only=True, trust_remote_code=False
@@ -129,16 +128,8 @@ def build_skeleton(base: Checkpoint, adapter: Adapter) -> Skeleton:
         quantizer = take_quantizer(config)
         dtype = _dtype(config, base, quantizer)
         build = _model_class(config, adapter)
-        model = _empty_model(build, config, dtype)
-        vocabulary, labels = _resized(adapter, model), _labels(adapter, model)
-        if vocabulary is not None:
-            config.get_text_config().vocab_size = vocabulary
-            changes["vocab_size"] = vocabulary
-        if labels is not None:
-            config.num_labels = labels
-            changes |= {"id2label": config.id2label, "label2id": config.label2id}
-        if vocabulary is not None or labels is not None:
-            model = _empty_model(build, config, dtype)
+        vocabulary, changes = _adjust(config, adapter, _empty_model(build, config, dtype))
+        model, untouched = (_empty_model(build, config, dtype) for _ in range(2))
     except CustomizedModelsError:
         raise
     except Exception as error:  # its classes raise of all kinds at a config that they do not like
@@ -146,16 +137,9 @@ def build_skeleton(base: Checkpoint, adapter: Adapter) -> Skeleton:
             f"transformers builds no model for the adapter's task from the base's config.json: "
             f"{shown(error, 500)}"
         ) from error
-    dtypes = _dtypes(model, dtype)
-    untouched = _empty_model(
-        build, config, dtype
-    )  # conversions look at the model, which PEFT alters
-    _dtypes(untouched, dtype)
-    loading = Loading(untouched, base, dtypes, quantizer)
-    quantized = dequantized_units(base, loading) if quantizer else ()
+    dtypes, _ = _dtypes(model, dtype), _dtypes(untouched, dtype)
+    loading = Loading(untouched, base, dtypes, quantizer)  # PEFT alters the other one
     tied = _ties(model, loading)
-    if adapter.config.get("task_type") in _HEADED:
-        changes["architectures"] = [type(model).__name__]
     return Skeleton(
         model=model.eval(),  # type: ignore[no-untyped-call]
         base=base,
@@ -166,10 +150,33 @@ def build_skeleton(base: Checkpoint, adapter: Adapter) -> Skeleton:
         head=_head(model, loading, tied),
         embeddings=frozenset(_embeddings(model)),
         vocabulary=vocabulary,
-        quantized=quantized,
+        quantized=dequantized_units(base, loading) if quantizer else (),
         treatment=treatment_of(base),
         config=changes,
     )
+
+
+def _adjust(
+    config: Any, adapter: Adapter, model: PreTrainedModel
+) -> tuple[int | None, dict[str, Any]]:
+    """Have `config` state the adapter's vocabulary and labels where `model` has others.
+
+    Returns the vocabulary, if it is another, and what changes in `config.json`.
+    """
+    changes: dict[str, Any] = {}
+    vocabulary, labels = _resized(adapter, model), _labels(adapter, model)
+    if vocabulary is not None:
+        config.get_text_config().vocab_size = changes["vocab_size"] = vocabulary
+    if labels is not None:
+        config.num_labels = labels
+        changes |= {"id2label": config.id2label, "label2id": config.label2id}
+    if _is_headed(model) and config.architectures != [type(model).__name__]:
+        changes["architectures"] = [type(model).__name__]
+    return vocabulary, changes
+
+
+def _is_headed(model: PreTrainedModel) -> bool:
+    return type(model).__name__.endswith(_HEADED)
 
 
 def _model_class(config: Any, adapter: Adapter) -> Any:
@@ -243,7 +250,8 @@ def _ties(model: PreTrainedModel, loading: Loading) -> dict[str, str]:
 def _head(model: PreTrainedModel, loading: Loading, tied: Mapping[str, str]) -> str | None:
     ends = _embeddings(model)
     plain = len(ends) == 2 and tied == dict([ends]) and ends[0] not in loading.units
-    flag = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    configs = (model.config, model.config.get_text_config())
+    flag = any(getattr(config, "tie_word_embeddings", False) for config in configs)
     return ends[0] if plain and flag else None
 
 
@@ -270,7 +278,7 @@ def _resized(adapter: Adapter, model: PreTrainedModel) -> int | None:
 
 def _labels(adapter: Adapter, model: PreTrainedModel) -> int | None:
     """How many labels the adapter's own head has, if not as many as the model's."""
-    if adapter.config.get("task_type") not in _HEADED:
+    if not _is_headed(model):
         return None
     count, shapes = model.config.num_labels, dict(model.named_parameters())
     found = set()
