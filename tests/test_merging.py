@@ -304,6 +304,7 @@ def test_threads_are_as_many_after_a_merge_as_before(
     torch.set_num_threads(2)
     try:
         merge = opened(base, adapter, tmp_path)
+        assert {merge.way(name) for name in merge.changed} == {"blocks"}
         for name in merge.changed:
             merge.read(name)
         assert torch.get_num_threads() == 2

@@ -6,7 +6,8 @@ This module is only imported when a merge is planned.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -80,7 +81,7 @@ class Merge:
     def __init__(
         self,
         skeleton: Skeleton,
-        parts: Iterable[Part],
+        parts: list[Part],
         untied: Mapping[str, str],
         config: Mapping[str, Any],
         *,
@@ -90,7 +91,6 @@ class Merge:
         self.config = config
         self.keeps_values = keeps_values
         self._skeleton = skeleton
-        parts = [*parts]
         self._parts = {info.name: part for part in parts for info in part.infos}
         if len(self._parts) != sum(len(part.infos) for part in parts):
             raise MergeError("two layers that are merged apart change the same tensor of the base")
@@ -143,7 +143,7 @@ class Merge:
             UnsupportedArchitectureError: transformers does not save what it loads.
         """
         if name in self._parts:
-            return self._merging.aside(lambda: self._whole(name))
+            return self._merging.aside(partial(self._whole, name))
         self._unread.discard(name)
         return self._skeleton.base.read(self._copies.get(name, name))
 
@@ -172,8 +172,8 @@ class Merge:
         part = self._parts.get(name)
         if part is None or not part.layers:
             return "transformers" if part else "copy"
-        target = part.layers[0].target
-        blocks = part.is_one_weight and self._merging.suits_blocks(target)
+        suits = partial(self._merging.suits_blocks, part.layers[0].target)
+        blocks = part.is_one_weight and self._merging.aside(suits)
         return "blocks" if blocks else "PEFT"
 
     def together(self, name: str) -> tuple[TensorInfo, ...]:
