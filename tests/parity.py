@@ -138,11 +138,17 @@ def write_merged(merge: Merge, base: Path, directory: Path) -> Path:
     for path in base.glob("*.json"):
         (directory / path.name).write_bytes(path.read_bytes())
     (directory / INDEX).unlink(missing_ok=True)
-    config = json.loads((base / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps(config | dict(merge.config)))
+    config = json.loads((base / "config.json").read_text()) | dict(merge.config)
+    kept = {key: value for key, value in config.items() if value is not None}
+    (directory / "config.json").write_text(json.dumps(kept))
     write_checkpoint(merge, Checkpoint.open(base), directory, lambda *_: None, merge.changed)
     merge.finish()
     return directory
+
+
+def written(base: Path, adapter: Path, scratch: Path) -> Path:
+    """What merging the two gives, as a model directory."""
+    return write_merged(opened(base, adapter, scratch), base, scratch / "out")
 
 
 def assert_architecture_parity(

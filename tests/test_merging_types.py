@@ -10,7 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from parity import assert_parity, opened, tiny_model
+from parity import assert_parity, opened, tiny_model, written
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -25,7 +25,6 @@ from customized_models._errors import (
     UnsupportedAdapterError,
 )
 from customized_models._merging._refusals import MERGEABLE_TYPES, UNMERGEABLE_TYPES
-from customized_models._writer import write_checkpoint
 from customized_models.testing import tiny_llama, tiny_lora
 from customized_models.testing._models import tiny_adapter
 
@@ -313,18 +312,6 @@ def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama whose head is its embedding, in float32 so that logits can be compared."""
     directory = tmp_path_factory.mktemp("tied")
     return tiny_llama(directory, tokenizer=False, tied=True, dtype="float32")
-
-
-def written(base: Path, adapter: Path, scratch: Path) -> Path:
-    """A model directory with what the merge gives."""
-    merge = opened(base, adapter, scratch)
-    out = scratch / "out"
-    out.mkdir()
-    write_checkpoint(merge, Checkpoint.open(base), out, lambda *_: None, merge.changed)
-    merge.finish()
-    config = json.loads((base / "config.json").read_text())
-    (out / "config.json").write_text(json.dumps(config | dict(merge.config)))
-    return out
 
 
 def logits(model: Any) -> torch.Tensor:

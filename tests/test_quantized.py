@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from parity import assert_parity, opened
+from parity import assert_parity, opened, written
 from peft import LoraConfig
 from quantized import (
     DEEPSEEK,
@@ -40,7 +40,6 @@ from customized_models._merging._refusals import (
     refuse_base,
     refuse_codes,
 )
-from customized_models._writer import write_checkpoint
 from customized_models.testing import tiny_llama, tiny_lora
 from customized_models.testing._models import tiny_adapter
 
@@ -210,19 +209,6 @@ LORAS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-
-
-def written(base: Path, adapter: Path, scratch: Path) -> Path:
-    """The complete model, as far as it is needed to load it."""
-    merge = opened(base, adapter, scratch)
-    out = scratch / "out"
-    out.mkdir()
-    write_checkpoint(merge, Checkpoint.open(base), out, lambda *_: None, merge.changed)
-    merge.finish()
-    config = json_object(base / "config.json") | dict(merge.config)
-    kept = {key: value for key, value in config.items() if value is not None}
-    (out / "config.json").write_text(json.dumps(kept))
-    return out
 
 
 @pytest.mark.parametrize("size", [SHARDED, WHOLE])
