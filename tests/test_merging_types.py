@@ -205,6 +205,34 @@ def test_merging_into_transposed_layers_gives_the_bits_of_peft(
     assert_parity(base, adapter, tmp_path, changed)
 
 
+def of_gpt2(kind: str) -> PeftConfig:
+    config = LLAMA[kind][2]()
+    config.target_modules = set(OF_GPT2)
+    return config
+
+
+ON_GPT2 = {GPT2[kind][1]().peft_type.value for kind in GPT2}
+OTHERS = {peft_type: kind for kind, (peft_type, _, _) in LLAMA.items() if peft_type not in ON_GPT2}
+
+
+@pytest.mark.parametrize("peft_type", sorted(OTHERS.keys() - {"OSF"}))
+def test_peft_puts_no_other_type_on_transposed_layers(
+    peft_type: str, bases: Callable[[str, str], Path]
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(bases("gpt2", "float32"))
+    with pytest.raises((TypeError, ValueError, NotImplementedError), match="support"):
+        get_peft_model(model, of_gpt2(OTHERS[peft_type]))
+
+
+def test_osf_trains_nothing_of_transposed_layers_and_so_is_refused(
+    bases: Callable[[str, str], Path], tmp_path: Path
+) -> None:
+    base = bases("gpt2", "float32")
+    adapter = tiny_adapter(tmp_path / "adapter", base, of_gpt2("OSF"))
+    with pytest.raises(MalformedError, match="no tensors"):
+        opened(base, adapter, tmp_path)
+
+
 def test_every_type_of_peft_is_merged_here_or_refused_with_its_reason() -> None:
     tested = {peft_type for peft_type, _, _ in LLAMA.values()}
     assert tested == MERGEABLE_TYPES
