@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 ROWS = 20  # of a table that is shown
 _FLOAT32 = ITEM_SIZE["F32"]
 _BLOCKS = 32 << 20  # bytes
-_FIRST_USE = 256 << 20  # bytes: seen with DoRA, which makes the libraries load most
+_FIRST_USE = 192 << 20  # bytes: seen with DoRA, which makes the libraries load most
 _HEADER = ("tensor", "dtype", "shape", "bytes", "by", "from")
 
 
@@ -124,10 +124,10 @@ def _memory(merged: MergedSource) -> int:
     """The most bytes at once.
 
     The adapter as PEFT loads it, if it does, twice, for the proof opens it again. What is merged at
-    once: either PEFT's product before and after scaling, with which the proof compares blocks; or,
-    where PEFT merges it as a whole, what was read and its cast, the products, the operands of the
-    sum in float32, and what DoRA weighs it with. Of each file that is written, blocks, and twice
-    what PEFT merged at once. And what the libraries load when they are first used.
+    once: either PEFT's product, with which the proof compares blocks; or, where PEFT merges it as a
+    whole, what was read and its cast, the products, the operands of the sum in float32, and what
+    DoRA weighs it with. Of each file that is written, blocks, and twice what PEFT merged at once.
+    And what the libraries load when they are first used.
     """
     merge, base = merged.merge, merged.layout.infos
     adapter = merged.adapter.tensors.values() if merge.keeps_values else ()
@@ -136,7 +136,7 @@ def _memory(merged: MergedSource) -> int:
     for infos in {merge.together(name) for name in merge.changed}:
         product = sum(math.prod(info.shape) for info in infos) * _FLOAT32
         if merge.way(infos[0].name) == "blocks":
-            at_once = max(at_once, 2 * product)
+            at_once = max(at_once, product)
         else:
             sizes = (base.get(info.name, info).size + info.size for info in infos)
             at_once = max(at_once, sum(sizes) + 5 * product)
