@@ -139,8 +139,9 @@ def write_merged(merge: Merge, base: Path, directory: Path) -> Path:
         (directory / path.name).write_bytes(path.read_bytes())
     (directory / INDEX).unlink(missing_ok=True)
     config = json.loads((base / "config.json").read_text()) | dict(merge.config)
-    kept = {key: value for key, value in config.items() if value is not None}
-    (directory / "config.json").write_text(json.dumps(kept))
+    for key in [key for key, value in merge.config.items() if value is None]:
+        del config[key]
+    (directory / "config.json").write_text(json.dumps(config))
     write_checkpoint(merge, Checkpoint.open(base), directory, lambda *_: None, merge.changed)
     merge.finish()
     return directory
