@@ -88,7 +88,7 @@ class Merger:
         """What `save` would change, write and need; refused where `save` would be.
 
         Headers are read, and what PEFT needs to build the layers of methods that start from the
-        base's weights; no tensor for a LoRA. It takes the seconds that an interpreter needs to
+        base's weights; for a LoRA no tensor but copies of the base's, to compare them. It takes the seconds that an interpreter needs to
         import torch, transformers and PEFT: it runs in one of its own, because it sets globals
         of theirs, and those here are yours.
 

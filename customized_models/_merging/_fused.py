@@ -204,12 +204,6 @@ class _Factors:
         )
 
 
-def _pairs_of(experts: int) -> list[tuple[int, int]]:
-    """The first and the end, exclusive, of each pair; the last are three if their number is odd."""
-    starts = range(0, experts - 1, 2)
-    return [(start, start + 2 if start + 3 != experts else experts) for start in starts]
-
-
 def _shapes_of(target: Target) -> tuple[torch.Size, torch.Size] | None:
     """Those of the factors of a layer for which PEFT adds their product and no more, else None."""
     layer = target.module
