@@ -88,9 +88,9 @@ class Merger:
         """What `save` would change, write and need; refused where `save` would be.
 
         Headers are read, and what PEFT needs to build the layers of methods that start from the
-        base's weights; for a LoRA no tensor but copies of the base's, to compare them. It takes the seconds that an interpreter needs to
-        import torch, transformers and PEFT: it runs in one of its own, because it sets globals
-        of theirs, and those here are yours.
+        base's weights; for a LoRA no tensor but copies of the base's, to compare them. It takes
+        the seconds that an interpreter needs to import torch, transformers and PEFT: it runs in
+        one of its own, because it sets globals of theirs, and those here are yours.
 
         Raises:
             UnsupportedError, BaseModelMismatch, MergeError: `save` would end with the same error.
