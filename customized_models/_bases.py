@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
+from typing import TypeAlias
 
 from attrs import frozen
 
-from ._checkpoints import INDEX, Checkpoint, FileDigest
+from ._checkpoints import INDEX, Checkpoint, FileDigest, opened
 from ._errors import BaseModelMismatch, BaseModelMissingError, UnsafeFileError, listed, shown
 from ._manifest import digest_of, hash_file, to_document
 from ._models import Progress
@@ -29,6 +34,11 @@ SMALL_FILES = (
     "processor_config.json",
 )
 """What a model directory has beside its weights that changes what the model does."""
+
+_CHUNK = 16 << 20  # bytes: while others import, each look at the lock of the interpreter takes 5 ms
+_PATIENCE = 0.2  # seconds between two calls of `progress`
+
+_Seen: TypeAlias = "tuple[int, int, int]"
 
 
 @frozen
@@ -104,17 +114,65 @@ def unchanged(location: Location) -> Path:
                 f"the base model has no file {shown(directory / name)} any more; "
                 f"name its new place with relocate_base_model"
             ) from error
-        seen = (status.st_size, status.st_mtime_ns, status.st_ino)
-        if seen != (known.size, known.mtime_ns, known.inode):
+        if _seen(status) != (known.size, known.mtime_ns, known.inode):
             found = _known(directory / name)
             if (found.size, found.sha256) != (known.size, known.sha256):
                 different.add(name)
     if different:
-        raise BaseModelMismatch(
-            f"the base model at {shown(directory)} is not the one that was added: "
-            f"{listed(different)} changed"
-        )
+        raise _mismatch(directory, different)
     return directory
+
+
+@contextmanager
+def hashed_beside(location: Location) -> Iterator[Callable[[Progress], None]]:
+    """Hash a base's files in a thread of their own, while the block reads them for another end.
+
+    The block calls what it is given once it has read all: that waits until all is hashed, and
+    raises `BaseModelMismatch` if any of it is not what was added, or was changed meanwhile.
+    """
+    directory, stopped, done = Path(location.path), Event(), 0
+    total = sum(known.size for known in location.files.values())
+
+    def hash_all() -> dict[str, _Seen]:
+        nonlocal done
+        seen, buffer = {}, memoryview(bytearray(_CHUNK))
+        for name, known in location.files.items():
+            sha256 = hashlib.sha256()
+            with opened(directory / name) as fd:
+                seen[name] = _seen(os.fstat(fd))
+                while not stopped.is_set() and (count := os.readv(fd, [buffer])):
+                    sha256.update(buffer[:count])
+                    done += count
+            if sha256.hexdigest() != known.sha256:
+                raise _mismatch(directory, {name})
+        return seen
+
+    with ThreadPoolExecutor(1) as pool:
+        hashing = pool.submit(hash_all)
+
+        def finish(progress: Progress) -> None:
+            while not wait([hashing], timeout=_PATIENCE).done:
+                progress("hashing the base model", done, total)
+            seen = hashing.result()
+            if changed := {n for n in seen if seen[n] != _seen((directory / n).stat())}:
+                raise _mismatch(directory, changed)
+
+        try:
+            yield finish
+        finally:
+            stopped.set()
+
+
+def _seen(status: os.stat_result) -> _Seen:
+    """By what a file is taken for one that was not touched since."""
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
+def _mismatch(directory: Path, different: Collection[str]) -> BaseModelMismatch:
+    return BaseModelMismatch(
+        f"the base model at {shown(directory)} is not the one that was added: "
+        f"{listed(different)} changed"
+    )
 
 
 def _known(path: Path) -> KnownFile:

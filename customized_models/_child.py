@@ -11,11 +11,11 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from ._errors import CustomizedModelsError, JobFailed, shown
-from ._jobs import pickled, worker_environment
+from ._interpreters import command, environment
+from ._jobs import pickled
 
 if TYPE_CHECKING:
     from ._registry import ModelRegistry
@@ -36,16 +36,11 @@ def ask(
         CustomizedModelsError: what the task raised of our errors, as it raised it.
         JobFailed: it met any other error, or was killed; the message ends with its last words.
     """
-    package = str(Path(__file__).parent.parent)
-    code = (
-        f"import sys; sys.path.append({package!r}); "
-        "from customized_models._child import main; main()"
-    )
     ended = subprocess.run(  # kills it if the caller is interrupted
-        [sys.executable, "-P", "-c", code],
+        command("_child"),
         input=pickle.dumps((pickled(registry), task, arguments, named)),
         capture_output=True,
-        env=worker_environment(),
+        env=environment(),
     )
     if ended.returncode:
         said = ended.stderr.decode(errors="replace")[-2000:]

@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import pickle
 import subprocess
-import sys
-import threading
 import time
 import uuid
 from collections.abc import Callable, Generator, Mapping
@@ -32,6 +29,7 @@ from ._errors import (
     NotFoundError,
     shown,
 )
+from ._interpreters import command, start, start_ahead, take_started
 from ._models import CompleteModel, LiveModel, html_table
 
 if TYPE_CHECKING:
@@ -247,11 +245,6 @@ def start_job(
     return Job(registry, id)
 
 
-def worker_environment() -> dict[str, str]:
-    """Ours, and what has glibc give back to the system at once the memory of a tensor."""
-    return {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), **os.environ}
-
-
 def pickled(registry: ModelRegistry) -> bytes:
     """The registry as another interpreter can load it.
 
@@ -291,28 +284,22 @@ def end_job(
     lease.end(connection)
 
 
+def warm_up() -> None:
+    """See `Merger.warm_up`."""
+    start_ahead(command("_worker", "stand_by"))
+
+
 def _start_worker(registry: ModelRegistry, id: str, payload: bytes) -> None:
-    """A fresh interpreter in a session of its own; it is handed the registry on its stdin."""
-    package = str(Path(__file__).parent.parent)
-    code = (
-        f"import sys; sys.path.append({package!r}); "
-        "from customized_models._worker import main; main(sys.argv[1])"
-    )
+    """Hand the job to the interpreter that waits for one, or to a new one, on its stdin."""
     log = log_path(registry, id)
     log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with log.open("wb") as output:
-        child = subprocess.Popen(
-            [sys.executable, "-P", "-c", code, id],
-            stdin=subprocess.PIPE,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env=worker_environment(),
-        )
+    child = take_started()
+    if child is None:
+        with log.open("wb") as output:
+            child = start([*command("_worker"), id], output)  # the id is for those who look at it
     assert child.stdin is not None
     with suppress(BrokenPipeError), child.stdin:  # if it died already, its log says why
-        child.stdin.write(payload)
-    threading.Thread(target=child.wait, daemon=True, name="reaper").start()  # no zombies
+        child.stdin.write(pickle.dumps((id, str(log), payload)))
     for other in [other for other, known in _children.items() if known.returncode == 0]:
         _children.pop(other, None)
     _children[id] = child

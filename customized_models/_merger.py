@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import evolve
 
+from ._bases import hashed_beside
 from ._checkpoints import FileDigest
 from ._child import ask
 from ._errors import (
@@ -21,7 +22,7 @@ from ._errors import (
     UnsupportedQuantizationError,
     shown,
 )
-from ._jobs import Job, start_job
+from ._jobs import Job, start_job, warm_up
 from ._journal import Journal
 from ._manifest import README, Manifest, digest_of, hash_file, to_document, write_file
 from ._models import BaseModel, CompleteModel, CustomizedModel, Progress, complete_name
@@ -55,7 +56,8 @@ class Merger:
 
         Every tensor the adapter changes has the bits that PEFT's `merge_and_unload` gives it;
         every other one has the base's bytes, or what an FP8 or MXFP4 base dequantizes to. The
-        adapter is compared with what was registered first. A sample of both is read back, and
+        adapter is compared with what was registered first, and the base while it is read, byte for
+        byte. A sample of both is read back, and
         compared with what PEFT itself makes of base and adapter, before anything is published.
         After a kill, the next save of the same model takes over the shards that were complete;
         while the lease of the killed one lasts (15 seconds, none if this process has seen it end)
@@ -83,6 +85,18 @@ class Merger:
             {"customized": customized.name, **arguments},
             holds=(f"customized/{customized.name}", f"base/{customized.base}"),
         )
+
+    def warm_up(self) -> None:
+        """Start now the interpreter that this process's next job will run in; returns at once.
+
+        It imports torch, transformers and PEFT, which takes it seconds, and waits: a save then
+        starts to read at once. Only one waits at a time, with about half a gigabyte; the next job of any
+        kind takes it, if environment variables and working directory are still the same. It ends
+        with this process.
+
+        >>> merger.warm_up()                                             # doctest: +SKIP
+        """
+        warm_up()
 
     def plan(self, customized: CustomizedModel) -> MergePlan:
         """What `save` would change, write and need; refused where `save` would be.
@@ -164,12 +178,13 @@ def run_save(
 ) -> None:
     """The worker's part of `Merger.save`."""
     customized = registry.get(CustomizedModel, arguments["customized"])
+    base = registry.get(BaseModel, customized.base)
     registry.verify(customized)
     with (
+        hashed_beside(registry._location(base)) as finish_hashing,
         registry._storage.staging(f"save-{id}") as staging,
         merged_source(registry, customized) as merged,
     ):
-        base = registry.get(BaseModel, customized.base)
         parents = {"base": base.digest, "customized": customized.digest}
         journal = Journal(staging, digest_of([parents, merged.merge.recipe]))
         for lost in registry._claim_lost_saves(customized.name):
@@ -177,6 +192,7 @@ def run_save(
                 journal.take_over(abandoned, merged.merge.shards, progress)
         content = _write(merged, staging, progress, journal)
         prove(merged, staging, id, progress)
+        finish_hashing(progress)
         manifest = Manifest("complete", content, parents, merged.merge.recipe, {})
         if expected := arguments.get("expected"):
             manifest = check_rebuilt(expected, manifest)

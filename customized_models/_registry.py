@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from attrs import evolve
 
 from ._adapters import Adapter, check_fits, copy_adapter
-from ._bases import locate, same_path, unchanged
+from ._bases import Location, locate, same_path, unchanged
 from ._cards import read_base_card, training_facts
 from ._checkpoints import Checkpoint, json_object
 from ._errors import (
@@ -484,15 +484,17 @@ class ModelRegistry:
     @contextmanager
     def _opened(self, model: BaseModel | CustomizedModel | CompleteModel) -> Iterator[Path]:
         """`checkout` for those who hold the model already, such as a job."""
-        from . import _records as records
-
         if isinstance(model, BaseModel):
-            with self._database.read() as connection:
-                row = records.required(connection, BaseModel, model.name)
-            yield unchanged(records.location_of(row))
+            yield unchanged(self._location(model))
         else:
             with self._storage.checkout(storage_key(model)) as directory:
                 yield directory
+
+    def _location(self, base: BaseModel) -> Location:
+        from . import _records as records
+
+        with self._database.read() as connection:
+            return records.location_of(records.required(connection, BaseModel, base.name))
 
     def local_path(self, model: BaseModel | CustomizedModel | CompleteModel) -> Path:
         """The model's directory on this host, for a look; `checkout` keeps it from being deleted.

@@ -1,8 +1,9 @@
-"""The worker process of one job: `python -c "... main(job id)"`, the registry pickled on stdin."""
+"""The worker process of one job, which comes pickled on its stdin, with the registry."""
 
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import sys
 import time
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from . import _database as db
 from ._errors import CustomizedModelsError, JobCancelled, JobLost
 from ._jobs import end_job
+from ._merging import preload
 
 if TYPE_CHECKING:
     from ._registry import ModelRegistry
@@ -87,7 +89,21 @@ def _work(registry: ModelRegistry, row: Any, progress: Reporter, lease: db.Lease
         run_deploy(registry, row["id"], arguments, progress, lease)
 
 
-def main(id: str) -> None:
-    """Read the registry from stdin, do the job, exit."""
-    registry: ModelRegistry = pickle.load(sys.stdin.buffer)  # from the process that started us
-    run(registry, id)
+def main() -> None:
+    """Read a job from stdin, do it, exit."""
+    _do(sys.stdin.buffer.read())
+
+
+def stand_by() -> None:
+    """As `main`, ahead of the job: what a merge takes seconds to import is there when it comes."""
+    preload()
+    if job := sys.stdin.buffer.read():  # else the process that started us has no job
+        _do(job)
+
+
+def _do(job: bytes) -> None:
+    id, log, registry = pickle.loads(job)  # from the process that started us
+    with open(log, "ab") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    run(pickle.loads(registry), id)

@@ -6,6 +6,7 @@ import asyncio
 import importlib.metadata
 import json
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -18,10 +19,11 @@ import pytest
 import torch
 from huggingface_hub import ModelCard as HubCard
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from customized_models import (
+    BaseModelMismatch,
     CompleteModel,
     CustomizedModel,
     IntegrityError,
@@ -36,6 +38,7 @@ from customized_models import (
     UnsupportedAdapterError,
     UnsupportedQuantizationError,
 )
+from customized_models._bases import hashed_beside, locate
 from customized_models.testing import MemoryStorage, tiny_llama, tiny_lora
 
 
@@ -77,6 +80,38 @@ def test_an_adapter_that_was_altered_in_the_registry_is_not_saved(
     with pytest.raises(IntegrityError, match=r"adapter_config\.json"):
         Merger(registry).save(customized).result(progress=False)
     assert list(registry.complete_models()) == []
+
+
+def test_a_base_with_other_bytes_is_not_merged_though_it_looks_untouched(tmp_path: Path) -> None:
+    """Same size, time and inode: only reading it again tells."""
+    base = tiny_llama(tmp_path / "base")
+    registry = ModelRegistry(tmp_path / "models")
+    registry.add_base_model("tiny", base)
+    customized = registry.register(tiny_lora(tmp_path / "adapter", base), train_name="support")
+    path = min(base.glob("*.safetensors"))
+    status = path.stat()
+    with path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last[0] ^ 1]))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    with pytest.raises(BaseModelMismatch, match=re.escape(path.name)):
+        Merger(registry).save(customized).result(progress=False)
+    assert list(registry.complete_models()) == []
+    assert list((registry.root / ".staging").iterdir()) == []
+
+
+def test_a_base_that_is_touched_while_it_is_merged_is_not_published(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"weight": torch.ones(2)}, path)
+    (tmp_path / "config.json").write_text("{}")
+    location = locate(tmp_path, lambda *_: None)
+    with hashed_beside(location) as finish:
+        finish(lambda *_: None)
+        os.utime(path, (1, 1))
+        with pytest.raises(BaseModelMismatch, match=re.escape(path.name)):
+            finish(lambda *_: None)
 
 
 # The complete model

@@ -5,9 +5,10 @@ The result is a stream of tensors; who takes them, and in which order, is not kn
 
 from __future__ import annotations
 
+import atexit
 import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from .._adapters import Adapter
@@ -17,7 +18,7 @@ from ._refusals import refuse_adapter, refuse_base, refuse_codes
 if TYPE_CHECKING:
     from ._merge import Merge
 
-__all__ = ["Merge", "open_merge"]
+__all__ = ["Merge", "open_merge", "preload"]
 
 
 def open_merge(base: Checkpoint, adapter: Adapter) -> Merge:
@@ -46,19 +47,25 @@ def open_merge(base: Checkpoint, adapter: Adapter) -> Merge:
     refuse_adapter(adapter.config)
     refuse_base(base.directory)
     refuse_codes(json_object(base.directory / "config.json"), base.infos)
-    with _uncollected():
-        from ._merge import plan  # torch, transformers and peft
+    preload()
+    from ._merge import plan
 
     return plan(base, adapter)
 
 
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """While much is imported nothing becomes garbage; to look for it takes a second."""
+def preload() -> None:
+    """Import torch, transformers and PEFT, which takes seconds, in an interpreter of our own.
+
+    What is imported never becomes garbage: to look for it there, then and later, takes a second.
+    """
+    if f"{__name__}._merge" in sys.modules:
+        return
     enabled = gc.isenabled()
     gc.disable()
     try:
-        yield
+        import_module(f"{__name__}._merge")
+        gc.freeze()
+        atexit.register(gc.unfreeze)  # libraries count at the end what nobody freed
     finally:
         if enabled:
             gc.enable()

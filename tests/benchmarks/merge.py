@@ -237,10 +237,10 @@ def compare(other: Callable[[Path], list[str]], directory: Path, repeat: int) ->
 def step(name: str, directory: Path) -> None:
     """Do it in a process of its own: this one stays small, and imports nothing."""
     command = [sys.executable, __file__, "--step", name, "--disk", str(directory)]
-    from customized_models._jobs import worker_environment
+    from customized_models._interpreters import environment
 
     output = None if name == "profile" else subprocess.DEVNULL
-    subprocess.run(command, check=True, stderr=output, env=worker_environment())
+    subprocess.run(command, check=True, stderr=output, env=environment())
 
 
 def benchmark(name: str, disk: Path, tmpfs: Path, repeat: int) -> None:

@@ -1,0 +1,93 @@
+"""Fresh interpreters for this library's work: started when it comes, or ahead of it.
+
+Merging sets globals of torch, transformers and PEFT, so nothing is merged in the caller's process;
+and no interpreter does a second piece of work, so that none finds what another one left.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import IO
+
+from attrs import frozen
+
+_ahead: list[_Ahead] = []
+_taking = threading.Lock()
+
+
+def environment() -> dict[str, str]:
+    """Ours, and what has glibc give back to the system at once the memory of a tensor."""
+    return {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), **os.environ}
+
+
+def command(module: str, function: str = "main") -> list[str]:
+    """What runs `function()` of a module of this package."""
+    package = str(Path(__file__).parent.parent)
+    code = f"from customized_models.{module} import {function}; {function}()"
+    return [sys.executable, "-P", "-c", f"import sys; sys.path.append({package!r}); {code}"]
+
+
+def start(command: list[str], output: int | IO[bytes]) -> subprocess.Popen[bytes]:
+    """A process in a session of its own, which waits to be told on its stdin what to do."""
+    child = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        env=environment(),
+    )
+    threading.Thread(target=child.wait, daemon=True, name="reaper").start()  # no zombies
+    return child
+
+
+def start_ahead(command: list[str]) -> None:
+    """Start an interpreter for the work to come, if none waits that could do it.
+
+    It must end by itself when its stdin ends: so it does when this process ends in any way.
+    """
+    with _taking:
+        _drop_unfit()
+        if not _ahead:
+            _ahead.append(_Ahead(start(command, subprocess.DEVNULL), _Inherited.now()))
+
+
+def take_started() -> subprocess.Popen[bytes] | None:
+    """The interpreter that was started ahead, if what it would inherit now is the same."""
+    with _taking:
+        _drop_unfit()
+        return _ahead.pop().process if _ahead else None
+
+
+def _drop_unfit() -> None:
+    while _ahead and not _ahead[-1].fits():
+        stdin = _ahead.pop().process.stdin
+        assert stdin is not None
+        stdin.close()  # it ends; after a fork it is the other process's, and stays
+
+
+@frozen
+class _Inherited:
+    """What an interpreter has of the process that starts it."""
+
+    process: int
+    directory: tuple[int, int]
+    environment: dict[str, str]
+
+    @classmethod
+    def now(cls) -> _Inherited:
+        here = os.stat(os.curdir)
+        return cls(os.getpid(), (here.st_dev, here.st_ino), environment())
+
+
+@frozen
+class _Ahead:
+    process: subprocess.Popen[bytes]
+    inherited: _Inherited
+
+    def fits(self) -> bool:
+        return self.process.poll() is None and self.inherited == _Inherited.now()

@@ -1,0 +1,159 @@
+"""Interpreters that are started ahead of the job they will run."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from customized_models import (
+    CompleteModel,
+    CustomizedModel,
+    IntegrityError,
+    Job,
+    Merger,
+    ModelRegistry,
+)
+from customized_models import _interpreters as interpreters
+from customized_models import _jobs as jobs
+
+
+@pytest.fixture(autouse=True)
+def none_waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Before; and what waits afterwards is ended."""
+    monkeypatch.setattr(interpreters, "_ahead", [])
+    yield
+    while (child := interpreters.take_started()) is not None:
+        assert child.stdin is not None
+        child.stdin.close()
+        child.wait(timeout=60)
+
+
+@pytest.fixture
+def customized(registry: ModelRegistry, tiny_adapter: Path) -> CustomizedModel:
+    return registry.register(tiny_adapter, train_name="support")
+
+
+def waiting() -> subprocess.Popen[bytes]:
+    (one,) = interpreters._ahead
+    return one.process
+
+
+def ran(job: Job[CompleteModel]) -> int:
+    """The process that ran it, once it has."""
+    job.result(progress=False)
+    return jobs._children[str(job.id)].pid
+
+
+def test_a_save_runs_in_the_interpreter_that_waits(
+    registry: ModelRegistry, customized: CustomizedModel
+) -> None:
+    merger = Merger(registry)
+    cold = merger.save(customized).result(progress=False)
+    merger.warm_up()
+    expected = waiting().pid
+    job = merger.save(customized)
+    assert ran(job) == expected
+    assert job.result().digest == cold.digest
+    merger.verify(job.result())
+    assert interpreters._ahead == []  # none runs a second job
+    assert ran(merger.save(customized)) != expected
+
+
+def test_only_one_waits(registry: ModelRegistry) -> None:
+    Merger(registry).warm_up()
+    first = waiting().pid
+    Merger(registry).warm_up()
+    assert waiting().pid == first
+
+
+def test_what_goes_wrong_in_it_is_raised_here(
+    registry: ModelRegistry, customized: CustomizedModel
+) -> None:
+    (registry.local_path(customized) / "adapter_config.json").write_text("{}")
+    merger = Merger(registry)
+    merger.warm_up()
+    expected = waiting().pid
+    job = merger.save(customized)
+    assert jobs._children[str(job.id)].pid == expected
+    with pytest.raises(IntegrityError, match=r"adapter_config\.json"):
+        job.result(progress=False)
+
+
+def test_one_that_has_died_is_not_used(
+    registry: ModelRegistry, customized: CustomizedModel
+) -> None:
+    merger = Merger(registry)
+    merger.warm_up()
+    dead = waiting()
+    dead.kill()
+    dead.wait()
+    assert ran(merger.save(customized)) != dead.pid
+
+
+def test_one_of_another_environment_is_ended(
+    registry: ModelRegistry, customized: CustomizedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merger = Merger(registry)
+    merger.warm_up()
+    old = waiting()
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    job = merger.save(customized)
+    assert ran(job) != old.pid
+    assert job.result().recipe["threads"] == 1
+    assert old.wait(timeout=60) == 0
+
+
+def test_one_of_another_directory_is_ended(
+    registry: ModelRegistry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Merger(registry).warm_up()
+    old = waiting()
+    monkeypatch.chdir(tmp_path)
+    assert interpreters.take_started() is None
+    assert old.wait(timeout=60) == 0
+
+
+def test_a_forked_process_leaves_it_alone(registry: ModelRegistry) -> None:
+    Merger(registry).warm_up()
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        assert pool.apply(_takes_none)
+    assert waiting().poll() is None
+    assert interpreters.take_started() is not None
+
+
+def _takes_none() -> bool:
+    return interpreters.take_started() is None
+
+
+def test_it_ends_with_the_process_that_started_it(registry: ModelRegistry) -> None:
+    code = (
+        "import os, sys\n"
+        "from customized_models import Merger, ModelRegistry, _interpreters\n"
+        "Merger(ModelRegistry(sys.argv[1])).warm_up()\n"
+        "print(_interpreters._ahead[0].process.pid, flush=True)\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code, str(registry.root)], stdout=subprocess.PIPE, text=True
+    )
+    assert ended.returncode == -9
+    deadline = time.monotonic() + 60
+    while _lives(int(ended.stdout)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not _lives(int(ended.stdout))
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    status = Path(f"/proc/{pid}/stat")  # where nobody takes notice of it, it stays as a zombie
+    return not (status.is_file() and status.read_text().rpartition(")")[2].split()[0] == "Z")
