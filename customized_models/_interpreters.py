@@ -19,9 +19,15 @@ _ahead: list[_Ahead] = []
 _taking = threading.Lock()
 
 
+_MEMORY = {
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 20),  # glibc gives a tensor's memory back at once
+    "THP_MEM_ALLOC_ENABLE": "1",  # and torch takes it in pages of two megabytes, if there are such
+}
+
+
 def environment() -> dict[str, str]:
-    """Ours, and what has glibc give back to the system at once the memory of a tensor."""
-    return {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), **os.environ}
+    """What is set here, and how tensors have their memory unless that says so."""
+    return _MEMORY | os.environ
 
 
 def command(module: str, function: str = "main") -> list[str]:

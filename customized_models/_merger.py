@@ -90,9 +90,9 @@ class Merger:
         """Start now the interpreter that this process's next job will run in; returns at once.
 
         It imports torch, transformers and PEFT, which takes it seconds, and waits: a save then
-        starts to read at once. Only one waits at a time, with about half a gigabyte; the next job of any
-        kind takes it, if environment variables and working directory are still the same. It ends
-        with this process.
+        starts to read at once. Only one waits at a time, in about half a gigabyte; the next job of
+        any kind takes it, if environment variables and working directory are still the same. It
+        ends with this process.
 
         >>> merger.warm_up()                                             # doctest: +SKIP
         """

@@ -126,13 +126,14 @@ def _memory(merged: MergedSource) -> int:
     The adapter as PEFT loads it, if it does, twice, for the proof opens it again. What is merged at
     once: either PEFT's product, with which the proof compares blocks; or, where PEFT merges it as a
     whole, what was read and its cast, the products, the operands of the sum in float32, and what
-    DoRA weighs it with. Of each file that is written, blocks, and twice what PEFT merged at once.
-    And what the libraries load when they are first used.
+    DoRA weighs it with; or PEFT's product of stacked experts, with which that of two was compared.
+    Of each file that is written, blocks, and twice what PEFT merged at once. And what the libraries
+    load when they are first used.
     """
     merge, base = merged.merge, merged.layout.infos
     adapter = merged.adapter.tensors.values() if merge.keeps_values else ()
     held = sum(info.size + 2 * math.prod(info.shape) * _FLOAT32 for info in adapter)
-    at_once, waiting = 0, 0
+    at_once, waiting = merge.compared * _FLOAT32 * 5 // 4, 0
     for infos in {merge.together(name) for name in merge.changed}:
         product = sum(math.prod(info.shape) for info in infos) * _FLOAT32
         if merge.way(infos[0].name) == "blocks":

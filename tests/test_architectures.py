@@ -33,16 +33,22 @@ from parity import (
     opened,
     same_bits,
     write_merged,
+    written,
 )
 from peft import LoraConfig
+from safetensors.torch import load_file, save_file
 from transformers.core_model_loading import SplitModulelist
 
 from customized_models._errors import (
     BaseModelMismatch,
+    UnchangedTargetsError,
     UnmergedTensorsError,
     UnsupportedAdapterError,
     UnsupportedArchitectureError,
 )
+from customized_models._merging import _merge
+from customized_models._merging._fused import Merging
+from customized_models._merging._loading import Loading, Unit
 from customized_models._merging._target import Target
 
 pytestmark = [
@@ -422,29 +428,84 @@ def test_a_plan_names_the_tensors_of_an_adapter_that_were_saved_under_other_name
     for module in modules:
         factors = [f"base_model.model.{module}.lora_{part}.weight" for part in "AB"]
         assert [*merge.sources(f"{module}.weight")] == factors
-        assert (merge.way(f"{module}.weight") == "blocks") == module.endswith("q_proj")
+        assert merge.way(f"{module}.weight") == "blocks"
 
 
-@pytest.mark.parametrize("suited", [True, False])
-def test_experts_are_merged_two_at_a_time_where_that_gives_the_same_bits(
-    suited: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+FIVE = evolve(
+    ARCHITECTURES["Mixtral"],
+    config=lambda: transformers.MixtralConfig(**MIXTURE, num_local_experts=5),
+)
+
+
+@pytest.fixture
+def five_experts(tmp_path: Path) -> tuple[Path, Path]:
+    """A base with five experts, and an adapter that changes each."""
+    base = make_base(tmp_path / "base", FIVE)
+    adaptation = adaptations(FIVE)["experts"]
+    return base, make_adapter(tmp_path / "adapter", base, FIVE, adaptation.config())
+
+
+@pytest.mark.parametrize("suits", ["blocks", "pairs", "nothing"])
+def test_experts_are_merged_in_pieces_where_those_give_the_same_bits(
+    suits: str, five_experts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = transformers.MixtralConfig(**MIXTURE, num_local_experts=5)
-    five = evolve(ARCHITECTURES["Mixtral"], config=lambda: config)
-    base = make_base(tmp_path / "base", five)
-    adaptation = adaptations(five)["experts"]
-    adapter = make_adapter(tmp_path / "adapter", base, five, adaptation.config())
+    monkeypatch.setattr(_merge, "_GROUP", 1)  # elements: each pair by itself
     delta, asked = Target.delta_of_experts, []
 
     def noted(target: Target, *arguments: Any) -> torch.Tensor:
         start, end, dtype = arguments[2:]
         asked.append((start, end, dtype))
         few = delta(target, *arguments)
-        return few if suited or end - start == 5 else few * (1 + 1e-6)
+        return few * (1 + 1e-6) if suits == "nothing" and end - start < 5 else few
 
     monkeypatch.setattr(Target, "delta_of_experts", noted)
-    assert_architecture_parity(base, adapter, tmp_path, five.auto_class, adaptation.touches)
+    if suits == "pairs":
+        monkeypatch.setattr(Merging, "_make_up", lambda *_: False)
+    adaptation = adaptations(FIVE)["experts"]
+    assert_architecture_parity(*five_experts, tmp_path, FIVE.auto_class, adaptation.touches)
     merged = [(start, end) for start, end, dtype in asked if dtype == torch.bfloat16]
-    of_a_layer = [(0, 2), (2, 5)] if suited else []
-    assert merged == of_a_layer * 2 * 2  # two parameters in each of two layers
+    of_a_layer = [(0, 2), (2, 5)] if suits == "pairs" else []
+    assert sorted(merged) == sorted(of_a_layer * 2 * 2)  # two parameters in each of two layers
     assert [end - start for start, end, _ in asked].count(5) == 2  # once for each shape
+
+
+@pytest.mark.parametrize("suits", ["blocks", "pairs"])
+def test_experts_that_were_never_called_in_training_may_stay_as_they_are(
+    suits: str, five_experts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_merge, "_GROUP", 1)
+    if suits == "pairs":
+        monkeypatch.setattr(Merging, "_make_up", lambda *_: False)
+    base, adapter = five_experts
+    path = adapter / "adapter_model.safetensors"
+    trained = load_file(path)
+    for name, factor in trained.items():
+        if "experts" in name and "lora_B" in name:  # (out, rank x experts), the expert's index last
+            factor.view(len(factor), -1, 5)[:, :, :2] = 0
+    save_file(trained, path)
+    merged = written(base, adapter, tmp_path)
+    before, after = (
+        {k: v for f in d.glob("*.safetensors") for k, v in load_file(f).items()}
+        for d in (base, merged)
+    )
+    same = {name for name in after if torch.equal(after[name], before[name])}
+    assert {n.partition("experts.")[2][0] for n in same if "experts." in n} == {"0", "1"}
+
+    save_file({n: f * ("experts" not in n) for n, f in trained.items()}, path)
+    with pytest.raises(UnchangedTargetsError, match="experts"):
+        written(base, adapter, tmp_path / "again")
+
+
+def test_experts_that_are_stacked_in_another_order_are_refused(
+    five_experts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where small tensors would lie elsewhere than large ones do."""
+    places = Loading.places
+
+    def turned(self: Loading, unit: Unit) -> dict[str, tuple[int, int]] | None:
+        found = places(self, unit)
+        return found and dict(zip(found, reversed(found.values()), strict=True))
+
+    monkeypatch.setattr(Loading, "places", turned)
+    with pytest.raises(UnsupportedArchitectureError, match=r"experts\..* as it loads small"):
+        written(*five_experts, tmp_path)

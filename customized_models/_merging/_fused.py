@@ -9,7 +9,8 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import cycle, pairwise
+from functools import partial
+from itertools import cycle, pairwise, product
 from typing import TypeAlias, TypeVar
 
 import torch
@@ -17,10 +18,11 @@ from attrs import frozen
 from peft.tuners.lora import Linear
 
 from .._checkpoints import Checkpoint, TensorInfo, opened, read_into, tensor_bytes, torch_dtype
-from ._experts import merge_in_pairs, pairs_make_up, stack_of
+from ._experts import matrix_factors, merge_in_pairs, pairs_make_up, random_factors, stack_of
 from ._target import Target
 
 _BLOCK = 1 << 19  # elements: two megabytes in float32, so that a block stays in the cache
+_MOST_FACTORS = 4  # of stacked experts that are kept: files written side by side, two of a layer
 _MIN_ROWS = 64  # products of fewer rows take another path in the math library, with other bits
 
 T = TypeVar("T")
@@ -35,6 +37,8 @@ class Merging:
     is computed, as is all that PEFT computes, in a thread of its own, because the bits may also
     depend on how many threads torch uses: there it is the number of the thread that planned the
     merge.
+
+    `compared`: how many elements the largest product has that was so computed of stacked experts.
     """
 
     def __init__(self) -> None:
@@ -42,60 +46,125 @@ class Merging:
         self._aside = ThreadPoolExecutor(1, "blocks")
         self._here = threading.local()
         self._same_bits: dict[object, bool] = {}
+        self.compared = 0
+        self._factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._taking = threading.Lock()
         self._deciding = threading.Lock()
 
     def merge(
-        self, target: Target, values: Mapping[str, torch.Tensor]
+        self, target: Target, values: Mapping[str, torch.Tensor], first: int = 0
     ) -> Mapping[str, torch.Tensor]:
-        """See `Target.merge`."""
-        return self._peft.submit(self._merged, target, values).result()
+        """See `Target.merge`; of stacked experts, some, whose first is `first`, if pairs suit."""
+        return self._peft.submit(self._merged, target, values, first).result()
 
     def _merged(
-        self, target: Target, values: Mapping[str, torch.Tensor]
+        self, target: Target, values: Mapping[str, torch.Tensor], first: int
     ) -> Mapping[str, torch.Tensor]:
         if not self._same_bits.get(stack_of(target)):
             return target.merge(values)
         for weight in values.values():
-            merge_in_pairs(target, weight)
+            merge_in_pairs(target, weight, self._factors_of_experts(target), first)
         return values
 
-    def decide(self, target: Target) -> None:
-        """See whether experts can be merged two at a time: with less memory, and the same bits.
+    def _factors_of_experts(self, target: Target) -> tuple[torch.Tensor, torch.Tensor]:
+        """Read once as long as the same few layers are merged."""
+        with self._taking:
+            if target.place not in self._factors:
+                while len(self._factors) >= _MOST_FACTORS:
+                    self._factors.pop(next(iter(self._factors)))
+                self._factors[target.place] = target.factors()
+            return self._factors[target.place]
 
-        Before their values are there, because it takes as much memory as all of them in float32.
+    def suits_pairs(self, target: Target, rows: int = 0) -> bool:
+        """Whether it stacks experts that can be merged two at a time: with the same bits.
+
+        To be asked before their values are there: it takes as much memory as all in float32.
+        `rows`: of matrices that the stack is made of, where blocks of them might suit as well.
         """
         stack = stack_of(target)
-        if stack is not None and stack not in self._same_bits:
-            self._same_bits[stack] = self._peft.submit(pairs_make_up, target).result()
+        if stack is None:
+            return False
+        with self._deciding:
+            if (stack, rows) not in self._same_bits:
+                factors = random_factors(target)
+                of_all = partial(target.delta_of_experts, *factors, 0, target.experts)
+                whole = self._peft.submit(of_all, torch.float32).result()
+                self.compared = max(self.compared, whole.numel())
+                pairs = self._peft.submit(pairs_make_up, target, factors, whole).result()
+                blocks = pairs and rows > 0 and self._make_up(target, factors, rows, whole)
+                self._same_bits |= {stack: pairs, (stack, rows): blocks}
+        return self._same_bits[stack]
 
-    def suits_blocks(self, target: Target) -> bool:
-        """Whether it is a plain LoRA's layer, of a shape for which blocks give PEFT's bits."""
+    def _make_up(
+        self,
+        target: Target,
+        factors: tuple[torch.Tensor, torch.Tensor],
+        rows: int,
+        whole: torch.Tensor,
+    ) -> bool:
+        """Whether the blocks of all matrices of so many rows have the bits of the whole stack."""
+        places = product(range(len(whole)), range(0, len(whole[0]), rows))
+        return all(
+            _Factors(*matrix_factors(target, factors, place, rows), _scaling(target)).make_up(
+                whole[place[0]][place[1] :][:rows], self._workspace()
+            )
+            for place in places
+        )
+
+    def suits_blocks(self, target: Target, rows: int = 0) -> bool:
+        """Whether it is a plain LoRA's layer, of a shape for which blocks give PEFT's bits.
+
+        `rows`: as for `suits_pairs`, which was asked before.
+        """
+        if (stack := stack_of(target)) is not None:
+            return self._same_bits.get((stack, rows), False)
         shapes = _shapes_of(target)
         return shapes is not None and self._suits(*shapes)
 
     def by_blocks(
-        self, target: Target, base: Checkpoint, info: TensorInfo, dtype: torch.dtype
+        self,
+        target: Target,
+        base: Checkpoint,
+        info: TensorInfo,
+        dtype: torch.dtype,
+        place: tuple[int, int] | None,
     ) -> Pairs | None:
         """Rows of the layer's weight (out, in), before and after the merge; None if it takes PEFT.
 
-        Both in `dtype`, rounded once. The former are good until the next pair is asked for, the
-        latter until the one after that. The calling thread has one thread of torch's from then on.
+        `place`: of the tensor in a stack of experts, which one and its first row. Both in `dtype`,
+        rounded as PEFT does. The former are good until the next pair is asked for, the latter until
+        the one after that. The calling thread has one thread of torch's from then on.
         """
-        if not self.suits_blocks(target):
+        if not self.suits_blocks(target, info.shape[0] if place else 0):
             return None
-        factors, workspace = _factors_of(target), self._workspace()
+        workspace = self._workspace()
 
         def add(before: torch.Tensor, after: torch.Tensor, start: int, end: int) -> None:
             total = workspace.block("total", before.shape, torch.float32).copy_(before)
             after.copy_(total.add_(factors.product(start, end, workspace)))
 
-        return self._pairs(base, info, dtype, factors.bounds(), add)
+        def add_rounded(before: torch.Tensor, after: torch.Tensor, start: int, end: int) -> None:
+            rounded = workspace.block("total", before.shape, dtype)
+            torch.add(before, rounded.copy_(factors.product(start, end, workspace)), out=after)
+
+        if place is None:
+            factors = _factors_of(target)
+            return self._pairs(base, info, dtype, factors.bounds(), add)
+        every = self._factors_of_experts(target)
+        own = matrix_factors(target, every, place, info.shape[0])
+        factors = _Factors(*own, _scaling(target))
+        return self._pairs(base, info, dtype, factors.bounds(), add_rounded)
 
     def by_peft(
-        self, target: Target, base: Checkpoint, info: TensorInfo, dtype: torch.dtype
+        self,
+        target: Target,
+        base: Checkpoint,
+        info: TensorInfo,
+        dtype: torch.dtype,
+        place: tuple[int, int] | None,
     ) -> Pairs | None:
         """As `by_blocks`, with PEFT's own product added as PEFT adds it; None for other layers."""
-        if _shapes_of(target) is None:
+        if place or _shapes_of(target) is None:
             return None
         factors = _factors_of(target)
         whole = self._peft.submit(target.delta).result()
@@ -218,5 +287,10 @@ def _shapes_of(target: Target) -> tuple[torch.Size, torch.Size] | None:
 
 
 def _factors_of(target: Target) -> _Factors:
+    return _Factors(*target.factors(), _scaling(target))
+
+
+def _scaling(target: Target) -> float:
     (name,) = target.module.active_adapters
-    return _Factors(*target.factors(), target.module.scaling[name])
+    scaling: float = target.module.scaling[name]
+    return scaling

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
+from itertools import compress
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from .._checkpoints import FLOATS, Checkpoint, TensorInfo, dtype_name, torch_dty
 from .._errors import UnsupportedArchitectureError, listed, shown
 from ._versions import private
 
+_SMALL = (2, 3)
+
 
 @frozen
 class Unit:
@@ -29,7 +32,8 @@ class Unit:
     `tensors`: in the order in which they are loaded. `patterns`: what of the conversion each of
     them matches; None where there is one tensor that is loaded as it is. `quantized`: whether the
     conversion makes numbers of codes and scales. `flaw`: why it is not known what transformers
-    makes of them, if so.
+    makes of them, if so. `names`: where the tensors are some of a stack, their own by the names
+    that transformers gives them, for it takes those for the first.
     """
 
     parameters: tuple[str, ...]
@@ -37,6 +41,7 @@ class Unit:
     patterns: tuple[str, ...] | None = field(default=None, repr=False)
     quantized: bool = False
     flaw: str = ""
+    names: tuple[tuple[str, str], ...] = field(default=(), repr=False)
 
 
 class Loading:
@@ -78,14 +83,64 @@ class Loading:
                 kind of conversion, this is seen to with the first unit.
         """
         values = self._converted(unit, map(self._base.read, unit.tensors))
-        if unit.patterns and not unit.quantized and unit.patterns not in self._reversed:
+        if not self.is_seen_to(unit):
             for name, tensor in self.saved(unit, values).items():
                 if not torch.equal(tensor, self._base.read(name).to(tensor.dtype)):
                     raise UnsupportedArchitectureError(
                         f"transformers does not save {shown(name)} as it loads it"
                     )
-            self._reversed.add(unit.patterns)
+            self._reversed.add(unit.patterns or ())
         return values
+
+    def is_seen_to(self, unit: Unit) -> bool:
+        """Whether one of its kind was seen to be saved as it was loaded, if it is converted."""
+        return not unit.patterns or unit.quantized or unit.patterns in self._reversed
+
+    def places(self, unit: Unit) -> dict[str, tuple[int, int]] | None:
+        """Where each tensor is in the parameter, if that stacks matrices as they are, else None.
+
+        That is its index in the stack, and there its first row. It is found with small matrices, of
+        whose elements no two are alike.
+        """
+        if unit.patterns is None or unit.quantized or len(unit.parameters) != 1:
+            return None
+        shape, *others = {self._base.infos[name].shape for name in unit.tensors}
+        stack = self._known[unit.parameters[0]].shape
+        if (
+            others
+            or len(shape) != 2
+            or len(stack) != 3
+            or shape[1] != stack[2]
+            or stack[1] % shape[0]
+        ):
+            return None
+        size = torch.Size((stack[0], stack[1] // shape[0], *_SMALL))
+        given = torch.arange(size.numel(), dtype=torch.float64).view(-1, *_SMALL)
+        if len(given) != len(unit.tensors):
+            return None
+        try:
+            (value,) = self._converted(unit, given, torch.float64).values()
+            found = value.reshape(size[0], size[1], *_SMALL)
+        except Exception:  # the operations raise of all kinds at what they do not expect
+            return None
+        places = {}
+        for name, matrix in zip(unit.tensors, given, strict=True):
+            where = (found == matrix).all(dim=(2, 3)).nonzero().tolist()
+            if len(where) != 1:
+                return None
+            places[name] = where[0][0], where[0][1] * shape[0]
+        return places
+
+    def section(self, unit: Unit, chosen: Mapping[str, str]) -> Unit:
+        """Some of what a parameter stacks: tensors, by the names of as many of the first."""
+        own = {*chosen.values()}
+        kept = [name in own for name in unit.tensors]
+        return evolve(
+            unit,
+            tensors=tuple(compress(unit.tensors, kept)),
+            patterns=tuple(compress(unit.patterns or (), kept)),
+            names=tuple(chosen.items()),
+        )
 
     def saved(self, unit: Unit, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The checkpoint's tensors when `unit` has these values; it may be parts of them."""
@@ -97,7 +152,8 @@ class Loading:
         revert = private("transformers.core_model_loading", "revert_weight_conversion")
         self._model._weight_conversions = [t for t in self._saving.every if t.was_used()]
         tensors: dict[str, torch.Tensor] = revert(self._model, dict(values))
-        return tensors
+        names = dict(unit.names)
+        return {names.get(name, name): tensor for name, tensor in tensors.items()}
 
     def saved_infos(self, unit: Unit) -> list[TensorInfo]:
         """What `saved` gives: each tensor's dtype and shape, and the place of one it replaces.
@@ -177,15 +233,19 @@ class Loading:
             unit, (torch.empty(info.shape, dtype=dtype, device="meta") for info, dtype in dtypes)
         )
 
-    def _converted(self, unit: Unit, tensors: Iterable[torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _converted(
+        self, unit: Unit, tensors: Iterable[torch.Tensor], dtype: torch.dtype | None = None
+    ) -> dict[str, torch.Tensor]:
+        """`dtype`: another than the parameter's."""
         first = unit.parameters[0]
+        dtype = dtype or self._dtypes.get(first)  # it has none if it is ignored
         if unit.patterns is None:
             (tensor,) = tensors
-            return {first: tensor.to(self._dtypes[first])}
+            return {first: tensor.to(dtype)}
         converter = copy.deepcopy(self._loading.by_pattern[unit.patterns[0]])
         cast = not any(map(_dequantizes, converter.operations))  # those cast themselves
         for name, pattern, tensor in zip(unit.tensors, unit.patterns, tensors, strict=True):
-            given = tensor.to(self._dtypes[first]) if cast else tensor
+            given = tensor.to(dtype) if cast else tensor
             converter.add_tensor(first, name, pattern, given)
         if first not in self._known:  # an operation asks the model for a parameter's dtype
             model = torch.nn.Linear(1, 1, device="meta", dtype=self._model.dtype)

@@ -6,7 +6,8 @@ This module is only imported when a merge is planned.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -20,15 +21,18 @@ from .._errors import (
     NonFiniteError,
     UnchangedTargetsError,
     UnmergedTensorsError,
+    UnsupportedArchitectureError,
     listed,
     shown,
 )
+from ._experts import groups_of
 from ._fused import Merging, Pairs
 from ._injection import inject
-from ._parts import Layer, Part, plan_parts
+from ._parts import Layer, Part, group_of, plan_parts
 from ._skeleton import Skeleton, build_skeleton
 from ._versions import installed
 
+_GROUP = 1 << 24  # elements of stacked experts that are merged at once: 64 megabytes in float32
 _OF_TEXT = frozenset({"vocab_size", "tie_word_embeddings"})
 _UNCHANGED = (
     "the adapter leaves {} as it is in the base; if that layer was not to be trained, as those of "
@@ -75,7 +79,8 @@ class Merge:
     output layer, or has another vocabulary or a head, or because the base is quantized.
     `keeps_values`: whether values of the adapter's stay in memory; if not, each merge of a tensor
     reads them. `at_once`: how many files may be written side by side without more memory than
-    their pieces take; None where it does not matter.
+    their pieces take; None where it does not matter. `compared`: how many elements the largest
+    product has that was computed as a whole when this was planned.
     """
 
     def __init__(
@@ -91,14 +96,18 @@ class Merge:
         self.config = config
         self.keeps_values = keeps_values
         self._skeleton = skeleton
+        self._merging = Merging()
+        parts = self._merging.aside(lambda: [g for part in parts for g in self._by_experts(part)])
         self._parts = {info.name: part for part in parts for info in part.infos}
         if len(self._parts) != sum(len(part.infos) for part in parts):
             raise MergeError("two layers that are merged apart change the same tensor of the base")
         self._copies = {head: skeleton.unit(of).tensors[0] for head, of in untied.items()}
-        self._merging = Merging()
         self._ready: dict[str, torch.Tensor] = {}
         self._one_part = threading.Lock()
-        many = any(part.units and len(part.infos) > 1 for part in self._parts.values())
+        self._tensors_of = Counter(id(part.layers) for part in self._parts.values())
+        self._unchanged: dict[int, set[str]] = {}
+        self._seen: set[object] = set()
+        many = any(p.units and len(p.infos) > 1 and not p.experts for p in self._parts.values())
         self.at_once = 1 if many else None
         self.changed = frozenset(self._parts.keys() | untied.keys())
         self._unread = set(self.changed)
@@ -109,6 +118,7 @@ class Merge:
         }
         replaced = {name for unit in skeleton.quantized for name in unit.tensors}
         kept = {name: info for name, info in base.infos.items() if name not in replaced}
+        self.compared = self._merging.compared
         self.infos: Mapping[str, TensorInfo] = {**kept, **copies, **merged}
         self.shards = _shards(base, self.infos)
         self.recipe: Mapping[str, Any] = {
@@ -118,6 +128,16 @@ class Merge:
             "threads": torch.get_num_threads(),
             **installed(),
         }
+
+    def _by_experts(self, part: Part) -> list[Part]:
+        """What is merged at once: of stacked experts only a few, if that gives the same bits."""
+        places = self._skeleton.loading.places(part.units[0]) if len(part.units) == 1 else None
+        rows = part.infos[0].shape[0] if places else 0
+        suit = [self._merging.suits_pairs(layer.target, rows) for layer in part.layers]
+        if places is None or suit != [True]:
+            return [part]
+        groups = groups_of(part.layers[0].target, _GROUP)
+        return [group_of(part, group, places, self._skeleton.loading) for group in groups]
 
     def sources(self, name: str) -> tuple[str, ...]:
         """The names of the adapter's tensors that the changed tensor `name` is made of.
@@ -157,11 +177,11 @@ class Merge:
         """
         if name not in self._parts:
             return iter([self.read(name)])
-        pairs = self._pairs(self._parts[name], self._merging.by_blocks)
+        pairs = self._pairs(name, self._merging.by_blocks)
         if pairs is None:
             return iter([self._by_parts(name)])
         self._unread.discard(name)
-        return _checked(name, pairs)
+        return self._checked(name, pairs)
 
     def way(self, name: str) -> str:
         """What the changed tensor `name` is made by.
@@ -172,8 +192,9 @@ class Merge:
         part = self._parts.get(name)
         if part is None or not part.layers:
             return "transformers" if part else "copy"
-        suits = partial(self._merging.suits_blocks, part.layers[0].target)
-        blocks = part.is_one_weight and self._merging.aside(suits)
+        rows = self.infos[name].shape[0] if name in part.places else 0
+        suits = partial(self._merging.suits_blocks, part.layers[0].target, rows)
+        blocks = (part.is_one_weight or rows) and self._merging.aside(suits)
         return "blocks" if blocks else "PEFT"
 
     def together(self, name: str) -> tuple[TensorInfo, ...]:
@@ -184,31 +205,77 @@ class Merge:
         """As `blocks`, of a tensor that the adapter changes, but all is PEFT's own arithmetic."""
         if name not in self._parts:
             return iter([self.read(name)])
-        pairs = self._pairs(self._parts[name], self._merging.by_peft)
+        pairs = self._pairs(name, self._merging.by_peft)
         if pairs is None:
             return iter([self._merged(self._parts[name])[name]])
-        return _checked(name, pairs)
+        return self._checked(name, pairs)
 
     def _whole(self, name: str) -> torch.Tensor:
-        pairs = self._pairs(self._parts[name], self._merging.by_blocks)
+        pairs = self._pairs(name, self._merging.by_blocks)
         if pairs is None:
             return self._by_parts(name)
         self._unread.discard(name)
         info, done = self.infos[name], 0
         merged = torch.empty(info.shape, dtype=torch_dtype(info.dtype))
-        for block in _checked(name, pairs):
+        for block in self._checked(name, pairs):
             merged[done : done + len(block)] = block
             done += len(block)
         return merged
 
-    def _pairs(self, part: Part, way: Callable[..., Pairs | None]) -> Pairs | None:
-        """Those of a layer's weight, if that is all to be merged and it can go that way."""
-        if not part.is_one_weight:
+    def _pairs(self, name: str, way: Callable[..., Pairs | None]) -> Pairs | None:
+        """Those of a tensor that is one layer's weight, or part of it, if it can go that way."""
+        part, base = self._parts[name], self._skeleton.base
+        if not part.is_one_weight and name not in part.places:
             return None
-        (layer,), base = part.layers, self._skeleton.base
-        unit = self._skeleton.unit(layer.sources["weight"])
-        dtype = self._skeleton.dtypes[layer.outputs["weight"]]
-        return way(layer.target, base, base.infos[unit.tensors[0]], dtype)
+        (layer,) = part.layers
+        (changed,) = layer.target.changed
+        dtype = self._skeleton.dtypes[layer.outputs[changed]]
+        place = part.places.get(name)
+        tensor = name if place else self._skeleton.unit(layer.sources[changed]).tensors[0]
+        pairs = way(layer.target, base, base.infos[tensor], dtype, place)
+        if place and pairs is not None:
+            self._see_places(part)
+        return pairs
+
+    def _see_places(self, part: Part) -> None:
+        """That the tensors are where they are thought to be, by values, once for each kind."""
+        assert part.experts
+        (unit,) = part.units
+        with self._one_part:
+            if unit.patterns in self._seen:
+                return
+            (value,) = self._skeleton.loading.read(unit).values()
+            for name, (expert, row) in part.places.items():
+                tensor = self._skeleton.base.read(name).to(value.dtype)
+                there = value[expert - part.experts[0]][row : row + len(tensor)]
+                if not torch.equal(there, tensor):
+                    raise UnsupportedArchitectureError(
+                        f"transformers does not load {shown(name)} as it loads small tensors"
+                    )
+            self._seen.add(unit.patterns)
+
+    def _checked(
+        self, name: str, pairs: Iterator[tuple[torch.Tensor, torch.Tensor]]
+    ) -> Iterator[torch.Tensor]:
+        """The latter of each pair, as long as all is finite and some pair differs."""
+        same = True
+        for before, after in pairs:
+            _refuse_non_finite(name, after)
+            same = same and torch.equal(before, after)
+            yield after
+        if same and self._none_changed(self._parts[name], [name]):
+            raise UnchangedTargetsError(_UNCHANGED.format(shown(name)))
+
+    def _none_changed(self, part: Part, names: Iterable[str]) -> bool:
+        """Whether these being the base's, nothing of the parameter has changed.
+
+        Of stacked experts some may be as they were, because they were never called in training.
+        """
+        if not part.experts:
+            return True
+        unchanged = self._unchanged.setdefault(id(part.layers), set())
+        unchanged.update(names)
+        return len(unchanged) == self._tensors_of[id(part.layers)]
 
     def _by_parts(self, name: str) -> torch.Tensor:
         """The tensor out of its part, whose others are kept until they are asked for."""
@@ -225,13 +292,11 @@ class Merge:
     def _merged(self, part: Part) -> dict[str, torch.Tensor]:
         """The tensors that come of it, by PEFT and transformers."""
         loading = self._skeleton.loading
-        for layer in part.layers:
-            self._merging.decide(layer.target)
         values: dict[str, torch.Tensor] = {}
         for unit in part.units:
             values |= loading.read(unit)
         for layer in part.layers:
-            values |= self._merged_layer(layer, values)
+            values |= self._merged_layer(part, layer, values)
         tensors: dict[str, torch.Tensor] = {}
         for unit in part.units:
             tensors |= loading.saved(unit, {name: values.pop(name) for name in unit.parameters})
@@ -241,7 +306,7 @@ class Merge:
         return tensors
 
     def _merged_layer(
-        self, layer: Layer, known: dict[str, torch.Tensor]
+        self, part: Part, layer: Layer, known: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """Its changed parameters, by their names in the model, in place of `known` values."""
         target = layer.target
@@ -256,13 +321,18 @@ class Merge:
                 shape, dtype = self._skeleton.shapes[path], self._skeleton.dtypes[path]
                 before = torch.zeros(shape, dtype=dtype)
             values[name] = before if own is None else own.clone()
-        merged = self._merging.merge(target, values)
+        merged = self._merging.merge(target, values, part.experts[0] if part.experts else 0)
         for name in layer.outputs:
-            self._check(layer, name, merged[name], heads.get(name))
+            self._check(part, layer, name, merged[name], heads.get(name))
         return {layer.outputs[name]: merged[name] for name in target.changed}
 
     def _check(
-        self, layer: Layer, name: str, merged: torch.Tensor, head: torch.Tensor | None
+        self,
+        part: Part,
+        layer: Layer,
+        name: str,
+        merged: torch.Tensor,
+        head: torch.Tensor | None,
     ) -> None:
         path, changed = layer.outputs[name], layer.target.changed
         _refuse_non_finite(path, merged)
@@ -270,11 +340,19 @@ class Merge:
             return
         beside = name.endswith("bias") and len(changed) > 1  # its gradient may have been 0
         same = torch.equal(_head(merged), head)
-        same = same and torch.equal(merged, self._skeleton.read(layer.sources[name]))
+        same = same and torch.equal(merged, self._before(part, layer.sources[name]))
         if same and name in changed and not beside:
-            raise UnchangedTargetsError(_UNCHANGED.format(shown(path)))
+            if self._none_changed(part, [info.name for info in part.infos]):
+                raise UnchangedTargetsError(_UNCHANGED.format(shown(path)))
+            return
         if not same and name not in changed:
             raise MergeError(f"merging changed {shown(path)}, which the adapter does not target")
+
+    def _before(self, part: Part, parameter: str) -> torch.Tensor:
+        """The base's values, once more."""
+        if part.experts:
+            return self._skeleton.loading.read(part.units[0])[parameter]
+        return self._skeleton.read(parameter)
 
     def finish(self) -> None:
         """State that every tensor has been taken.
@@ -292,19 +370,6 @@ def _shards(base: Checkpoint, infos: Mapping[str, TensorInfo]) -> dict[str, tupl
     for info in sorted(infos.values(), key=lambda info: (not info.file, info.start)):
         shards[info.file or last].append(info)
     return {file: tuple(info.name for info in found) for file, found in shards.items()}
-
-
-def _checked(
-    name: str, pairs: Iterator[tuple[torch.Tensor, torch.Tensor]]
-) -> Iterator[torch.Tensor]:
-    """The latter of each pair, as long as all is finite and some pair differs."""
-    same = True
-    for before, after in pairs:
-        _refuse_non_finite(name, after)
-        same = same and torch.equal(before, after)
-        yield after
-    if same:
-        raise UnchangedTargetsError(_UNCHANGED.format(shown(name)))
 
 
 def _refuse_non_finite(name: str, merged: torch.Tensor) -> None:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from attrs import evolve, frozen
+from attrs import evolve, field, frozen
 from peft.utils import ModulesToSaveWrapper
 
 from .._checkpoints import TensorInfo, dtype_name
 from .._errors import BaseModelMismatch, UnsupportedAdapterError, listed, shown
 from ._injection import Injected
-from ._loading import Unit
+from ._loading import Loading, Unit
 from ._skeleton import Skeleton
 from ._target import Target, move_together
 
@@ -57,12 +57,16 @@ class Layer:
 class Part:
     """Layers that are merged together, because tensors of the checkpoint hold several of them.
 
-    `units`: of those tensors. `infos`: what comes out.
+    `units`: of those tensors. `infos`: what comes out. `experts`: where it is some of those that a
+    parameter stacks, the first and the end, exclusive. `places`: then, the expert and the first row
+    of each tensor.
     """
 
     layers: tuple[Layer, ...]
     units: tuple[Unit, ...]
     infos: tuple[TensorInfo, ...]
+    experts: tuple[int, int] | None = None
+    places: Mapping[str, tuple[int, int]] = field(factory=dict, repr=False)
 
     @property
     def is_one_weight(self) -> bool:
@@ -72,6 +76,19 @@ class Part:
         (layer,) = self.layers
         own = layer.target.own or "weight" not in layer.sources
         return layer.target.changed == ("weight",) and not own
+
+
+def group_of(
+    part: Part, experts: tuple[int, int], places: Mapping[str, tuple[int, int]], loading: Loading
+) -> Part:
+    """Of `part`, which stacks experts as `places` says, those from the first to the end."""
+    start, end = experts
+    inside = {name: place for name, place in places.items() if start <= place[0] < end}
+    by_place = {place: name for name, place in places.items()}
+    chosen = {by_place[expert - start, row]: name for name, (expert, row) in inside.items()}
+    unit = loading.section(part.units[0], chosen)
+    infos = tuple(info for info in part.infos if info.name in inside)
+    return Part(part.layers, (unit,), infos, experts, inside)
 
 
 def _layer(
