@@ -1,12 +1,15 @@
-"""Saving measured as whole processes, in pairs side by side: ours, `cp -r`, and PEFT in memory.
+"""Saving measured as whole processes, side by side: ours, `cp -r`, and PEFT in memory.
 
     python tests/benchmarks/merge.py --disk /scratch/merge --tmpfs /dev/shm/merge
 
 Ours is what a user calls, `Merger(registry).save(customized).result()`, from the call to the
-published model: it starts an interpreter of its own, hashes and fsyncs what it writes, and proves
-it. The others are whole processes. On tmpfs it is compared with `cp -r`
-of the base; on the disk with `cp -r` and an fsync of every file, and with PEFT's
-`merge_and_unload` and `save_pretrained`, which does neither.
+published model: it runs in an interpreter of its own, hashes what it reads and writes, fsyncs that,
+and proves it. It is measured twice: cold, and with `Merger.warm_up()` called before, so that the
+interpreter has imported torch, transformers and PEFT. The others are whole processes. On tmpfs it
+is compared with `cp -r` of the base; on the disk with `cp -r` and an fsync of every file, and with
+PEFT's `merge_and_unload` and `save_pretrained`, which hashes and fsyncs nothing. All take turns,
+and before each there is a rest: a virtual machine may give memory that was freed back to its host
+meanwhile, and whoever is first to write to it again takes longer.
 
 The models are random and made once, on the disk; there must be room for three times the largest,
 which has 6.4 GB. The peak over the imports, and where the time goes, come from a run of their own
@@ -22,10 +25,11 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+REST = 3  # seconds; an interpreter that is warmed up has twice as many
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 LLAMA_1B = {
@@ -72,14 +76,22 @@ def register(directory: Path) -> None:
     registry.register(directory / "adapter", train_name="benchmark", base_model="base")
 
 
-def save(directory: Path) -> None:
+def save(directory: Path, warm: bool = False) -> None:
     from customized_models import Merger, ModelRegistry
 
     registry = ModelRegistry(directory / "registry")
     customized = next(iter(registry.customized_models()))
+    merger = Merger(registry)
+    if warm:
+        merger.warm_up()
+        time.sleep(2 * REST)
     started = time.perf_counter()
-    Merger(registry).save(customized).result(progress=False)
+    merger.save(customized).result(progress=False)
     print(time.perf_counter() - started)
+
+
+def save_warm(directory: Path) -> None:
+    save(directory, warm=True)
 
 
 def forget(directory: Path) -> None:
@@ -143,16 +155,23 @@ def profile(directory: Path) -> None:
     import os
     from types import SimpleNamespace
 
-    from customized_models import Merger, ModelRegistry, _jobs, _worker
+    from customized_models import (
+        Merger,
+        ModelRegistry,
+        _bases,
+        _jobs,
+        _merger,
+        _merging,
+        _storage,
+        _worker,
+        _writer,
+    )
 
     started = time.perf_counter()
-    import transformers
-
-    from customized_models import _merger, _merging, _storage, _writer
+    _merging.preload()
+    imported = time.perf_counter() - started
     from customized_models._merging import _fused, _merge
 
-    _ = transformers.AutoConfig, transformers.AutoModelForCausalLM
-    imported = time.perf_counter() - started
     split, before = Split(), memory()
     split.watch("plan", _merging, "open_merge")
     split.watch("reading", _fused, "read_into")
@@ -160,12 +179,15 @@ def profile(directory: Path) -> None:
     split.watch_steps("kernel and reading", _merge.Merge, "blocks")
     split.watch("hashing and writing", _writer._Output, "write")
 
-    def timed_hash() -> SimpleNamespace:
-        one = hashlib.sha256()
-        update = split.timed("of which hashing", one.update)
-        return SimpleNamespace(update=update, hexdigest=one.hexdigest)
+    def watch_hash(what: str, owner: Any) -> None:
+        def sha256() -> SimpleNamespace:
+            one = hashlib.sha256()
+            return SimpleNamespace(update=split.timed(what, one.update), hexdigest=one.hexdigest)
 
-    _writer.hashlib = SimpleNamespace(sha256=timed_hash)
+        owner.hashlib = SimpleNamespace(sha256=sha256)
+
+    watch_hash("hashing the base", _bases)
+    watch_hash("of which hashing", _writer)
     split.watch("fsync", os, "fsync")
     split.watch("all shards", _merger, "write_checkpoint")
     split.watch("proof", _merger, "prove")
@@ -193,8 +215,12 @@ def memory() -> tuple[int, int]:
 # Side by side
 
 
-def ours(directory: Path) -> list[str]:
+def cold(directory: Path) -> list[str]:
     return [sys.executable, __file__, "--step", "save", "--disk", str(directory)]
+
+
+def warm(directory: Path) -> list[str]:
+    return [sys.executable, __file__, "--step", "save_warm", "--disk", str(directory)]
 
 
 def cp(directory: Path) -> list[str]:
@@ -212,6 +238,7 @@ def peft(directory: Path) -> list[str]:
 
 def seconds(command: list[str], directory: Path) -> float:
     """What a process prints that it took, else its wall time; what it made is removed."""
+    time.sleep(REST)
     started = time.perf_counter()
     ended = subprocess.run(command, check=True, capture_output=True, text=True)
     taken = float(ended.stdout or time.perf_counter() - started)
@@ -221,17 +248,24 @@ def seconds(command: list[str], directory: Path) -> float:
     return taken
 
 
-def compare(other: Callable[[Path], list[str]], directory: Path, repeat: int) -> str:
-    """A row's cells: medians of both, and of their ratios within each pair."""
+def compare(others: Mapping[str, Callable[[Path], list[str]]], directory: Path, repeat: int) -> str:
+    """Rows: the medians of ours, cold and warm, of another's, and of the ratios in each turn."""
     seconds(cp(directory), directory)  # all find the base in the page cache
-    pairs = [
-        (seconds(ours(directory), directory), seconds(other(directory), directory))
+    turns = [
+        [seconds(command(directory), directory) for command in (cold, warm, *others.values())]
         for _ in range(repeat)
     ]
-    mine, theirs = (statistics.median(column) for column in zip(*pairs, strict=True))
-    ratio = statistics.median(a / b for a, b in pairs)
-    spread = f"{min(a / b for a, b in pairs):.2f} to {max(a / b for a, b in pairs):.2f}"
-    return f"{mine:8.2f}{theirs:8.2f}{ratio:8.2f}   {spread}"
+    mine = [statistics.median(turn[column] for turn in turns) for column in (0, 1)]
+    rows = []
+    for column, what in enumerate(others, start=2):
+        theirs = statistics.median(turn[column] for turn in turns)
+        ratios = [sorted(turn[own] / turn[column] for turn in turns) for own in (0, 1)]
+        cells = "".join(
+            f"{value:8.2f}" for value in (*mine, theirs, *map(statistics.median, ratios))
+        )
+        spread = ", ".join(f"{least:.2f} to {most:.2f}" for least, *_, most in ratios)
+        rows.append(f"{'':16}{what:16}{cells}   {spread}")
+    return "\n".join(rows)
 
 
 def step(name: str, directory: Path) -> None:
@@ -244,7 +278,8 @@ def step(name: str, directory: Path) -> None:
 
 
 def benchmark(name: str, disk: Path, tmpfs: Path, repeat: int) -> None:
-    print(f"{name:16}{'':16}{'ours s':>8}{'it s':>8}{'ratio':>8}   least and most", flush=True)
+    titles = ("cold s", "warm s", "it s", "cold/it", "warm/it")
+    print(f"{name:32}{''.join(map('{:>8}'.format, titles))}   least and most", flush=True)
     here, there = disk / name, tmpfs / name
     if not (here / "adapter").is_dir():
         step("make", here)
@@ -253,11 +288,10 @@ def benchmark(name: str, disk: Path, tmpfs: Path, repeat: int) -> None:
     shutil.copytree(here / "base", there / "base", dirs_exist_ok=True)
     shutil.copytree(here / "adapter", there / "adapter", dirs_exist_ok=True)
     step("register", there)
-    print(f"{'':16}{'tmpfs, cp -r':16}{compare(cp, there, repeat)}", flush=True)
+    print(compare({"tmpfs, cp -r": cp}, there, repeat), flush=True)
     step("profile", there)
     shutil.rmtree(there)  # its memory is needed
-    print(f"{'':16}{'disk, cp, fsync':16}{compare(cp_and_fsync, here, repeat)}", flush=True)
-    print(f"{'':16}{'disk, PEFT':16}{compare(peft, here, repeat)}", flush=True)
+    print(compare({"disk, cp, fsync": cp_and_fsync, "disk, PEFT": peft}, here, repeat), flush=True)
 
 
 def main() -> None:
