@@ -13,7 +13,6 @@ import subprocess
 import time
 import uuid
 from collections.abc import Callable, Generator, Mapping
-from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
@@ -293,13 +292,23 @@ def _start_worker(registry: ModelRegistry, id: str, payload: bytes) -> None:
     """Hand the job to the interpreter that waits for one, or to a new one, on its stdin."""
     log = log_path(registry, id)
     log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    job = pickle.dumps((id, str(log), payload))
     child = take_started()
-    if child is None:
+    if child is None or not _handed_over(job, child):
         with log.open("wb") as output:
             child = start([*command("_worker"), id], output)  # the id is for those who look at it
-    assert child.stdin is not None
-    with suppress(BrokenPipeError), child.stdin:  # if it died already, its log says why
-        child.stdin.write(pickle.dumps((id, str(log), payload)))
+        _handed_over(job, child)  # if it died already, its log says why
     for other in [other for other, known in _children.items() if known.returncode == 0]:
         _children.pop(other, None)
     _children[id] = child
+
+
+def _handed_over(job: bytes, child: subprocess.Popen[bytes]) -> bool:
+    """False if it had ended before it could begin."""
+    assert child.stdin is not None
+    try:
+        with child.stdin:
+            child.stdin.write(job)
+    except BrokenPipeError:
+        return False
+    return True

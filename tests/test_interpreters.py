@@ -97,6 +97,19 @@ def test_one_that_has_died_is_not_used(
     assert ran(merger.save(customized)) != dead.pid
 
 
+def test_one_that_dies_while_it_is_taken_costs_no_job(
+    registry: ModelRegistry, customized: CustomizedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merger = Merger(registry)
+    merger.warm_up()
+    dead = interpreters.take_started()
+    assert dead is not None
+    dead.kill()
+    dead.wait()
+    monkeypatch.setattr(jobs, "take_started", lambda: dead)
+    assert ran(merger.save(customized)) != dead.pid
+
+
 def test_one_of_another_environment_is_ended(
     registry: ModelRegistry, customized: CustomizedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
