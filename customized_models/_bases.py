@@ -128,7 +128,8 @@ def hashed_beside(location: Location) -> Iterator[Callable[[Progress], None]]:
     """Hash a base's files in a thread of their own, while the block reads them for another end.
 
     The block calls what it is given once it has read all: that waits until all is hashed, and
-    raises `BaseModelMismatch` if any of it is not what was added, or was changed meanwhile.
+    raises `BaseModelMismatch` if any of it is not what was added, or was changed meanwhile, and
+    `MalformedError` if a file is gone.
     """
     directory, stopped, done = Path(location.path), Event(), 0
     total = sum(known.size for known in location.files.values())
@@ -143,7 +144,7 @@ def hashed_beside(location: Location) -> Iterator[Callable[[Progress], None]]:
                 while not stopped.is_set() and (count := os.readv(fd, [buffer])):
                     sha256.update(buffer[:count])
                     done += count
-            if sha256.hexdigest() != known.sha256:
+            if sha256.hexdigest() != known.sha256 and not stopped.is_set():
                 raise _mismatch(directory, {name})
         return seen
 
@@ -154,7 +155,7 @@ def hashed_beside(location: Location) -> Iterator[Callable[[Progress], None]]:
             while not wait([hashing], timeout=_PATIENCE).done:
                 progress("hashing the base model", done, total)
             seen = hashing.result()
-            if changed := {n for n in seen if seen[n] != _seen((directory / n).stat())}:
+            if changed := {n for n in seen if seen[n] != _seen_now(directory / n)}:
                 raise _mismatch(directory, changed)
 
         try:
@@ -166,6 +167,10 @@ def hashed_beside(location: Location) -> Iterator[Callable[[Progress], None]]:
 def _seen(status: os.stat_result) -> _Seen:
     """By what a file is taken for one that was not touched since."""
     return status.st_size, status.st_mtime_ns, status.st_ino
+
+
+def _seen_now(path: Path) -> _Seen | None:
+    return _seen(path.stat()) if path.is_file() else None
 
 
 def _mismatch(directory: Path, different: Collection[str]) -> BaseModelMismatch:

@@ -54,7 +54,7 @@ def start(command: list[str], output: int | IO[bytes]) -> subprocess.Popen[bytes
 def start_ahead(command: list[str]) -> None:
     """Start an interpreter for the work to come, if none waits that could do it.
 
-    It must end by itself when its stdin ends: so it does when this process ends in any way.
+    It must end by itself when its stdin ends without any work, as it does when this process ends.
     """
     with _taking:
         _drop_unfit()
@@ -71,23 +71,31 @@ def take_started() -> subprocess.Popen[bytes] | None:
 
 def _drop_unfit() -> None:
     while _ahead and not _ahead[-1].fits():
-        stdin = _ahead.pop().process.stdin
-        assert stdin is not None
-        stdin.close()  # it ends; after a fork it is the other process's, and stays
+        _ahead.pop().let_go()
+
+
+def _forget() -> None:
+    """In a forked process: what waits there waits for the other one, and must see it end."""
+    global _taking
+    _taking = threading.Lock()  # another thread of the other process may have it
+    while _ahead:
+        _ahead.pop().let_go()
+
+
+os.register_at_fork(after_in_child=_forget)
 
 
 @frozen
 class _Inherited:
     """What an interpreter has of the process that starts it."""
 
-    process: int
     directory: tuple[int, int]
     environment: dict[str, str]
 
     @classmethod
     def now(cls) -> _Inherited:
         here = os.stat(os.curdir)
-        return cls(os.getpid(), (here.st_dev, here.st_ino), environment())
+        return cls((here.st_dev, here.st_ino), environment())
 
 
 @frozen
@@ -97,3 +105,7 @@ class _Ahead:
 
     def fits(self) -> bool:
         return self.process.poll() is None and self.inherited == _Inherited.now()
+
+    def let_go(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import sys
+import threading
 import time
 import traceback
 from typing import TYPE_CHECKING, Any
@@ -77,7 +78,12 @@ def run(registry: ModelRegistry, id: str) -> None:
             end_job(registry, connection, lease, row["name"], *ending)
 
 
+_imports = threading.Thread(target=preload, daemon=True, name="imports")
+
+
 def _work(registry: ModelRegistry, row: Any, progress: Reporter, lease: db.Lease) -> None:
+    if _imports.is_alive():
+        _imports.join()  # what it fails at, this thread will fail at too
     arguments = json.loads(row["arguments"])
     if row["kind"] == "save":
         from ._merger import run_save
@@ -91,19 +97,20 @@ def _work(registry: ModelRegistry, row: Any, progress: Reporter, lease: db.Lease
 
 def main() -> None:
     """Read a job from stdin, do it, exit."""
-    _do(sys.stdin.buffer.read())
-
-
-def stand_by() -> None:
-    """As `main`, ahead of the job: what a merge takes seconds to import is there when it comes."""
-    preload()
-    if job := sys.stdin.buffer.read():  # else the process that started us has no job
-        _do(job)
-
-
-def _do(job: bytes) -> None:
-    id, log, registry = pickle.loads(job)  # from the process that started us
+    try:
+        id, log, registry = pickle.load(sys.stdin.buffer)  # from the process that started us
+    except EOFError:
+        return  # it has no job for us, or has ended
     with open(log, "ab") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
     run(pickle.loads(registry), id)
+
+
+def stand_by() -> None:
+    """As `main`, ahead of the job: what a merge takes seconds to import is there when it comes.
+
+    It may come before; its lease is kept meanwhile.
+    """
+    _imports.start()
+    main()

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,7 @@ from customized_models import (
     CustomizedModel,
     IntegrityError,
     Job,
+    JobFailed,
     Merger,
     ModelRegistry,
 )
@@ -133,16 +134,71 @@ def test_one_of_another_directory_is_ended(
     assert old.wait(timeout=60) == 0
 
 
-def test_a_forked_process_leaves_it_alone(registry: ModelRegistry) -> None:
-    Merger(registry).warm_up()
+def test_a_forked_process_leaves_it_alone(
+    registry: ModelRegistry, customized: CustomizedModel
+) -> None:
+    """And may live on while a job is handed over: the interpreter does not wait for its end."""
+    merger = Merger(registry)
+    merger.warm_up()
+    expected = waiting().pid
     with multiprocessing.get_context("fork").Pool(1) as pool:
         assert pool.apply(_takes_none)
-    assert waiting().poll() is None
-    assert interpreters.take_started() is not None
+        assert ran(merger.save(customized)) == expected
 
 
 def _takes_none() -> bool:
     return interpreters.take_started() is None
+
+
+IMPORT_HOOK = """
+import importlib.abc, sys, time
+
+class Hook(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "peft":
+            {statement}
+
+sys.meta_path.insert(0, Hook())
+"""
+
+
+@pytest.fixture
+def when_peft_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Has all interpreters from now on do something then."""
+
+    def hook(statement: str) -> None:
+        (tmp_path / "sitecustomize.py").write_text(IMPORT_HOOK.format(statement=statement))
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    return hook
+
+
+def test_a_job_that_comes_before_all_is_imported_keeps_its_lease(
+    registry: ModelRegistry,
+    customized: CustomizedModel,
+    when_peft_is_imported: Callable[[str], None],
+) -> None:
+    when_peft_is_imported("time.sleep(6)")
+    merger = Merger(registry)
+    merger.warm_up()
+    job = merger.save(customized)
+    deadline = time.monotonic() + 5
+    while job.state == "queued" and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert job.state == "running"
+    job.result(progress=False)
+
+
+def test_imports_that_fail_are_the_jobs_error(
+    registry: ModelRegistry,
+    customized: CustomizedModel,
+    when_peft_is_imported: Callable[[str], None],
+) -> None:
+    when_peft_is_imported("raise ImportError('this peft is broken')")
+    merger = Merger(registry)
+    merger.warm_up()
+    with pytest.raises(JobFailed, match="this peft is broken"):
+        merger.save(customized).result(progress=False)
 
 
 def test_it_ends_with_the_process_that_started_it(registry: ModelRegistry) -> None:

@@ -18,11 +18,12 @@ from attrs import frozen
 from peft.tuners.lora import Linear
 
 from .._checkpoints import Checkpoint, TensorInfo, opened, read_into, tensor_bytes, torch_dtype
+from .._errors import UnchangedTargetsError, shown
+from .._writer import files_at_once
 from ._experts import matrix_factors, merge_in_pairs, pairs_make_up, random_factors, stack_of
 from ._target import Target
 
 _BLOCK = 1 << 19  # elements: two megabytes in float32, so that a block stays in the cache
-_MOST_FACTORS = 4  # of stacked experts that are kept: files written side by side, two of a layer
 _MIN_ROWS = 64  # products of fewer rows take another path in the math library, with other bits
 
 T = TypeVar("T")
@@ -67,13 +68,21 @@ class Merging:
         return values
 
     def _factors_of_experts(self, target: Target) -> tuple[torch.Tensor, torch.Tensor]:
-        """Read once as long as the same few layers are merged."""
+        """Read once for all of a layer's experts, if those are merged at about the same time.
+
+        Raises:
+            UnchangedTargetsError: no expert is changed.
+        """
         with self._taking:
-            if target.place not in self._factors:
-                while len(self._factors) >= _MOST_FACTORS:
-                    self._factors.pop(next(iter(self._factors)))
-                self._factors[target.place] = target.factors()
-            return self._factors[target.place]
+            factors = self._factors.pop(target.place, None) or target.factors()
+            if not all(factor.any() for factor in factors):
+                raise UnchangedTargetsError(
+                    f"the adapter leaves every expert of {shown(target.path)} as it is in the base"
+                )
+            self._factors[target.place] = factors  # the last of all
+            while len(self._factors) > 2 * files_at_once():  # a layer may have two stacks
+                self._factors.pop(next(iter(self._factors)))
+            return factors
 
     def suits_pairs(self, target: Target, rows: int = 0) -> bool:
         """Whether it stacks experts that can be merged two at a time: with the same bits.

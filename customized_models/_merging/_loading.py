@@ -83,18 +83,14 @@ class Loading:
                 kind of conversion, this is seen to with the first unit.
         """
         values = self._converted(unit, map(self._base.read, unit.tensors))
-        if not self.is_seen_to(unit):
+        if unit.patterns and not unit.quantized and unit.patterns not in self._reversed:
             for name, tensor in self.saved(unit, values).items():
                 if not torch.equal(tensor, self._base.read(name).to(tensor.dtype)):
                     raise UnsupportedArchitectureError(
                         f"transformers does not save {shown(name)} as it loads it"
                     )
-            self._reversed.add(unit.patterns or ())
+            self._reversed.add(unit.patterns)
         return values
-
-    def is_seen_to(self, unit: Unit) -> bool:
-        """Whether one of its kind was seen to be saved as it was loaded, if it is converted."""
-        return not unit.patterns or unit.quantized or unit.patterns in self._reversed
 
     def places(self, unit: Unit) -> dict[str, tuple[int, int]] | None:
         """Where each tensor is in the parameter, if that stacks matrices as they are, else None.

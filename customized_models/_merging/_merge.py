@@ -202,7 +202,10 @@ class Merge:
         return self._parts[name].infos if name in self._parts else (self.infos[name],)
 
     def blocks_by_peft(self, name: str) -> Iterator[torch.Tensor]:
-        """As `blocks`, of a tensor that the adapter changes, but all is PEFT's own arithmetic."""
+        """As `blocks`, of a tensor that the adapter changes, but all is PEFT's own arithmetic.
+
+        Not while another thread asks for any: PEFT's modules are changed meanwhile.
+        """
         if name not in self._parts:
             return iter([self.read(name)])
         pairs = self._pairs(name, self._merging.by_peft)
