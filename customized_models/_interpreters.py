@@ -15,14 +15,13 @@ from typing import IO
 
 from attrs import frozen
 
-_ahead: list[_Ahead] = []
-_taking = threading.Lock()
-
-
 _MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(1 << 20),  # glibc gives a tensor's memory back at once
     "THP_MEM_ALLOC_ENABLE": "1",  # and torch takes it in pages of two megabytes, if there are such
 }
+
+_ahead: list[_Ahead] = []
+_taking = threading.Lock()
 
 
 def environment() -> dict[str, str]:

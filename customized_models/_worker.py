@@ -78,7 +78,7 @@ def run(registry: ModelRegistry, id: str) -> None:
             end_job(registry, connection, lease, row["name"], *ending)
 
 
-_imports = threading.Thread(target=preload, daemon=True, name="imports")
+_imports = threading.Thread(target=preload, name="imports")
 
 
 def _work(registry: ModelRegistry, row: Any, progress: Reporter, lease: db.Lease) -> None:

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     import torch
 
 CHUNK = 1 << 20  # bytes held at once of what is copied: they stay in the cache
-PIECE = 64 << 20  # bytes copied between two calls of `progress`, at most
+PIECE = 64 << 20  # bytes copied between two calls of `progress`, and pushed to the disk at once
 _MOST_AT_ONCE = 8  # files: more would only take more memory, for the disk is the limit then
 
 Piece: TypeAlias = "tuple[int, Callable[[_Output], None]]"
@@ -244,18 +244,21 @@ def _data(source: ShardedSource, info: TensorInfo) -> Iterator[memoryview]:
 
 
 class _Output:
-    """A new file, hashed while it is written."""
+    """A new file, hashed while it is written, and pushed to the disk beside that."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("xb", buffering=0)
         self._hash = hashlib.sha256()
         self._size = 0
         self._buffer = memoryview(bytearray(CHUNK))
+        self._beside = ThreadPoolExecutor(1, "sync")
+        self._pushed: tuple[int, Future[None]] | None = None
 
     def __enter__(self) -> _Output:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._beside.shutdown()
         self._file.close()
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
@@ -264,6 +267,15 @@ class _Output:
         self._size += len(view)
         while view:
             view = view[self._file.write(view) :]
+        self._push()
+
+    def _push(self) -> None:
+        """Else the system would begin when all is written, and the end would wait for all of it."""
+        size, pushing = self._pushed or (0, None)
+        if self._size - size >= PIECE and (pushing is None or pushing.done()):
+            if pushing is not None:
+                pushing.result()  # an error is told once
+            self._pushed = self._size, self._beside.submit(os.fsync, self._file.fileno())
 
     def copy(self, path: Path, start: int, size: int) -> None:
         with opened(path) as fd:
@@ -273,6 +285,8 @@ class _Output:
                 self.write(view)
 
     def finish(self) -> FileDigest:
+        if self._pushed is not None:
+            self._pushed[1].result()
         os.fsync(self._file.fileno())
         return FileDigest(self._size, self._hash.hexdigest())
 

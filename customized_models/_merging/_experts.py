@@ -70,7 +70,7 @@ def groups_of(target: Target, elements: int) -> list[tuple[int, int]]:
 
 @torch.no_grad()
 def merge_in_pairs(
-    target: Target, weight: torch.Tensor, factors: tuple[torch.Tensor, torch.Tensor], first: int = 0
+    target: Target, weight: torch.Tensor, factors: tuple[torch.Tensor, torch.Tensor], first: int
 ) -> None:
     """Add to `weight` (experts, ...), whose first is expert `first`, what PEFT adds, as it does.
 
