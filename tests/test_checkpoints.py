@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -13,6 +14,7 @@ import torch
 from attrs import evolve
 from safetensors.torch import load_file, save_file
 
+from customized_models import _writer
 from customized_models._checkpoints import (
     INDEX,
     SINGLE,
@@ -236,6 +238,23 @@ def test_nothing_in_the_way_is_overwritten(base: Checkpoint, tmp_path: Path) -> 
     with pytest.raises(FileExistsError):
         write_checkpoint(Doubled(base, set()), base, tmp_path, no_progress, ())
     assert (tmp_path / name).read_text() == "mine"
+
+
+def test_an_error_of_the_disk_is_told_though_it_comes_before_the_end(
+    base: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system tells it once, to whom asks first: here to one of the early pushes."""
+    told = []
+
+    def failing_once(fd: int) -> None:
+        told.append(fd)
+        if len(told) == 1:
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(_writer, "PIECE", 1)  # byte: all that is written is pushed
+    monkeypatch.setattr("os.fsync", failing_once)
+    with pytest.raises(OSError, match="Input/output"):
+        write_checkpoint(Doubled(base, set()), base, tmp_path, no_progress, ())
 
 
 def test_shards_that_a_killed_writer_completed_are_taken_over_and_not_read_again(
