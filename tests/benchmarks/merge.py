@@ -7,7 +7,9 @@ published model: it runs in an interpreter of its own, hashes what it reads and 
 and proves it. It is measured twice: cold, and with `Merger.warm_up()` called before, so that the
 interpreter has imported torch, transformers and PEFT. The others are whole processes. On tmpfs it
 is compared with `cp -r` of the base; on the disk with `cp -r` and an fsync of every file, and with
-PEFT's `merge_and_unload` and `save_pretrained`, which hashes and fsyncs nothing. All take turns,
+PEFT's `merge_and_unload` and `save_pretrained`, which hashes and fsyncs nothing. "Hashes" is a copy
+with the SHA-256 of what is read and of what is written that a save takes, and nothing else: no save
+with these checks can be faster on the processors that there are. All take turns,
 and before each there is a rest: a virtual machine may give memory that was freed back to its host
 meanwhile, and whoever is first to write to it again takes longer.
 
@@ -110,6 +112,31 @@ def merge_with_peft(directory: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(directory / "base", dtype="auto")
     merged = PeftModel.from_pretrained(base, directory / "adapter").merge_and_unload()
     merged.save_pretrained(directory / "out", max_shard_size="1GB")
+
+
+def copy_and_hash(directory: Path) -> None:
+    """A copy with a save's hashes, of what is read and of what is written, and its fsync."""
+    import hashlib
+    import os
+    from concurrent.futures import ThreadPoolExecutor
+
+    def hash_one(path: Path, copy: Path | None) -> None:
+        sha256, buffer = hashlib.sha256(), memoryview(bytearray(1 << 20))
+        with path.open("rb", 0) as file, open(copy or os.devnull, "wb", 0) as output:
+            while count := file.readinto(buffer):
+                sha256.update(buffer[:count])
+                if copy:
+                    output.write(buffer[:count])
+            if copy:
+                os.fsync(output.fileno())
+
+    (directory / "out").mkdir()
+    files = sorted((directory / "base").iterdir(), key=lambda path: -path.stat().st_size)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        work = [pool.submit(hash_one, path, directory / "out" / path.name) for path in files]
+        work += [pool.submit(hash_one, path, None) for path in files]
+    for one in work:
+        one.result()
 
 
 # Where the time goes
@@ -232,6 +259,10 @@ def cp_and_fsync(directory: Path) -> list[str]:
     return ["sh", "-c", copy, str(directory)]
 
 
+def hashes(directory: Path) -> list[str]:
+    return [sys.executable, __file__, "--step", "copy_and_hash", "--disk", str(directory)]
+
+
 def peft(directory: Path) -> list[str]:
     return [sys.executable, __file__, "--step", "merge_with_peft", "--disk", str(directory)]
 
@@ -288,10 +319,11 @@ def benchmark(name: str, disk: Path, tmpfs: Path, repeat: int) -> None:
     shutil.copytree(here / "base", there / "base", dirs_exist_ok=True)
     shutil.copytree(here / "adapter", there / "adapter", dirs_exist_ok=True)
     step("register", there)
-    print(compare({"tmpfs, cp -r": cp}, there, repeat), flush=True)
+    print(compare({"tmpfs, cp -r": cp, "tmpfs, hashes": hashes}, there, repeat), flush=True)
     step("profile", there)
     shutil.rmtree(there)  # its memory is needed
-    print(compare({"disk, cp, fsync": cp_and_fsync, "disk, PEFT": peft}, here, repeat), flush=True)
+    others = {"disk, cp, fsync": cp_and_fsync, "disk, hashes": hashes, "disk, PEFT": peft}
+    print(compare(others, here, repeat), flush=True)
 
 
 def main() -> None:
