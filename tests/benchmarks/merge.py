@@ -9,9 +9,9 @@ interpreter has imported torch, transformers and PEFT. The others are whole proc
 is compared with `cp -r` of the base; on the disk with `cp -r` and an fsync of every file, and with
 PEFT's `merge_and_unload` and `save_pretrained`, which hashes and fsyncs nothing. "Hashes" is a copy
 with the SHA-256 of what is read and of what is written that a save takes, and nothing else: no save
-with these checks can be faster on the processors that there are. All take turns,
-and before each there is a rest: a virtual machine may give memory that was freed back to its host
-meanwhile, and whoever is first to write to it again takes longer.
+with these checks can be faster on the processors that there are. All take turns, and before each
+there is a rest: a virtual machine may give memory that was freed back to its host meanwhile, and
+whoever is first to write to it again takes longer.
 
 The models are random and made once, on the disk; there must be room for three times the largest,
 which has 6.4 GB. The peak over the imports, and where the time goes, come from a run of their own
@@ -195,6 +195,9 @@ def profile(directory: Path) -> None:
     )
 
     started = time.perf_counter()
+    subprocess.run([sys.executable, "-c", "import customized_models._worker"], check=True)
+    start = time.perf_counter() - started
+    started = time.perf_counter()
     _merging.preload()
     imported = time.perf_counter() - started
     from customized_models._merging import _fused, _merge
@@ -225,6 +228,7 @@ def profile(directory: Path) -> None:
     started = time.perf_counter()
     split.timed("everything but imports", Merger(registry).save)(customized).result(progress=False)
     print(f"  {'':24}{'wall s':>8}{'CPU s':>8}  (threads together)")
+    print(f"  {'starting an interpreter':24}{start:8.2f}")
     print(f"  {'imports':24}{imported:8.2f}")
     for what, (wall, cpu) in split.seconds.items():
         print(f"  {what:24}{wall:8.2f}{cpu:8.2f}")
