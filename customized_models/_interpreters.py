@@ -20,7 +20,7 @@ _MEMORY = {
     "THP_MEM_ALLOC_ENABLE": "1",  # and torch takes it in pages of two megabytes, if there are such
 }
 
-_ahead: list[_Ahead] = []
+_ahead: list[_Ahead] = []  # one at most
 _taking = threading.Lock()
 
 
@@ -69,7 +69,7 @@ def take_started() -> subprocess.Popen[bytes] | None:
 
 
 def _drop_unfit() -> None:
-    while _ahead and not _ahead[-1].fits():
+    if _ahead and not _ahead[0].fits():
         _ahead.pop().let_go()
 
 
@@ -77,7 +77,7 @@ def _forget() -> None:
     """In a forked process: what waits there waits for the other one, and must see it end."""
     global _taking
     _taking = threading.Lock()  # another thread of the other process may have it
-    while _ahead:
+    if _ahead:
         _ahead.pop().let_go()
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from ._loading import Place
 from ._target import Target
 
 
@@ -39,12 +40,12 @@ def pairs_make_up(
 def matrix_factors(
     target: Target,
     factors: tuple[torch.Tensor, torch.Tensor],
-    place: tuple[int, int],
+    place: Place,
     rows: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Two matrices whose product is what PEFT adds to so many rows of one expert, once scaled.
 
-    That holds where an expert is (out, in). `place`: the expert and the first row.
+    That holds where an expert is (out, in).
     """
     (expert, row), (up, down) = place, factors
     up = up.reshape(len(up), -1, target.experts)[row : row + rows, :, expert]

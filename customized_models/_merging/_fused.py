@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import cycle, pairwise, product
-from typing import TypeAlias, TypeVar
+from typing import Literal, TypeAlias, TypeVar
 
 import torch
 from attrs import frozen
@@ -19,8 +19,8 @@ from peft.tuners.lora import Linear
 
 from .._checkpoints import Checkpoint, TensorInfo, opened, read_into, tensor_bytes, torch_dtype
 from .._errors import UnchangedTargetsError, shown
-from .._writer import files_at_once
 from ._experts import matrix_factors, merge_in_pairs, pairs_make_up, random_factors, stack_of
+from ._loading import Place
 from ._target import Target
 
 _BLOCK = 1 << 19  # elements: two megabytes in float32, so that a block stays in the cache
@@ -48,51 +48,47 @@ class Merging:
         self._here = threading.local()
         self._same_bits: dict[object, bool] = {}
         self.compared = 0
-        self._factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._taking = threading.Lock()
         self._deciding = threading.Lock()
 
     def merge(
-        self, target: Target, values: Mapping[str, torch.Tensor], first: int = 0
-    ) -> Mapping[str, torch.Tensor]:
-        """See `Target.merge`; of stacked experts, some, whose first is `first`, if pairs suit."""
-        return self._peft.submit(self._merged, target, values, first).result()
-
-    def _merged(
         self, target: Target, values: Mapping[str, torch.Tensor], first: int
     ) -> Mapping[str, torch.Tensor]:
+        """See `Target.merge`; of stacked experts, some, whose first is `first`, if pairs suit."""
         if not self._same_bits.get(stack_of(target)):
-            return target.merge(values)
+            return self._peft.submit(target.merge, values).result()
+        factors = self._factors_of_experts(target)
         for weight in values.values():
-            merge_in_pairs(target, weight, self._factors_of_experts(target), first)
+            self._peft.submit(merge_in_pairs, target, weight, factors, first).result()
         return values
 
     def _factors_of_experts(self, target: Target) -> tuple[torch.Tensor, torch.Tensor]:
-        """Read once for all of a layer's experts, if those are merged at about the same time.
+        """Read once while a thread merges experts of the same two stacks, as of one layer.
 
         Raises:
             UnchangedTargetsError: no expert is changed.
         """
-        with self._taking:
-            factors = self._factors.pop(target.place, None) or target.factors()
-            if not all(factor.any() for factor in factors):
+        kept: dict[str, tuple[torch.Tensor, torch.Tensor]]
+        kept = self._here.__dict__.setdefault("factors", {})
+        if target.place not in kept:
+            up, down = target.factors()
+            if not (up.any() and down.any()):
                 raise UnchangedTargetsError(
                     f"the adapter leaves every expert of {shown(target.path)} as it is in the base"
                 )
-            self._factors[target.place] = factors  # the last of all
-            while len(self._factors) > 2 * files_at_once():  # a layer may have two stacks
-                self._factors.pop(next(iter(self._factors)))
-            return factors
+            if len(kept) == 2:
+                kept.pop(next(iter(kept)))
+            kept[target.place] = up, down
+        return kept[target.place]
 
-    def suits_pairs(self, target: Target, rows: int = 0) -> bool:
-        """Whether it stacks experts that can be merged two at a time: with the same bits.
+    def pieces(self, target: Target, rows: int) -> Literal["blocks", "pairs"] | None:
+        """Which pieces of stacked experts give PEFT's bits: blocks of rows, else two experts.
 
         To be asked before their values are there: it takes as much memory as all in float32.
-        `rows`: of matrices that the stack is made of, where blocks of them might suit as well.
+        `rows`: of each matrix in the files that the stack is made of; 0 where it is no such stack.
         """
         stack = stack_of(target)
         if stack is None:
-            return False
+            return None
         with self._deciding:
             if (stack, rows) not in self._same_bits:
                 factors = random_factors(target)
@@ -102,7 +98,9 @@ class Merging:
                 pairs = self._peft.submit(pairs_make_up, target, factors, whole).result()
                 blocks = pairs and rows > 0 and self._make_up(target, factors, rows, whole)
                 self._same_bits |= {stack: pairs, (stack, rows): blocks}
-        return self._same_bits[stack]
+            if self._same_bits[stack, rows]:
+                return "blocks"
+            return "pairs" if self._same_bits[stack] else None
 
     def _make_up(
         self,
@@ -120,60 +118,48 @@ class Merging:
             for place in places
         )
 
-    def suits_blocks(self, target: Target, rows: int = 0) -> bool:
-        """Whether it is a plain LoRA's layer, of a shape for which blocks give PEFT's bits.
-
-        `rows`: as for `suits_pairs`, which was asked before.
-        """
-        if (stack := stack_of(target)) is not None:
-            return self._same_bits.get((stack, rows), False)
+    def suits_blocks(self, target: Target) -> bool:
+        """Whether it is a plain LoRA's layer, of a shape for which blocks give PEFT's bits."""
         shapes = _shapes_of(target)
         return shapes is not None and self._suits(*shapes)
 
     def by_blocks(
-        self,
-        target: Target,
-        base: Checkpoint,
-        info: TensorInfo,
-        dtype: torch.dtype,
-        place: tuple[int, int] | None,
+        self, target: Target, base: Checkpoint, info: TensorInfo, dtype: torch.dtype
     ) -> Pairs | None:
         """Rows of the layer's weight (out, in), before and after the merge; None if it takes PEFT.
 
-        `place`: of the tensor in a stack of experts, which one and its first row. Both in `dtype`,
-        rounded as PEFT does. The former are good until the next pair is asked for, the latter until
-        the one after that. The calling thread has one thread of torch's from then on.
+        Both in `dtype`, rounded once. The former are good until the next pair is asked for, the
+        latter until the one after that. The calling thread has one thread of torch's from then on.
         """
-        if not self.suits_blocks(target, info.shape[0] if place else 0):
+        if not self.suits_blocks(target):
             return None
-        workspace = self._workspace()
+        factors, workspace = _factors_of(target), self._workspace()
 
         def add(before: torch.Tensor, after: torch.Tensor, start: int, end: int) -> None:
             total = workspace.block("total", before.shape, torch.float32).copy_(before)
             after.copy_(total.add_(factors.product(start, end, workspace)))
 
-        def add_rounded(before: torch.Tensor, after: torch.Tensor, start: int, end: int) -> None:
-            rounded = workspace.block("total", before.shape, dtype)
-            torch.add(before, rounded.copy_(factors.product(start, end, workspace)), out=after)
+        return self._pairs(base, info, dtype, factors.bounds(), add)
 
-        if place is None:
-            factors = _factors_of(target)
-            return self._pairs(base, info, dtype, factors.bounds(), add)
-        every = self._factors_of_experts(target)
+    def expert_by_blocks(
+        self, target: Target, base: Checkpoint, info: TensorInfo, dtype: torch.dtype, place: Place
+    ) -> Pairs:
+        """As `by_blocks`, of a matrix of a stack that those suit; rounded twice, as PEFT does."""
+        every, workspace = self._factors_of_experts(target), self._workspace()
         own = matrix_factors(target, every, place, info.shape[0])
         factors = _Factors(*own, _scaling(target))
-        return self._pairs(base, info, dtype, factors.bounds(), add_rounded)
+
+        def add(before: torch.Tensor, after: torch.Tensor, start: int, end: int) -> None:
+            rounded = workspace.block("rounded", before.shape, dtype)
+            torch.add(before, rounded.copy_(factors.product(start, end, workspace)), out=after)
+
+        return self._pairs(base, info, dtype, factors.bounds(), add)
 
     def by_peft(
-        self,
-        target: Target,
-        base: Checkpoint,
-        info: TensorInfo,
-        dtype: torch.dtype,
-        place: tuple[int, int] | None,
+        self, target: Target, base: Checkpoint, info: TensorInfo, dtype: torch.dtype
     ) -> Pairs | None:
         """As `by_blocks`, with PEFT's own product added as PEFT adds it; None for other layers."""
-        if place or _shapes_of(target) is None:
+        if _shapes_of(target) is None:
             return None
         factors = _factors_of(target)
         whole = self._peft.submit(target.delta).result()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping
 from itertools import compress
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from attrs import evolve, field, frozen
@@ -23,6 +23,9 @@ from .._errors import UnsupportedArchitectureError, listed, shown
 from ._versions import private
 
 _SMALL = (2, 3)
+
+Place: TypeAlias = tuple[int, int]
+"""Of a matrix in a stack: its index, which is an expert's, and there its first row."""
 
 
 @frozen
@@ -92,11 +95,10 @@ class Loading:
             self._reversed.add(unit.patterns)
         return values
 
-    def places(self, unit: Unit) -> dict[str, tuple[int, int]] | None:
+    def places(self, unit: Unit) -> dict[str, Place] | None:
         """Where each tensor is in the parameter, if that stacks matrices as they are, else None.
 
-        That is its index in the stack, and there its first row. It is found with small matrices, of
-        whose elements no two are alike.
+        It is found with small matrices, of whose elements no two are alike.
         """
         if unit.patterns is None or unit.quantized or len(unit.parameters) != 1:
             return None

@@ -6,7 +6,6 @@ This module is only imported when a merge is planned.
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -104,8 +103,7 @@ class Merge:
         self._copies = {head: skeleton.unit(of).tensors[0] for head, of in untied.items()}
         self._ready: dict[str, torch.Tensor] = {}
         self._one_part = threading.Lock()
-        self._tensors_of = Counter(id(part.layers) for part in self._parts.values())
-        self._unchanged: dict[int, set[str]] = {}
+        self._unchanged: dict[str, set[str]] = {}
         self._seen: set[object] = set()
         many = any(p.units and len(p.infos) > 1 and not p.experts for p in self._parts.values())
         self.at_once = 1 if many else None
@@ -131,13 +129,15 @@ class Merge:
 
     def _by_experts(self, part: Part) -> list[Part]:
         """What is merged at once: of stacked experts only a few, if that gives the same bits."""
-        places = self._skeleton.loading.places(part.units[0]) if len(part.units) == 1 else None
+        loading = self._skeleton.loading
+        places = loading.places(part.units[0]) if len(part.units) == 1 else None
         rows = part.infos[0].shape[0] if places else 0
-        suit = [self._merging.suits_pairs(layer.target, rows) for layer in part.layers]
-        if places is None or suit != [True]:
+        pieces = [self._merging.pieces(layer.target, rows) for layer in part.layers]
+        if places is None or len(pieces) != 1 or pieces == [None]:
             return [part]
         groups = groups_of(part.layers[0].target, _GROUP)
-        return [group_of(part, group, places, self._skeleton.loading) for group in groups]
+        parts = [group_of(part, group, places, loading) for group in groups]
+        return parts if pieces == ["blocks"] else [evolve(part, places={}) for part in parts]
 
     def sources(self, name: str) -> tuple[str, ...]:
         """The names of the adapter's tensors that the changed tensor `name` is made of.
@@ -177,7 +177,7 @@ class Merge:
         """
         if name not in self._parts:
             return iter([self.read(name)])
-        pairs = self._pairs(name, self._merging.by_blocks)
+        pairs = self._by_blocks(name)
         if pairs is None:
             return iter([self._by_parts(name)])
         self._unread.discard(name)
@@ -192,9 +192,8 @@ class Merge:
         part = self._parts.get(name)
         if part is None or not part.layers:
             return "transformers" if part else "copy"
-        rows = self.infos[name].shape[0] if name in part.places else 0
-        suits = partial(self._merging.suits_blocks, part.layers[0].target, rows)
-        blocks = (part.is_one_weight or rows) and self._merging.aside(suits)
+        suits = partial(self._merging.suits_blocks, part.layers[0].target)
+        blocks = name in part.places or (part.is_one_weight and self._merging.aside(suits))
         return "blocks" if blocks else "PEFT"
 
     def together(self, name: str) -> tuple[TensorInfo, ...]:
@@ -208,13 +207,13 @@ class Merge:
         """
         if name not in self._parts:
             return iter([self.read(name)])
-        pairs = self._pairs(name, self._merging.by_peft)
+        pairs = self._pairs(self._parts[name], self._merging.by_peft)
         if pairs is None:
             return iter([self._merged(self._parts[name])[name]])
         return self._checked(name, pairs)
 
     def _whole(self, name: str) -> torch.Tensor:
-        pairs = self._pairs(name, self._merging.by_blocks)
+        pairs = self._by_blocks(name)
         if pairs is None:
             return self._by_parts(name)
         self._unread.discard(name)
@@ -225,20 +224,24 @@ class Merge:
             done += len(block)
         return merged
 
-    def _pairs(self, name: str, way: Callable[..., Pairs | None]) -> Pairs | None:
-        """Those of a tensor that is one layer's weight, or part of it, if it can go that way."""
+    def _by_blocks(self, name: str) -> Pairs | None:
+        """Those of a tensor that can be merged by blocks."""
         part, base = self._parts[name], self._skeleton.base
-        if not part.is_one_weight and name not in part.places:
+        if name not in part.places:
+            return self._pairs(part, self._merging.by_blocks)
+        self._see_places(part)
+        (layer,), dtype = part.layers, torch_dtype(self.infos[name].dtype)
+        place = part.places[name]
+        return self._merging.expert_by_blocks(layer.target, base, base.infos[name], dtype, place)
+
+    def _pairs(self, part: Part, way: Callable[..., Pairs | None]) -> Pairs | None:
+        """Those of a layer's weight, if that is all to be merged and it can go that way."""
+        if not part.is_one_weight:
             return None
-        (layer,) = part.layers
-        (changed,) = layer.target.changed
-        dtype = self._skeleton.dtypes[layer.outputs[changed]]
-        place = part.places.get(name)
-        tensor = name if place else self._skeleton.unit(layer.sources[changed]).tensors[0]
-        pairs = way(layer.target, base, base.infos[tensor], dtype, place)
-        if place and pairs is not None:
-            self._see_places(part)
-        return pairs
+        (layer,), base = part.layers, self._skeleton.base
+        unit = self._skeleton.unit(layer.sources["weight"])
+        dtype = self._skeleton.dtypes[layer.outputs["weight"]]
+        return way(layer.target, base, base.infos[unit.tensors[0]], dtype)
 
     def _see_places(self, part: Part) -> None:
         """That the tensors are where they are thought to be, by values, once for each kind."""
@@ -276,9 +279,10 @@ class Merge:
         """
         if not part.experts:
             return True
-        unchanged = self._unchanged.setdefault(id(part.layers), set())
+        (parameter,) = part.units[0].parameters
+        unchanged = self._unchanged.setdefault(parameter, set())
         unchanged.update(names)
-        return len(unchanged) == self._tensors_of[id(part.layers)]
+        return unchanged.issuperset(self._skeleton.loading.units[parameter].tensors)
 
     def _by_parts(self, name: str) -> torch.Tensor:
         """The tensor out of its part, whose others are kept until they are asked for."""
@@ -344,10 +348,9 @@ class Merge:
         beside = name.endswith("bias") and len(changed) > 1  # its gradient may have been 0
         same = torch.equal(_head(merged), head)
         same = same and torch.equal(merged, self._before(part, layer.sources[name]))
-        if same and name in changed and not beside:
-            if self._none_changed(part, [info.name for info in part.infos]):
-                raise UnchangedTargetsError(_UNCHANGED.format(shown(path)))
-            return
+        to_change = name in changed and not beside
+        if same and to_change and self._none_changed(part, [info.name for info in part.infos]):
+            raise UnchangedTargetsError(_UNCHANGED.format(shown(path)))
         if not same and name not in changed:
             raise MergeError(f"merging changed {shown(path)}, which the adapter does not target")
 

@@ -13,7 +13,7 @@ from peft.utils import ModulesToSaveWrapper
 from .._checkpoints import TensorInfo, dtype_name
 from .._errors import BaseModelMismatch, UnsupportedAdapterError, listed, shown
 from ._injection import Injected
-from ._loading import Loading, Unit
+from ._loading import Loading, Place, Unit
 from ._skeleton import Skeleton
 from ._target import Target, move_together
 
@@ -58,15 +58,15 @@ class Part:
     """Layers that are merged together, because tensors of the checkpoint hold several of them.
 
     `units`: of those tensors. `infos`: what comes out. `experts`: where it is some of those that a
-    parameter stacks, the first and the end, exclusive. `places`: then, the expert and the first row
-    of each tensor.
+    parameter stacks, the first and the end, exclusive. `places`: of each tensor in the stack, if
+    blocks of rows suit.
     """
 
     layers: tuple[Layer, ...]
     units: tuple[Unit, ...]
     infos: tuple[TensorInfo, ...]
     experts: tuple[int, int] | None = None
-    places: Mapping[str, tuple[int, int]] = field(factory=dict, repr=False)
+    places: Mapping[str, Place] = field(factory=dict, repr=False)
 
     @property
     def is_one_weight(self) -> bool:
@@ -79,7 +79,7 @@ class Part:
 
 
 def group_of(
-    part: Part, experts: tuple[int, int], places: Mapping[str, tuple[int, int]], loading: Loading
+    part: Part, experts: tuple[int, int], places: Mapping[str, Place], loading: Loading
 ) -> Part:
     """Of `part`, which stacks experts as `places` says, those from the first to the end."""
     start, end = experts

@@ -8,10 +8,9 @@ and proves it. It is measured twice: cold, and with `Merger.warm_up()` called be
 interpreter has imported torch, transformers and PEFT. The others are whole processes. On tmpfs it
 is compared with `cp -r` of the base; on the disk with `cp -r` and an fsync of every file, and with
 PEFT's `merge_and_unload` and `save_pretrained`, which hashes and fsyncs nothing. "Hashes" is a copy
-with the SHA-256 of what is read and of what is written that a save takes, and nothing else: no save
-with these checks can be faster on the processors that there are. All take turns, and before each
-there is a rest: a virtual machine may give memory that was freed back to its host meanwhile, and
-whoever is first to write to it again takes longer.
+with the SHA-256 of what is read and of what is written that a save takes, and nothing else. All
+take turns, and before each there is a rest: a virtual machine may give memory that was freed back
+to its host meanwhile, and whoever is first to write to it again takes longer.
 
 The models are random and made once, on the disk; there must be room for three times the largest,
 which has 6.4 GB. The peak over the imports, and where the time goes, come from a run of their own
@@ -78,22 +77,22 @@ def register(directory: Path) -> None:
     registry.register(directory / "adapter", train_name="benchmark", base_model="base")
 
 
-def save(directory: Path, warm: bool = False) -> None:
+def save(directory: Path) -> None:
     from customized_models import Merger, ModelRegistry
 
     registry = ModelRegistry(directory / "registry")
     customized = next(iter(registry.customized_models()))
-    merger = Merger(registry)
-    if warm:
-        merger.warm_up()
-        time.sleep(4 * REST)
     started = time.perf_counter()
-    merger.save(customized).result(progress=False)
+    Merger(registry).save(customized).result(progress=False)
     print(time.perf_counter() - started)
 
 
 def save_warm(directory: Path) -> None:
-    save(directory, warm=True)
+    from customized_models import Merger, ModelRegistry
+
+    Merger(ModelRegistry(directory / "registry")).warm_up()
+    time.sleep(4 * REST)
+    save(directory)
 
 
 def forget(directory: Path) -> None:
@@ -298,7 +297,7 @@ def compare(others: Mapping[str, Callable[[Path], list[str]]], directory: Path, 
         cells = "".join(
             f"{value:8.2f}" for value in (*mine, theirs, *map(statistics.median, ratios))
         )
-        spread = ", ".join(f"{least:.2f} to {most:.2f}" for least, *_, most in ratios)
+        spread = ", ".join(f"{own[0]:.2f} to {own[-1]:.2f}" for own in ratios)
         rows.append(f"{'':16}{what:16}{cells}   {spread}")
     return "\n".join(rows)
 
