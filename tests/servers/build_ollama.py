@@ -3,7 +3,8 @@
     python3 tests/servers/build_ollama.py
 
 Needs Go 1.24 or later, a C++ compiler and Go's module proxy; takes a few minutes. The binary lies
-outside the repository, under $XDG_CACHE_HOME or ~/.cache. Needs the standard library only.
+outside the repository: in $CUSTOMIZED_MODELS_SERVERS, else below $XDG_CACHE_HOME or ~/.cache. Needs
+the standard library only.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ MODULE = "github.com/ollama/ollama"
 def binary() -> Path:
     """Where the built server lies, or will."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "customized-models-tests" / f"ollama-{VERSION}" / "ollama"
+    servers = os.environ.get("CUSTOMIZED_MODELS_SERVERS") or cache / "customized-models-servers"
+    return Path(servers) / f"ollama-{VERSION}" / "ollama"
 
 
 def runs(path: Path) -> bool:
