@@ -1,7 +1,7 @@
 """Carries a trained PEFT adapter to a live model: register it, save it, deploy it, delete it."""
 
-from ._deployer import Deployer
-from ._errors import (
+from .deploying.deployer import Deployer
+from .errors import (
     AlreadyExistsError,
     BaseModelMismatch,
     BaseModelMissingError,
@@ -37,9 +37,10 @@ from ._errors import (
     UnsupportedQuantizationError,
     UnsupportedVersionError,
 )
-from ._jobs import Job
-from ._merger import Merger
-from ._models import (
+from .jobs.job import Job
+from .merging.merger import Merger
+from .merging.plan import MergePlan
+from .models import (
     BaseModel,
     BaseModelCard,
     CompleteModel,
@@ -54,9 +55,8 @@ from ._models import (
     ThirdPartyModel,
     TrainingConfiguration,
 )
-from ._plan import MergePlan
-from ._registry import ModelRegistry
-from ._storage import LocalStorage, Storage
+from .registry import ModelRegistry
+from .storage.local import LocalStorage, Storage
 
 __all__ = [
     "AlreadyExistsError",

@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any
 from attrs import evolve, frozen
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ._cards import evaluation_summary, peft_settings, training_arguments
-from ._checkpoints import json_object
-from ._errors import (
+from .cards.reading import evaluation_summary, peft_settings, training_arguments
+from .errors import (
     AlreadyExistsError,
     RegistrationError,
     UnsupportedAdapterError,
@@ -26,8 +25,9 @@ from ._errors import (
     listed,
     shown,
 )
-from ._models import CustomizedModel, TrainingConfiguration
-from ._registry import ModelRegistry
+from .files.safetensors import json_object
+from .models import CustomizedModel, TrainingConfiguration
+from .registry import ModelRegistry
 
 if TYPE_CHECKING:
     from peft import PeftModel

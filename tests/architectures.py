@@ -20,8 +20,8 @@ from peft import LoraConfig, PeftConfig, get_peft_model
 from safetensors.torch import save_file
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from customized_models._adapters import WEIGHTS
-from customized_models._checkpoints import Checkpoint
+from customized_models.adapters.intake import WEIGHTS
+from customized_models.files.safetensors import Checkpoint
 
 Tensors = Mapping[str, torch.Tensor]
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from attrs import frozen
 
-from customized_models._adapters import Adapter, copy_adapter
-from customized_models._checkpoints import INDEX, SINGLE, Checkpoint
-from customized_models._merging import Merge, open_merge
-from customized_models._writer import write_checkpoint
+from customized_models.adapters.intake import Adapter, copy_adapter
+from customized_models.files.safetensors import INDEX, SINGLE, Checkpoint
+from customized_models.merging import Merge, open_merge
+from customized_models.merging.writing import write_checkpoint
 
 
 def opened(base: Path, adapter: Path, scratch: Path) -> Merge:

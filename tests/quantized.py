@@ -11,7 +11,7 @@ import torch
 from parity import tiny_model
 from safetensors.torch import load_file, save_file
 
-from customized_models._checkpoints import INDEX
+from customized_models.files.safetensors import INDEX
 
 Tensors = dict[str, torch.Tensor]
 

@@ -12,15 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from customized_models._adapters import CONFIG, WEIGHTS, Adapter, check_fits, copy_adapter
-from customized_models._checkpoints import Checkpoint
-from customized_models._errors import (
+from customized_models.adapters.intake import CONFIG, WEIGHTS, Adapter, check_fits, copy_adapter
+from customized_models.adapters.patterns import check_pattern
+from customized_models.errors import (
     BaseModelMismatch,
     MalformedError,
     UnsafeFileError,
     UnsupportedAdapterError,
 )
-from customized_models._patterns import check_pattern
+from customized_models.files.safetensors import Checkpoint
 from customized_models.testing import tiny_llama, tiny_lora, tiny_tokenizer
 
 

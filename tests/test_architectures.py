@@ -39,17 +39,17 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers.core_model_loading import SplitModulelist
 
-from customized_models._errors import (
+from customized_models.errors import (
     BaseModelMismatch,
     UnchangedTargetsError,
     UnmergedTensorsError,
     UnsupportedAdapterError,
     UnsupportedArchitectureError,
 )
-from customized_models._merging import _merge
-from customized_models._merging._fused import Merging
-from customized_models._merging._loading import Loading, Unit
-from customized_models._merging._target import Target
+from customized_models.merging import execution as _merge
+from customized_models.merging.conversion import Loading, Unit
+from customized_models.merging.layers import Target
+from customized_models.merging.lora_blocks import Merging
 
 pytestmark = [
     # PEFT says that it does what is right for a GPT-2 and that it knows no class of norms

@@ -14,16 +14,16 @@ from servers.artifact import at
 from servers.ollama_server import OllamaServer, free_port
 from servers.stand_in import stand_in
 
-from customized_models._errors import (
-    InvalidOptionError,
-)
-from customized_models._models import (
-    DeploymentEnvironment,
-    Served,
-)
 from customized_models.backends import open_backend
 from customized_models.backends.llama_cpp import LlamaCpp
 from customized_models.backends.ollama import Ollama
+from customized_models.errors import (
+    InvalidOptionError,
+)
+from customized_models.models import (
+    DeploymentEnvironment,
+    Served,
+)
 from customized_models.testing import BackendContract
 
 

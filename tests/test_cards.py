@@ -15,16 +15,23 @@ from huggingface_hub import ModelCard as HubCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from customized_models._cards import (
+from customized_models.cards.reading import (
     evaluation_summary,
     peft_settings,
     read_base_card,
     training_arguments,
     training_facts,
 )
-from customized_models._checkpoints import Checkpoint
-from customized_models._errors import MalformedError, UnsafeFileError
-from customized_models._models import (
+from customized_models.cards.readme import (
+    parse_card,
+    readme_header,
+    render_complete,
+    render_customized,
+    storable_card,
+)
+from customized_models.errors import MalformedError, UnsafeFileError
+from customized_models.files.safetensors import Checkpoint
+from customized_models.models import (
     BaseModel,
     BaseModelCard,
     CompleteModel,
@@ -32,13 +39,6 @@ from customized_models._models import (
     EvaluationSummary,
     ModelCard,
     TrainingConfiguration,
-)
-from customized_models._readme import (
-    parse_card,
-    readme_header,
-    render_complete,
-    render_customized,
-    storable_card,
 )
 from customized_models.testing import tiny_llama
 

@@ -14,17 +14,17 @@ import torch
 from attrs import evolve
 from safetensors.torch import load_file, save_file
 
-from customized_models import _writer
-from customized_models._checkpoints import (
+from customized_models.errors import JobCancelled, MalformedError, MergeError, UnsafeFileError
+from customized_models.files.safetensors import (
     INDEX,
     SINGLE,
     Checkpoint,
     TensorInfo,
     read_header,
 )
-from customized_models._errors import JobCancelled, MalformedError, MergeError, UnsafeFileError
-from customized_models._journal import JOURNAL, Journal
-from customized_models._writer import write_checkpoint
+from customized_models.merging import writing as _writer
+from customized_models.merging.journal import JOURNAL, Journal
+from customized_models.merging.writing import write_checkpoint
 from customized_models.testing import tiny_llama
 
 CHANGED = "model.layers.0.mlp.up_proj.weight"

@@ -17,9 +17,8 @@ import pytest
 import torch
 from gguf.quants import dequantize
 
-from customized_models import _gguf
-from customized_models._checkpoints import Checkpoint, ModelSource
-from customized_models._errors import (
+from customized_models import gguf as _gguf
+from customized_models.errors import (
     IntegrityError,
     JobCancelled,
     MalformedError,
@@ -28,8 +27,9 @@ from customized_models._errors import (
     UnsupportedError,
     UnsupportedQuantizationError,
 )
-from customized_models._gguf import _write
-from customized_models.testing._models import (
+from customized_models.files.safetensors import Checkpoint, ModelSource
+from customized_models.gguf import writing as _write
+from customized_models.testing.tiny_models import (
     CHAT_TEMPLATE,
     SPECIAL_TOKENS,
     tiny_llama,
@@ -507,7 +507,7 @@ def test_cancelling_leaves_no_file(tmp_path: Path, tiny: Path) -> None:
 
 def test_planning_imports_the_checker_alone() -> None:
     code = (
-        "import sys; from customized_models import _gguf;"
+        "import sys; from customized_models import gguf as _gguf;"
         "_gguf.check_architecture({'architectures': ['LlamaForCausalLM']});"
         "print({'torch', 'gguf', 'numpy', 'tokenizers', 'xllamacpp'} & sys.modules.keys())"
     )

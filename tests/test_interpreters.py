@@ -21,8 +21,8 @@ from customized_models import (
     Merger,
     ModelRegistry,
 )
-from customized_models import _interpreters as interpreters
-from customized_models import _jobs as jobs
+from customized_models.jobs import job as jobs
+from customized_models.jobs import standby as interpreters
 
 
 @pytest.fixture(autouse=True)
@@ -204,9 +204,10 @@ def test_imports_that_fail_are_the_jobs_error(
 def test_it_ends_with_the_process_that_started_it(registry: ModelRegistry) -> None:
     code = (
         "import os, sys\n"
-        "from customized_models import Merger, ModelRegistry, _interpreters\n"
+        "from customized_models import Merger, ModelRegistry\n"
+            "from customized_models.jobs import standby\n"
         "Merger(ModelRegistry(sys.argv[1])).warm_up()\n"
-        "print(_interpreters._ahead[0].process.pid, flush=True)\n"
+        "print(standby._ahead[0].process.pid, flush=True)\n"
         "os.kill(os.getpid(), 9)\n"
     )
     ended = subprocess.run(

@@ -17,19 +17,19 @@ import httpx
 import pytest
 from servers.artifact import FileArtifact, no_gguf, pushed
 
-from customized_models._errors import (
+from customized_models.backends import Backend, open_backend
+from customized_models.backends.llama_cpp import LlamaCppOptions
+from customized_models.errors import (
     AlreadyExistsError,
     InvalidOptionError,
     ServerAnswerError,
     UnsupportedVersionError,
 )
-from customized_models._models import (
+from customized_models.models import (
     DeploymentEnvironment,
     Served,
     Status,
 )
-from customized_models.backends import Backend, open_backend
-from customized_models.backends.llama_cpp import LlamaCppOptions
 
 TOKEN = "s3cr3t-t0k3n"
 
@@ -91,8 +91,8 @@ def test_a_model_outlives_the_process_that_deployed_it(
 import json, sys
 from pathlib import Path
 import attrs
-from customized_models._gguf import GGUFFile
-from customized_models._models import DeploymentEnvironment
+from customized_models.gguf import GGUFFile
+from customized_models.models import DeploymentEnvironment
 from customized_models.backends import open_backend
 
 class Artifact:

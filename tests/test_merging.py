@@ -20,9 +20,8 @@ import torch
 from parity import assert_parity, opened
 from safetensors.torch import load_file, save_file
 
-from customized_models._adapters import CONFIG, WEIGHTS
-from customized_models._checkpoints import INDEX, SINGLE, Checkpoint
-from customized_models._errors import (
+from customized_models.adapters.intake import CONFIG, WEIGHTS
+from customized_models.errors import (
     BaseModelMismatch,
     MalformedError,
     NonFiniteError,
@@ -32,7 +31,9 @@ from customized_models._errors import (
     UnsupportedArchitectureError,
     UnsupportedVersionError,
 )
-from customized_models._merging import _fused, _target
+from customized_models.files.safetensors import INDEX, SINGLE, Checkpoint
+from customized_models.merging import layers as _target
+from customized_models.merging import lora_blocks as _fused
 from customized_models.testing import tiny_llama, tiny_lora
 
 pytestmark = [
@@ -261,7 +262,7 @@ BOTH_WAYS = """
 import sys
 from pathlib import Path
 from parity import assert_parity
-from customized_models._merging import _target
+from customized_models.merging import layers as _target
 from customized_models.testing import tiny_llama, tiny_lora
 
 paths, merge = [], _target.Target.merge

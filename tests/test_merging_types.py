@@ -15,18 +15,18 @@ from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from customized_models._adapters import CONFIG, WEIGHTS
-from customized_models._checkpoints import Checkpoint
-from customized_models._errors import (
+from customized_models.adapters.intake import CONFIG, WEIGHTS
+from customized_models.errors import (
     BaseModelMismatch,
     MalformedError,
     MergeError,
     UnmergedTensorsError,
     UnsupportedAdapterError,
 )
-from customized_models._merging._refusals import MERGEABLE_TYPES, UNMERGEABLE_TYPES
+from customized_models.files.safetensors import Checkpoint
+from customized_models.merging.refusals import MERGEABLE_TYPES, UNMERGEABLE_TYPES
 from customized_models.testing import tiny_llama, tiny_lora
-from customized_models.testing._models import tiny_adapter
+from customized_models.testing.tiny_models import tiny_adapter
 
 pytestmark = [  # PEFT warns of much that it does as it was told
     pytest.mark.filterwarnings("ignore::UserWarning:peft"),
@@ -319,7 +319,7 @@ def test_a_rank_beyond_what_the_file_holds_is_refused_before_it_takes_memory(
     def never(*_: Any) -> None:
         raise AssertionError("PEFT was asked to build the layers")
 
-    monkeypatch.setattr("customized_models._merging._injection.PeftModel", never)
+    monkeypatch.setattr("customized_models.merging.injection.PeftModel", never)
     with pytest.raises(MalformedError, match="65536"):
         opened(base, adapter, tmp_path)
 

@@ -11,20 +11,20 @@ from servers.artifact import TEMPLATE, FileArtifact, at, no_gguf, pushed
 from servers.counting_proxy import CountingProxy
 from servers.ollama_server import OllamaServer
 
-from customized_models._errors import (
+from customized_models.backends import open_backend
+from customized_models.backends.ollama import Ollama, OllamaOptions
+from customized_models.errors import (
     AlreadyExistsError,
     InUseError,
     InvalidOptionError,
     NoTemplateError,
     ServerAnswerError,
 )
-from customized_models._models import (
+from customized_models.models import (
     DeploymentTemplate,
     Served,
     Status,
 )
-from customized_models.backends import open_backend
-from customized_models.backends.ollama import Ollama, OllamaOptions
 
 
 @pytest.mark.parametrize(

@@ -14,20 +14,20 @@ from servers import stand_in as faults
 from servers.artifact import TEMPLATE, FileArtifact, at, pushed
 from servers.stand_in import StandIn, stand_in
 
-from customized_models._errors import (
+from customized_models.backends import Backend, open_backend
+from customized_models.backends.ollama import OllamaOptions
+from customized_models.errors import (
     DeploymentError,
     InvalidOptionError,
     ServerAnswerError,
     ServerUnreachableError,
     UnsupportedVersionError,
 )
-from customized_models._gguf import GGUFFile
-from customized_models._models import (
+from customized_models.gguf import GGUFFile
+from customized_models.models import (
     DeploymentEnvironment,
     Status,
 )
-from customized_models.backends import Backend, open_backend
-from customized_models.backends.ollama import OllamaOptions
 
 TOKEN = "s3cr3t-t0k3n"
 Fault = Callable[[faults.Handler], None]

@@ -174,12 +174,12 @@ def test_a_plan_is_a_value_and_a_table_in_terminals_and_an_escaped_one_in_notebo
 PEAK = """
 import sys
 from customized_models import CustomizedModel, ModelRegistry
-from customized_models._plan import plan_merge
-from customized_models._proof import prove
-from customized_models._sources import merged_source
-from customized_models._writer import write_checkpoint
+from customized_models.merging.plan import plan_merge
+from customized_models.merging.proof import prove
+from customized_models.sources import merged_source
+from customized_models.merging.writing import write_checkpoint
 import torch, transformers, peft, peft.tuners.lora
-from customized_models._merging import Merge  # the imports are not counted
+from customized_models.merging import Merge  # the imports are not counted
 transformers.AutoModelForCausalLM, transformers.AutoConfig
 
 def peak():

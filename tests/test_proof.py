@@ -24,15 +24,15 @@ from customized_models import (
     NotFoundError,
     NotReproducible,
 )
-from customized_models._adapters import Adapter
-from customized_models._checkpoints import Checkpoint
-from customized_models._database import Lease
-from customized_models._manifest import MANIFEST, Manifest, hash_file
-from customized_models._merger import run_save
-from customized_models._merging import Merge, open_merge
-from customized_models._proof import different, prove
-from customized_models._sources import merged_source
-from customized_models._writer import write_checkpoint
+from customized_models.adapters.intake import Adapter
+from customized_models.catalog.database import Lease
+from customized_models.files.manifest import MANIFEST, Manifest, hash_file
+from customized_models.files.safetensors import Checkpoint
+from customized_models.merging import Merge, open_merge
+from customized_models.merging.merger import run_save
+from customized_models.merging.proof import different, prove
+from customized_models.merging.writing import write_checkpoint
+from customized_models.sources import merged_source
 from customized_models.testing import tiny_llama, tiny_lora
 
 

@@ -30,10 +30,10 @@ from quantized import (
 from safetensors.torch import load_file, save_file
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-from customized_models._adapters import WEIGHTS
-from customized_models._checkpoints import SINGLE, Checkpoint, json_object
-from customized_models._errors import MalformedError, UnsupportedAdapterError
-from customized_models._merging._refusals import (
+from customized_models.adapters.intake import WEIGHTS
+from customized_models.errors import MalformedError, UnsupportedAdapterError
+from customized_models.files.safetensors import SINGLE, Checkpoint, json_object
+from customized_models.merging.refusals import (
     DEQUANTIZED,
     QUANTIZED,
     dequantizes,
@@ -41,7 +41,7 @@ from customized_models._merging._refusals import (
     refuse_codes,
 )
 from customized_models.testing import tiny_llama, tiny_lora
-from customized_models.testing._models import tiny_adapter
+from customized_models.testing.tiny_models import tiny_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
 

@@ -38,7 +38,7 @@ from customized_models import (
     UnsupportedAdapterError,
     UnsupportedQuantizationError,
 )
-from customized_models._bases import hashed_beside, locate
+from customized_models.base_models import hashed_beside, locate
 from customized_models.testing import MemoryStorage, tiny_llama, tiny_lora
 
 

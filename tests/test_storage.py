@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from customized_models._storage import LocalStorage
+from customized_models.storage.local import LocalStorage
 from customized_models.testing import MemoryStorage, StorageContract, publish_files
 
 
@@ -42,7 +42,7 @@ def test_published_files_can_be_read_by_other_users(tmp_path: Path) -> None:
 
 def test_staging_after_a_kill_finds_what_it_held(tmp_path: Path) -> None:
     script = (
-        "import os, sys; from customized_models._storage import LocalStorage\n"
+        "import os, sys; from customized_models.storage.local import LocalStorage\n"
         "with LocalStorage(sys.argv[1]).staging('job') as directory:\n"
         "    (directory / 'shard').write_bytes(b'done'); os.kill(os.getpid(), 9)"
     )

@@ -25,15 +25,15 @@ from transformers import (
     set_seed,
 )
 
-from customized_models._errors import (
+from customized_models.errors import (
     AlreadyExistsError,
     BaseModelMismatch,
     RegistrationError,
     UnsupportedAdapterError,
     UnsupportedError,
 )
-from customized_models._models import CustomizedModel
-from customized_models._registry import ModelRegistry
+from customized_models.models import CustomizedModel
+from customized_models.registry import ModelRegistry
 from customized_models.training import RegisterCallback, register_from_trainer
 
 EXAMPLES = [{"input_ids": [1, 5 + i, 7, 9, 2], "labels": [1, 5 + i, 7, 9, 2]} for i in range(8)]

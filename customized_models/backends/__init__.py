@@ -8,9 +8,9 @@ from typing import Any, Protocol, TypeVar
 
 from attrs import frozen
 
-from .._errors import InvalidOptionError, shown
-from .._gguf import GGUFFile
-from .._models import (
+from ..errors import InvalidOptionError, shown
+from ..gguf import GGUFFile
+from ..models import (
     SERVED_NAME,
     DeploymentEnvironment,
     DeploymentTemplate,

@@ -13,7 +13,7 @@ from typing import Any
 
 from attrs import Attribute, field, frozen
 
-from .._errors import (
+from ..errors import (
     AlreadyExistsError,
     InvalidOptionError,
     ServerAnswerError,
@@ -21,15 +21,15 @@ from .._errors import (
     UnsupportedVersionError,
     shown,
 )
-from .._models import DeploymentEnvironment, Progress, Served, Status
+from ..models import DeploymentEnvironment, Progress, Served, Status
 from . import Artifact, Plan, checked_options, chosen_served_name
-from ._http import JSONServer, answer_timeout, bearer_token
-from ._process import end, output_of_start, start_time
+from .http import JSONServer, answer_timeout, bearer_token
+from .process import end, output_of_start, start_time
 
 __all__ = ["LlamaCpp", "LlamaCppOptions"]
 
 _HOST = "127.0.0.1"
-_SERVER = Path(__file__).resolve().with_name("_llama_server.py")
+_SERVER = Path(__file__).resolve().with_name("llama_server.py")
 _PORT_SECONDS = 2.0  # the system frees the port of a killed server a moment after it is gone
 _START_SECONDS = 600.0  # a large file on a slow disk
 
@@ -173,7 +173,7 @@ def _bind_error(port: int) -> OSError | None:
 
 
 def _reported(output: bytes) -> dict[str, Any]:
-    """The process that `_llama_server` reports.
+    """The process that `llama_server` reports.
 
     Raises:
         ServerAnswerError: it ended instead; the message has the end of what it said.

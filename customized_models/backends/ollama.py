@@ -6,7 +6,7 @@ import re
 import time
 from typing import TYPE_CHECKING, Any
 
-from .._errors import (
+from ..errors import (
     AlreadyExistsError,
     DeploymentError,
     InUseError,
@@ -16,11 +16,11 @@ from .._errors import (
     UnsupportedVersionError,
     shown,
 )
-from .._gguf import GGUFFile
-from .._models import DeploymentEnvironment, DeploymentTemplate, Progress, Served, Status
+from ..gguf import GGUFFile
+from ..models import DeploymentEnvironment, DeploymentTemplate, Progress, Served, Status
 from . import Artifact, Plan, checked_options, chosen_served_name
-from ._http import JSONServer, answer_timeout, bearer_token
-from ._ollama_options import OllamaOptions
+from .http import JSONServer, answer_timeout, bearer_token
+from .ollama_options import OllamaOptions
 
 if TYPE_CHECKING:
     import httpx

@@ -10,19 +10,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ._backends import BackendContract
-    from ._models import tiny_adapter, tiny_llama, tiny_lora, tiny_tokenizer
-    from ._storage import MemoryStorage, StorageContract, publish_files
+    from .backends import BackendContract
+    from .storage import MemoryStorage, StorageContract, publish_files
+    from .tiny_models import tiny_adapter, tiny_llama, tiny_lora, tiny_tokenizer
 
 _HOMES = {
-    "BackendContract": "_backends",
-    "MemoryStorage": "_storage",
-    "StorageContract": "_storage",
-    "publish_files": "_storage",
-    "tiny_adapter": "_models",
-    "tiny_llama": "_models",
-    "tiny_lora": "_models",
-    "tiny_tokenizer": "_models",
+    "BackendContract": "backends",
+    "MemoryStorage": "storage",
+    "StorageContract": "storage",
+    "publish_files": "storage",
+    "tiny_adapter": "tiny_models",
+    "tiny_llama": "tiny_models",
+    "tiny_lora": "tiny_models",
+    "tiny_tokenizer": "tiny_models",
 }
 
 __all__ = [

@@ -194,12 +194,13 @@ def profile(directory: Path) -> None:
     )
 
     started = time.perf_counter()
-    subprocess.run([sys.executable, "-c", "import customized_models._worker"], check=True)
+    subprocess.run([sys.executable, "-c", "import customized_models.jobs.worker"], check=True)
     start = time.perf_counter() - started
     started = time.perf_counter()
     _merging.preload()
     imported = time.perf_counter() - started
-    from customized_models._merging import _fused, _merge
+    from customized_models.merging import execution as _merge
+    from customized_models.merging import lora_blocks as _fused
 
     split, before = Split(), memory()
     split.watch("plan", _merging, "open_merge")
@@ -305,7 +306,7 @@ def compare(others: Mapping[str, Callable[[Path], list[str]]], directory: Path, 
 def step(name: str, directory: Path) -> None:
     """Do it in a process of its own: this one stays small, and imports nothing."""
     command = [sys.executable, __file__, "--step", name, "--disk", str(directory)]
-    from customized_models._interpreters import environment
+    from customized_models.jobs.standby import environment
 
     output = None if name == "profile" else subprocess.DEVNULL
     subprocess.run(command, check=True, stderr=output, env=environment())

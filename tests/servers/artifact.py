@@ -7,17 +7,17 @@ from pathlib import Path
 
 from attrs import frozen
 
-from customized_models import _gguf
-from customized_models._checkpoints import Checkpoint, ModelSource
-from customized_models._gguf import GGUFFile
-from customized_models._models import (
+from customized_models import gguf as _gguf
+from customized_models.backends import Backend
+from customized_models.files.safetensors import Checkpoint, ModelSource
+from customized_models.gguf import GGUFFile
+from customized_models.models import (
     DeploymentEnvironment,
     DeploymentTemplate,
     Progress,
     Quantization,
     Served,
 )
-from customized_models.backends import Backend
 from customized_models.testing import tiny_llama
 
 from .counting_proxy import CountingProxy

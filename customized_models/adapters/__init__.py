@@ -1,0 +1,1 @@
+"""An untrusted adapter directory becomes a checked private copy, and its facts."""

@@ -1,0 +1,327 @@
+"""An untrusted adapter directory: a checked private copy of it, and its facts.
+
+Nothing of Hugging Face runs here. What PEFT would execute, look up or match without bounds while
+it reads an adapter is refused before PEFT sees it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from attrs import field, frozen
+
+from ..errors import (
+    BaseModelMismatch,
+    MalformedError,
+    UnsafeFileError,
+    UnsupportedAdapterError,
+    listed,
+    shown,
+)
+from ..files.safetensors import Checkpoint, TensorInfo, json_object, opened, read_header, read_into
+from ..models import is_hub_id
+from .patterns import check_pattern
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."  # what PEFT puts before the names of a model's modules
+
+_MIB = 1 << 20
+_MAX_BYTES = {
+    CONFIG: 1 * _MIB,
+    WEIGHTS: 32 << 30,
+    "tokenizer.json": 64 * _MIB,
+    "tokenizer_config.json": 16 * _MIB,
+    "tokenizer.model": 64 * _MIB,
+    "special_tokens_map.json": 16 * _MIB,
+    "added_tokens.json": 16 * _MIB,
+    "vocab.json": 64 * _MIB,
+    "merges.txt": 64 * _MIB,
+    "chat_template.jinja": 1 * _MIB,
+    "preprocessor_config.json": 1 * _MIB,
+    "processor_config.json": 1 * _MIB,
+}  # every file that is taken, and the most bytes it may have
+_MAX_HEADER = 32 * _MIB  # a mixture of experts adapted expert by expert has about 100,000 tensors
+_CHUNK = 8 * _MIB
+
+_SETS = ("target_modules", "modules_to_save", "exclude_modules", "target_parameters")
+_REGEX_FIELDS = ("target_modules", "exclude_modules", "layers_pattern")
+_DTYPES = ("F16", "BF16", "F32")
+_INDEX_DTYPES = ("I64", "I32", "I16", "U8", "BOOL")
+_INDEXED = ("FROD", "SHIRA", "SUPERTUNING", "UNILORA")  # they save which elements they change
+_SHARED = ("UNILORA",)  # all that it trains is one vector for all modules
+_MAX_RANK = 1 << 16
+_LOADS_CODE = ("megatron_config", "adapters", "tokenizer_kwargs")
+_PATH_FIELD = re.compile(r".*(_path|_file|_dir|_directory|_or_id)", re.ASCII)
+_HERE_BY_DEFAULT = {"megatron_core": "megatron.core"}
+
+
+def copy_adapter(source: Path, destination: Path) -> None:
+    """Copy what belongs to an adapter from `source` into the empty directory `destination`.
+
+    The configuration is rewritten so that one adapter always has one byte string: keys sorted,
+    lists that PEFT treats as sets sorted, and `base_model_name_or_path` null unless a Hub id.
+
+    Raises:
+        MalformedError: a required file is missing, or the configuration is not strict JSON, or
+            a file changed while it was copied.
+        UnsafeFileError: a link, pipe, device or oversized file.
+        UnsupportedAdapterError: the weights are pickled.
+    """
+    if not os.path.lexists(source / WEIGHTS) and (source / "adapter_model.bin").exists():
+        raise UnsupportedAdapterError(
+            f"adapter_model.bin is a pickle, which can run code when it is read; save the adapter "
+            f"as {WEIGHTS}: load it where you trust it, then "
+            f"PeftModel.save_pretrained(..., safe_serialization=True)"
+        )
+    for name, limit in _MAX_BYTES.items():
+        if name in (CONFIG, WEIGHTS) or os.path.lexists(source / name):
+            _copy_file(source / name, destination / name, limit)
+    config = json_object(destination / CONFIG)
+    (destination / CONFIG).write_bytes(_canonical(config))
+
+
+def _copy_file(source: Path, destination: Path, limit: int) -> None:
+    with opened(source, os.O_NOFOLLOW) as fd, destination.open("xb", buffering=0) as output:
+        before = os.fstat(fd)
+        if before.st_size > limit:
+            raise UnsafeFileError(
+                f"{shown(source.name)} has {before.st_size} bytes, more than {limit}"
+            )
+        buffer = memoryview(bytearray(min(_CHUNK, before.st_size)))
+        for start in range(0, before.st_size, _CHUNK):
+            view = buffer[: min(_CHUNK, before.st_size - start)]
+            read_into(view, fd, start, shown(source.name))
+            while view:
+                view = view[output.write(view) :]
+        after = os.fstat(fd)
+    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+        raise MalformedError(f"{shown(source.name)} changed while it was copied")
+
+
+def _canonical(config: dict[str, Any]) -> bytes:
+    base = config.get("base_model_name_or_path")
+    portable = isinstance(base, str) and is_hub_id(base) and not os.path.exists(base)
+    config = config | {"base_model_name_or_path": base if portable else None}
+    for key in _SETS:
+        value = config.get(key)
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            config[key] = sorted(set(value))
+    try:
+        text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False)
+    except (ValueError, RecursionError) as error:
+        raise MalformedError(f"{CONFIG} holds a number that is not finite") from error
+    return text.encode() + b"\n"
+
+
+@frozen
+class Adapter:
+    """A PEFT adapter in a directory of our own, found sound.
+
+    `config`: its `adapter_config.json`. `tensors`: what its weights hold, by the name PEFT gave
+    them. `files`: the names of all that it has.
+    """
+
+    directory: Path
+    config: Mapping[str, Any] = field(repr=False)
+    tensors: Mapping[str, TensorInfo] = field(repr=False)
+    files: tuple[str, ...] = field(repr=False)
+
+    @classmethod
+    def open(cls, directory: Path) -> Adapter:
+        """Read the configuration and the weights' header.
+
+        Raises:
+            MalformedError: a value of the wrong type or out of range, or no weights.
+            UnsupportedAdapterError: it names code, paths, a costly pattern or odd dtypes.
+        """
+        config = json_object(directory / CONFIG, limit=_MAX_BYTES[CONFIG])
+        _check_config(config)
+        tensors = read_header(directory / WEIGHTS, limit=_MAX_HEADER).tensors
+        if not tensors:
+            raise MalformedError(f"{WEIGHTS} holds no tensors")
+        if empty := {name for name, info in tensors.items() if not info.size}:
+            raise MalformedError(f"tensors without elements in {WEIGHTS}: {listed(empty)}")
+        dtypes = _DTYPES + (_INDEX_DTYPES if config["peft_type"] in _INDEXED else ())
+        if odd := {name for name, info in tensors.items() if info.dtype not in dtypes}:
+            raise UnsupportedAdapterError(
+                f"tensors of other dtypes than {', '.join(dtypes)}: {listed(odd)}"
+            )
+        files = tuple(sorted(name for name in _MAX_BYTES if (directory / name).is_file()))
+        return cls(directory.resolve(), config, tensors, files)
+
+
+def _check_config(config: Mapping[str, Any]) -> None:
+    if not re.fullmatch(r"[A-Z0-9_]{1,40}", str(config.get("peft_type")), re.ASCII):
+        raise MalformedError(f"peft_type {shown(config.get('peft_type'))} is no PEFT type")
+    plain = config["peft_type"] == "LORA"  # other types may leave them open
+    if "r" in config and (plain or config["r"] is not None):
+        _check_rank("r", config["r"], 1 if plain else 0)
+    if "lora_alpha" in config and (plain or config["lora_alpha"] is not None):
+        _check_number("lora_alpha", config["lora_alpha"])
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns = {} if config.get(key) is None else config[key]
+        if not isinstance(patterns, dict):
+            raise MalformedError(f"{key} is no object")
+        for pattern, value in patterns.items():
+            check_pattern(key, pattern)
+            if key == "alpha_pattern":
+                _check_number(f"{key} value", value)
+            elif config["peft_type"] == "ADALORA":
+                _check_masks(f"{key} value", value)
+            else:
+                _check_rank(f"{key} value", value)
+    for key in _SETS + _REGEX_FIELDS:
+        _check_names(key, config.get(key))
+    _refuse_outside(config, CONFIG)
+
+
+def _check_rank(what: str, value: object, lowest: int = 1) -> None:
+    if type(value) is not int or not lowest <= value <= _MAX_RANK:
+        raise MalformedError(f"{what} {shown(value)} is no whole number {lowest} to {_MAX_RANK}")
+
+
+def _check_masks(what: str, value: object) -> None:
+    """Which of a module's ranks are left."""
+    if not isinstance(value, list) or not all(isinstance(item, bool) for item in value):
+        raise MalformedError(f"{what} {shown(value)} is no list of true and false")
+
+
+def _check_number(what: str, value: object) -> None:
+    if type(value) not in (int, float) or not math.isfinite(value):  # type: ignore[arg-type]
+        raise MalformedError(f"{what} {shown(value)} is no finite number")
+
+
+def _check_names(key: str, value: object) -> None:
+    """None, a list of names, or, where PEFT takes one, a regular expression."""
+    if value is None:
+        return
+    if isinstance(value, str) and key in _REGEX_FIELDS:
+        check_pattern(key, value)
+        return
+    if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
+        raise MalformedError(f"{key} is no list of names: {shown(value)}")
+    for item in value:
+        check_pattern(key, item)
+
+
+def _refuse_outside(config: Mapping[str, Any], where: str) -> None:
+    """Refuse what makes PEFT import a module or open another file."""
+    for key, value in config.items():
+        if not value or key == "base_model_name_or_path" or value == _HERE_BY_DEFAULT.get(key):
+            continue
+        if key == "auto_mapping" and _is_transformers_class(value):
+            continue
+        outside = key in (*_LOADS_CODE, *_HERE_BY_DEFAULT, "auto_mapping")
+        if outside or (_PATH_FIELD.fullmatch(key) and isinstance(value, str)):
+            raise UnsupportedAdapterError(
+                f"{shown(key)} in {where} leads PEFT to code or files outside of the adapter: "
+                f"{shown(value)}"
+            )
+        if isinstance(value, dict):
+            _refuse_outside(value, f"{shown(key)} in {where}")
+
+
+def _is_transformers_class(mapping: object) -> bool:
+    """PEFT writes down the base's class for an adapter without a task type."""
+    if not isinstance(mapping, dict) or mapping.keys() != {"base_model_class", "parent_library"}:
+        return False
+    library = mapping["parent_library"]
+    return isinstance(library, str) and bool(
+        re.fullmatch(r"transformers\.models(\.[a-z0-9_]+)+", library, re.ASCII)
+    )
+
+
+# Whether it belongs to a base
+
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|layer|block)\.(\d+)\.")
+
+
+def check_fits(adapter: Adapter, base: Checkpoint) -> None:
+    """Whether the adapter can have been trained on `base`, by names and shapes in the headers.
+
+    A module whose weight `base` has under that name must have the adapter's shape. Other modules
+    are passed over if some are found, because transformers renames and fuses tensors of some
+    architectures while it loads them: which of those exist is left to the merge plan, and so is
+    what each tensor means.
+
+    Raises:
+        BaseModelMismatch: shapes differ, a layer's number is beyond the base's, or nothing fits.
+    """
+    here, weights = {name: [info] for name, info in base.infos.items()}, _by_tail(base)
+    modules = {name.split(".")[-2] for name in base.infos if "." in name}
+    layers = max((layer_of(name) for name in base.infos), default=-1)
+    wrong, found = set(), False
+    for name, info in adapter.tensors.items():
+        path = name.removeprefix(PREFIX)
+        if layer_of(path) > layers:
+            wrong.add(name)
+            continue
+        targets = _targets(path, here) or _targets(_tail(path), weights)
+        if not targets:  # renamed while it is loaded, or a tied head without a tensor
+            alike = modules.intersection(path.split("."))
+            found = found or "experts" in alike or bool(alike and layer_of(path) < 0)
+            found = found or path.startswith("lm_head.")
+            continue
+        found = True
+        if not any(_same_shape(path, info, target, adapter) for target in targets):
+            wrong.add(name)
+    elsewhere = adapter.config["peft_type"] in _SHARED or adapter.config.get("target_parameters")
+    if wrong or not (found or elsewhere):
+        reason = f"they do not fit: {listed(wrong)}" if wrong else "none names a module of it"
+        raise BaseModelMismatch(
+            f"the adapter's tensors are not for this base model: {reason}; "
+            f"name the base it was trained on"
+        )
+
+
+def layer_of(name: str) -> int:
+    match = _LAYER.search(name)
+    return int(match[1]) if match and len(match[1]) < 10 else (10**9 if match else -1)
+
+
+def _tail(name: str) -> str:
+    """From the layer's number on: what stays when a model is nested in another."""
+    match = _LAYER.search(name)
+    return name[match.start(1) :] if match else name
+
+
+def _by_tail(base: Checkpoint) -> dict[str, list[TensorInfo]]:
+    """The base's tensors by tail, which a part for language and one for images may share."""
+    result: dict[str, list[TensorInfo]] = {}
+    for name, info in base.infos.items():
+        result.setdefault(_tail(name), []).append(info)
+    return result
+
+
+def _targets(path: str, infos: Mapping[str, list[TensorInfo]]) -> list[TensorInfo]:
+    """What `path` may stand for itself, or the weights of the module it lies in."""
+    if path in infos:
+        return infos[path]
+    while "." in path:
+        path = path.rpartition(".")[0]
+        if f"{path}.weight" in infos:
+            return infos[f"{path}.weight"]
+    return []
+
+
+def _same_shape(path: str, info: TensorInfo, target: TensorInfo, adapter: Adapter) -> bool:
+    """Whether a LoRA factor or a full copy goes with its target; other kinds are not looked at."""
+    if _tail(path) == _tail(target.name):
+        resizable = layer_of(path) < 0 and len(info.shape) == 2  # embeddings, for added tokens
+        return info.shape[resizable:] == target.shape[resizable:]
+    blocks = adapter.config.get("use_bdlora")
+    if len(target.shape) != 2 or len(info.shape) != 2 or blocks:
+        return True
+    out, into = target.shape[::-1] if adapter.config.get("fan_in_fan_out") else target.shape
+    if path.endswith(".lora_A.weight"):
+        return info.shape[1] == into
+    if path.endswith(".lora_B.weight"):
+        return info.shape[0] == out
+    return True

@@ -1,0 +1,252 @@
+"""What files say of a model: a base model's own, and those that a training left beside an adapter.
+
+The files are other people's: parsed strictly, bounded, and nothing is unpickled or downloaded.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from attrs import evolve
+
+from ..base_models import small_files
+from ..errors import MalformedError, shown
+from ..files.manifest import README
+from ..files.safetensors import INDEX, MAX_JSON, Checkpoint, json_object
+from ..models import (
+    BaseModelCard,
+    EvaluationSummary,
+    ModelCard,
+    TrainingConfiguration,
+    is_hub_id,
+)
+from .readme import MAX_README, plain_text, readme_header, storable_card
+
+PEFT_SETTINGS = {
+    "peft_type", "task_type", "peft_version", "revision", "r", "lora_alpha", "lora_dropout",
+    "target_modules", "exclude_modules", "target_parameters", "modules_to_save",
+    "layers_to_transform", "layers_pattern", "layer_replication", "rank_pattern",
+    "alpha_pattern", "bias", "lora_bias", "fan_in_fan_out", "use_dora", "use_rslora",
+    "use_qalora", "init_lora_weights", "init_weights",
+    "trainable_token_indices", "ensure_weight_tying", "alpha", "rank_dropout",
+    "module_dropout", "decompose_both", "decompose_factor", "oft_block_size",
+    "boft_block_size", "boft_block_num", "boft_n_butterfly_factor", "feedforward_modules",
+    "d_initial", "projection_prng_key", "init_r", "target_r", "num_virtual_tokens",
+}  # fmt: skip
+"""The keys of `adapter_config.json` that a card repeats."""
+
+SETS = {"target_modules", "modules_to_save", "exclude_modules", "target_parameters"}
+"""Of these, the lists whose order means nothing and differs from run to run."""
+
+TRAINER_ARGUMENTS = {
+    "learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size",
+    "gradient_accumulation_steps", "lr_scheduler_type",
+    "warmup_steps", "warmup_ratio", "weight_decay", "optim", "adam_beta1", "adam_beta2",
+    "adam_epsilon", "max_grad_norm", "seed", "data_seed", "full_determinism", "bf16", "fp16",
+    "tf32", "gradient_checkpointing", "label_smoothing_factor", "neftune_noise_alpha",
+    "eval_strategy", "eval_steps", "save_strategy", "load_best_model_at_end",
+    "metric_for_best_model", "greater_is_better", "torch_compile", "use_liger_kernel",
+    "max_length", "packing", "completion_only_loss", "assistant_only_loss", "beta",
+    "loss_type",
+}  # fmt: skip
+"""The arguments of transformers' Trainer, and of TRL's, that bear on the result."""
+
+_METHODS = {"LORA": "LoRA", "ADALORA": "AdaLoRA", "LOHA": "LoHa", "LOKR": "LoKr", "VERA": "VeRA"}
+_VARIANTS = {"use_dora": "DoRA", "use_rslora": "rsLoRA", "use_qalora": "QALoRA"}
+_NOT_METRICS = frozenset({"step", "epoch", "loss", "learning_rate", "grad_norm", "total_flos"})
+_NOT_METRICS_ENDINGS = ("_runtime", "_per_second", "_flos", "_samples")
+_RESULTS = ("train_results.json", "eval_results.json", "all_results.json")
+_WORD = re.compile(r"[\w.+-]{1,64}", re.ASCII)
+
+
+def read_base_card(directory: Path, checkpoint: Checkpoint) -> BaseModelCard:
+    """What the files of the base model in `directory` say of it.
+
+    The license is a single identifier in the header of its `README.md`. That file is other
+    people's prose: where its header is missing, too large or does not parse, the license is None.
+
+    Raises:
+        MalformedError: a configuration does not parse, or names no architecture.
+    """
+    config = json_object(directory / "config.json")
+    text = config.get("text_config")
+    text = text if isinstance(text, dict) else {}
+    architectures = config.get("architectures")
+    if not isinstance(architectures, list) or not architectures:
+        raise MalformedError("config.json names no architecture")
+    files = small_files(directory)
+    generation = files.get("generation_config.json")
+    sizes: Counter[str] = Counter()
+    for info in checkpoint.infos.values():
+        sizes[info.dtype] += math.prod(info.shape)
+    content = {*checkpoint.shards, *files} | ({INDEX} if (directory / INDEX).is_file() else set())
+    return BaseModelCard(
+        architecture=str(architectures[0]),
+        parameters=sizes.total(),
+        dtype=max(sizes, key=lambda dtype: (sizes[dtype], dtype), default=""),
+        size=sum((directory / name).stat().st_size for name in content),
+        context_length=_whole((config, text), "max_position_embeddings", "n_positions"),
+        vocabulary_size=_whole((config, text), "vocab_size"),
+        license=_license(directory),
+        generation=json_object(generation) if generation else {},
+        chat_template=_has_chat_template(files),
+    )
+
+
+def _whole(configs: Iterable[Mapping[str, Any]], *keys: str) -> int | None:
+    found = (config.get(key) for config in configs for key in keys)
+    return next((value for value in found if type(value) is int and value > 0), None)
+
+
+def _license(directory: Path) -> str | None:
+    readme = Path(os.path.realpath(directory / README))  # in a Hub cache it is a link
+    try:
+        stated = readme_header(plain_text(readme, MAX_README)).get("license")
+    except MalformedError:
+        return None
+    return stated if isinstance(stated, str) and _WORD.fullmatch(stated) else None
+
+
+def _has_chat_template(files: Mapping[str, Path]) -> bool:
+    if "chat_template.jinja" in files or "chat_template.json" in files:
+        return True
+    path = files.get("tokenizer_config.json")
+    return path is not None and bool(json_object(path).get("chat_template"))
+
+
+def training_facts(directory: Path, adapter_config: Mapping[str, Any]) -> ModelCard:
+    """What a finished training directory says of the training. Nothing is unpickled.
+
+    Read are `adapter_config`, `trainer_state.json`, `train_results.json`, `eval_results.json`,
+    `all_results.json` (later ones win) and the datasets in the header of `README.md`.
+
+    Raises:
+        MalformedError: one of the JSON files does not parse.
+        UnsafeFileError: one of them is a link, a pipe or too large.
+    """
+    state = _log_file(directory / "trainer_state.json")
+    evaluation = evaluation_summary(state)
+    for name in _RESULTS:
+        results = _log_file(directory / name)
+        epochs = (
+            evaluation.epochs if evaluation.epochs is not None else _finite(results.get("epoch"))
+        )
+        evaluation = evolve(
+            evaluation, metrics={**evaluation.metrics, **_metrics(results)}, epochs=epochs
+        )
+    lengths: dict[str, Any] = {
+        key: state[key] for key in ("max_steps", "num_train_epochs") if key in state
+    }
+    training = TrainingConfiguration(
+        peft=peft_settings(adapter_config),
+        arguments=training_arguments(lengths),
+        datasets=_datasets(directory),
+    )
+    return storable_card(ModelCard(training, evaluation))
+
+
+def peft_settings(adapter_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of `adapter_config.json` that bear on the result, and the method's name.
+
+    What is off, empty or unset is left out.
+
+    >>> peft_settings({"peft_type": "LORA", "r": 8, "use_dora": True, "inference_mode": True})
+    {'method': 'LoRA, DoRA', 'peft_type': 'LORA', 'r': 8, 'use_dora': True}
+    """
+    kind = str(adapter_config.get("peft_type"))
+    variants = [name for key, name in _VARIANTS.items() if adapter_config.get(key) is True]
+    settings: dict[str, Any] = {"method": ", ".join([_METHODS.get(kind, kind), *variants])}
+    for key in sorted(PEFT_SETTINGS & adapter_config.keys()):
+        value = adapter_config[key]
+        if key in SETS and isinstance(value, list):
+            value = sorted(map(str, value))
+        if value not in (None, False, [], {}, ""):
+            settings[key] = value
+    return settings
+
+
+def training_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the Trainer's `args.to_dict()`, what bears on the result.
+
+    Numbers, booleans and single words only: never a path, a token or a host's name.
+    """
+    kept = {key: arguments[key] for key in sorted(TRAINER_ARGUMENTS & arguments.keys())}
+    return {key: value for key, value in kept.items() if _is_plain(value)}
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, str):
+        return _WORD.fullmatch(value) is not None
+    return isinstance(value, bool) or _finite(value) is not None
+
+
+def evaluation_summary(state: Mapping[str, Any]) -> EvaluationSummary:
+    """What a Trainer's state, such as `trainer_state.json`, says was measured.
+
+    `first_loss` and `last_loss` are those of the first and the last logged training loss.
+    """
+    history = state.get("log_history")
+    entries = [e for e in history if isinstance(e, dict)] if isinstance(history, list) else []
+    metrics: dict[str, float] = {}
+    for entry in entries:
+        metrics |= _metrics(entry)
+    losses = [entry["loss"] for entry in entries if "loss" in entry]
+    steps = state.get("global_step")
+    return EvaluationSummary(
+        metrics=metrics,
+        best_metric=_finite(state.get("best_metric")),
+        steps=steps if type(steps) is int else None,
+        epochs=_finite(state.get("epoch")),
+        first_loss=_finite(losses[0]) if losses else None,
+        last_loss=_finite(losses[-1]) if losses else None,
+        log_entries=len(losses),
+    )
+
+
+def _metrics(entry: Mapping[str, Any]) -> dict[str, float]:
+    measured = {
+        key: _finite(value)
+        for key, value in entry.items()
+        if key not in _NOT_METRICS and not key.endswith(_NOT_METRICS_ENDINGS)
+    }
+    return {key: value for key, value in measured.items() if value is not None}
+
+
+def _finite(value: object) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:
+        return None
+
+
+def _log_file(path: Path) -> dict[str, Any]:
+    """The JSON object that the Trainer wrote, with null for the NaN it may have written."""
+    if not os.path.lexists(path):
+        return {}
+    text = plain_text(path, MAX_JSON)
+    try:
+        document = json.loads(text, parse_constant=lambda _: None)
+    except (ValueError, RecursionError) as error:
+        raise MalformedError(f"{path.name} is not JSON: {shown(error)}") from error
+    if not isinstance(document, dict):
+        raise MalformedError(f"{path.name} holds no JSON object")
+    return document
+
+
+def _datasets(directory: Path) -> tuple[str, ...]:
+    try:
+        stated = readme_header(plain_text(directory / README, MAX_README)).get("datasets")
+    except MalformedError:
+        return ()
+    every = stated if isinstance(stated, list) else [stated]
+    names = [name for name in every if isinstance(name, str)]
+    return tuple(name for name in names if is_hub_id(name) or _WORD.fullmatch(name))

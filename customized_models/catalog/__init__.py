@@ -1,0 +1,1 @@
+"""The registry's rows: database, transactions, leases, listings."""

@@ -1,0 +1,1 @@
+"""What lies on a disk: strict readers, safetensors checkpoints, digests, manifests."""

@@ -1,0 +1,320 @@
+"""Safetensors checkpoints: strict headers, shards and index, tensors read singly.
+
+Nothing here maps a file into memory: a mapped file that shrinks kills the process, and views of
+one mapping share what an in-place operation writes.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from attrs import field, frozen
+
+from ..errors import MalformedError, UnsafeFileError, listed, shown
+
+if TYPE_CHECKING:
+    import torch
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+MAX_HEADER = 100_000_000  # bytes; the format's own cap
+MAX_JSON = 64 << 20  # bytes: the largest tokenizer.json in use is about half of this
+
+ITEM_SIZE = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
+    "I16": 2, "U16": 2, "F16": 2, "BF16": 2, "I32": 4, "U32": 4, "F32": 4,
+    "I64": 8, "U64": 8, "F64": 8,
+}  # fmt: skip
+"""Bytes per element of each dtype name in a safetensors header."""
+
+FLOATS = ("F16", "BF16", "F32")
+"""The dtypes of models that are not quantized."""
+
+_TORCH = {
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu", "I16": "int16", "U16": "uint16",
+    "F16": "float16", "BF16": "bfloat16", "I32": "int32", "U32": "uint32", "F32": "float32",
+    "I64": "int64", "U64": "uint64", "F64": "float64",
+}  # fmt: skip
+
+
+@frozen
+class TensorInfo:
+    """Where a tensor lies: `start` to `end` (exclusive) are byte offsets from the file's start."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    start: int
+    end: int
+
+    @property
+    def size(self) -> int:
+        """Bytes of the elements."""
+        return math.prod(self.shape) * ITEM_SIZE[self.dtype]
+
+
+@frozen
+class FileDigest:
+    """`size` in bytes and the SHA-256 of a file, in hexadecimal."""
+
+    size: int
+    sha256: str
+
+
+@frozen
+class Header:
+    """A safetensors header: tensors in file order, the metadata, and where the data begins."""
+
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str]
+    data_start: int
+
+
+class TensorSource(Protocol):
+    """Tensors by name, one in memory at a time: a checkpoint, or a merge seen as one."""
+
+    @property
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """Every tensor's dtype and shape, by checkpoint name (offsets only where it has a file)."""
+
+    def read(self, name: str) -> torch.Tensor:
+        """A fresh CPU tensor of the stated dtype and shape; the caller may write to it."""
+
+
+def strict_json(data: bytes | bytearray, what: str) -> Any:
+    """Parse JSON as the standard has it: no NaN, no duplicate keys, no endless nesting.
+
+    Raises:
+        MalformedError: it does not parse under these rules.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            raise ValueError("a key stands twice in one object")
+        return result
+
+    def no_constant(text: str) -> Any:
+        raise ValueError(f"{text} is not JSON")
+
+    try:
+        return json.loads(
+            data.decode("utf-8"), object_pairs_hook=unique, parse_constant=no_constant
+        )
+    except (ValueError, RecursionError) as error:
+        raise MalformedError(f"{what} is not strict JSON: {shown(error)}") from error
+
+
+def json_object(path: Path, *, limit: int = MAX_JSON) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        MalformedError: missing, too large, not strict JSON or not an object.
+    """
+    with opened(path) as fd:
+        size = os.fstat(fd).st_size
+        if size > limit:
+            raise UnsafeFileError(f"{path.name} has {size} bytes, more than {limit}")
+        value = strict_json(read_at(fd, 0, size, path.name), path.name)
+    if not isinstance(value, dict):
+        raise MalformedError(f"{path.name} holds no JSON object")
+    return value
+
+
+@contextmanager
+def opened(path: Path, flags: int = 0) -> Iterator[int]:
+    """A read-only descriptor of a regular file, never blocking on a pipe; closed at the end.
+
+    `flags`: for `os.open`, besides those it needs; `os.O_NOFOLLOW` refuses links.
+
+    Raises:
+        MalformedError: there is no such file.
+        UnsafeFileError: it is not a regular file.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | flags)
+    except FileNotFoundError as error:
+        raise MalformedError(f"{shown(path.name)} is missing") from error
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):  # a link, a socket
+            raise UnsafeFileError(f"{shown(path.name)} is not a regular file") from error
+        raise
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise UnsafeFileError(f"{shown(path.name)} is not a regular file")
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def read_at(fd: int, start: int, count: int, what: str) -> bytearray:
+    """Exactly `count` bytes from byte `start`.
+
+    Raises:
+        MalformedError: the file ends before.
+    """
+    data = bytearray(count)
+    read_into(memoryview(data), fd, start, what)
+    return data
+
+
+def read_into(view: memoryview, fd: int, start: int, what: str) -> None:
+    """Fill `view` from byte `start`; raises as `read_at` does."""
+    done, count = 0, len(view)
+    while done < count:
+        got = os.preadv(fd, [view[done:]], start + done)
+        if not got:
+            raise MalformedError(f"{what} ends at byte {start + done}, before {start + count}")
+        done += got
+
+
+def read_header(path: Path, *, limit: int = MAX_HEADER) -> Header:
+    """The header of one safetensors file, checked to cover its data exactly and without overlap.
+
+    `limit`: the most bytes that the header may have.
+
+    Raises:
+        MalformedError: anything the format forbids.
+    """
+    what = shown(path.name)
+    with opened(path) as fd:
+        size = os.fstat(fd).st_size
+        length = int.from_bytes(read_at(fd, 0, 8, what), "little")
+        if not 2 <= length <= min(limit, size - 8):
+            raise MalformedError(f"{what} states a header of {length} bytes in a file of {size}")
+        raw = read_at(fd, 8, length, what)
+    document = strict_json(raw, f"the header of {what}")
+    if not isinstance(document, dict) or raw[:1] != b"{":
+        raise MalformedError(f"the header of {what} is no object")
+    metadata = document.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise MalformedError(f"the metadata of {what} is not text by text")
+    infos = [_tensor_info(path, name, entry, 8 + length) for name, entry in document.items()]
+    infos.sort(key=lambda info: (info.start, info.end))
+    position = 8 + length
+    for info in infos:
+        if info.start != position:
+            raise MalformedError(f"{what}: tensor {shown(info.name)} leaves a gap or overlaps")
+        position = info.end
+    if position != size:
+        raise MalformedError(f"{what} has {size} bytes; its tensors end at {position}")
+    return Header({info.name: info for info in infos}, metadata, 8 + length)
+
+
+def _tensor_info(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
+    what = f"{shown(path.name)}: tensor {shown(name)}"
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise MalformedError(f"{what} is not dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if dtype not in ITEM_SIZE:
+        raise MalformedError(f"{what} has the unknown dtype {shown(dtype)}")
+    numbers = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
+    if not numbers or not all(type(n) is int and 0 <= n < 1 << 60 for n in (*shape, *offsets)):
+        raise MalformedError(f"{what} has a shape or offsets that are not sizes")
+    if offsets[1] - offsets[0] != math.prod(shape) * ITEM_SIZE[dtype]:
+        raise MalformedError(f"{what} has {offsets[1] - offsets[0]} bytes for {dtype} {shape}")
+    return TensorInfo(
+        name, dtype, tuple(shape), path.name, data_start + offsets[0], data_start + offsets[1]
+    )
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    import torch
+
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch dtype of that name in a header: `torch_dtype("BF16") == torch.bfloat16`."""
+    import torch
+
+    dtype: torch.dtype = getattr(torch, _TORCH[name])
+    return dtype
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The header's name of a torch dtype: `dtype_name(torch.bfloat16) == "BF16"`."""
+    wanted = str(dtype).removeprefix("torch.")
+    return next(name for name, attribute in _TORCH.items() if attribute == wanted)
+
+
+def read_tensor(path: Path, info: TensorInfo) -> torch.Tensor:
+    """One tensor out of a file; fresh memory that the caller may write to."""
+    import torch
+
+    tensor = torch.empty(info.shape, dtype=torch_dtype(info.dtype))
+    with opened(path) as fd:
+        read_into(tensor_bytes(tensor), fd, info.start, info.file)
+    return tensor
+
+
+@frozen
+class Checkpoint:
+    """A model directory's weights: one file, or shards under an index.
+
+    Law: the union of the shards' headers is exactly the index's weight map.
+    """
+
+    directory: Path
+    shards: Mapping[str, Header]
+    infos: Mapping[str, TensorInfo] = field(repr=False)
+
+    @classmethod
+    def open(cls, directory: Path) -> Checkpoint:
+        """Read every header under `directory`.
+
+        Raises:
+            MalformedError: no weights, a header or index that does not parse, or an index that
+                disagrees with its shards.
+        """
+        if (directory / SINGLE).is_file():  # before the index: so does transformers
+            weight_map, files = None, [SINGLE]
+        elif (directory / INDEX).is_file():
+            weight_map = json_object(directory / INDEX).get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise MalformedError(f"{INDEX} has no weight_map")
+            files = sorted(set(map(str, weight_map.values())))
+        else:
+            raise MalformedError(f"no {SINGLE} or {INDEX} in the model directory")
+        for file in files:
+            if file != os.path.basename(file) or not file.endswith(".safetensors"):
+                raise UnsafeFileError(f"{INDEX} names {shown(file)}, which is no plain file name")
+        shards = {file: read_header(directory / file) for file in files}
+        infos: dict[str, TensorInfo] = {}
+        for header in shards.values():
+            if twice := infos.keys() & header.tensors.keys():
+                raise MalformedError(f"tensors stand in two shards: {listed(twice)}")
+            infos.update(header.tensors)
+        if weight_map is not None:
+            found = {name: info.file for name, info in infos.items()}
+            if wrong := {n for n, _ in weight_map.items() ^ found.items()}:
+                raise MalformedError(f"{INDEX} and its shards disagree on {listed(wrong)}")
+        return cls(directory, shards, infos)
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor of that checkpoint name."""
+        info = self.infos[name]
+        return read_tensor(self.directory / info.file, info)
+
+
+@frozen
+class ModelSource:
+    """A whole model as its readers need it: small files by name, tensors one at a time.
+
+    `files`: configuration, tokenizer and chat template files, by the name they have in a model
+    directory; they may come from several places.
+    """
+
+    files: Mapping[str, Path]
+    tensors: TensorSource

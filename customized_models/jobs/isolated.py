@@ -1,0 +1,68 @@
+"""A question answered by a fresh interpreter, while the caller waits.
+
+Merging sets globals of torch, transformers and PEFT, which are the caller's. Jobs take what is
+worth a record; this takes the rest.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+
+from ..errors import CustomizedModelsError, JobFailed, shown
+from .job import pickled
+from .standby import command, environment
+
+if TYPE_CHECKING:
+    from ..registry import ModelRegistry
+
+T = TypeVar("T")
+P = ParamSpec("P")
+
+
+def ask(
+    task: Callable[Concatenate[ModelRegistry, P], T],
+    registry: ModelRegistry,
+    *arguments: P.args,
+    **named: P.kwargs,
+) -> T:
+    """`task(registry, ...)`, a function of this package, run in an interpreter of its own.
+
+    Raises:
+        CustomizedModelsError: what the task raised of our errors, as it raised it.
+        JobFailed: it met any other error, or was killed; the message ends with its last words.
+    """
+    ended = subprocess.run(  # kills it if the caller is interrupted
+        command("isolated"),
+        input=pickle.dumps((pickled(registry), task, arguments, named)),
+        capture_output=True,
+        env=environment(),
+    )
+    if ended.returncode:
+        said = ended.stderr.decode(errors="replace")[-2000:]
+        raise JobFailed(f"{task.__name__} ended with {ended.returncode}: {shown(said, 2000)}")
+    answer, error = pickle.loads(ended.stdout)  # from the process that we started
+    if error is not None:
+        raise error
+    result: T = answer
+    return result
+
+
+def main() -> None:
+    """Read the question from stdin, write the answer to what was stdout, exit."""
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # libraries may print
+    registry, task, arguments, named = pickle.load(sys.stdin.buffer)
+    try:
+        answer: tuple[Any, CustomizedModelsError | None] = (
+            task(pickle.loads(registry), *arguments, **named),
+            None,
+        )
+    except CustomizedModelsError as error:
+        answer = None, error
+    with answers:
+        pickle.dump(answer, answers)

@@ -1,0 +1,233 @@
+"""`Merger`: a customized model becomes a complete one, in the background, and can do so again."""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from attrs import evolve
+
+from ..base_models import hashed_beside
+from ..cards.readme import render_complete
+from ..errors import (
+    BaseModelMismatch,
+    NotFoundError,
+    UnmergedTensorsError,
+    UnsupportedQuantizationError,
+    shown,
+)
+from ..files.manifest import README, Manifest, digest_of, hash_file, to_document, write_file
+from ..files.safetensors import FileDigest
+from ..jobs.isolated import ask
+from ..jobs.job import Job, start_job, warm_up
+from ..models import BaseModel, CompleteModel, CustomizedModel, Progress, complete_name
+from ..sources import MergedSource, merged_source
+from .journal import Journal
+from .plan import MergePlan, plan_merge
+from .proof import check_rebuilt, derive_again, prove
+from .writing import write_checkpoint
+
+if TYPE_CHECKING:
+    from ..catalog.database import Lease
+    from ..registry import ModelRegistry
+
+
+class Merger:
+    """Merges customized models of a registry into their bases.
+
+    >>> complete = Merger(registry).save(customized).result()       # doctest: +SKIP
+    """
+
+    def __init__(self, registry: ModelRegistry) -> None:
+        self._registry = registry
+
+    def __repr__(self) -> str:
+        return f"Merger({self._registry!r})"
+
+    def save(
+        self, customized: CustomizedModel, *, quantization: str | None = None
+    ) -> Job[CompleteModel]:
+        """Merge the adapter into its base and publish the result; returns at once.
+
+        Every tensor the adapter changes has the bits that PEFT's `merge_and_unload` gives it;
+        every other one has the base's bytes, or what an FP8 or MXFP4 base dequantizes to. The
+        adapter is compared with what was registered first, and the base while it is read, byte for
+        byte. A sample of both is read back, and
+        compared with what PEFT itself makes of base and adapter, before anything is published.
+        After a kill, the next save of the same model takes over the shards that were complete;
+        while the lease of the killed one lasts (15 seconds, none if this process has seen it end)
+        it starts afresh.
+
+        Raises:
+            UnsupportedQuantizationError: `quantization` was given. It belongs to deployment.
+            NotFoundError: the customized model has been deleted.
+        """
+        if quantization is not None:
+            raise UnsupportedQuantizationError(
+                f"a complete model is not quantized (asked for {shown(quantization)}): there is no "
+                f"standard format for quantized complete models. Quantization belongs to "
+                f"deployment: Deployer(registry).deploy(complete, quantization=...)"
+            )
+        return self._start(self._registry.get(CustomizedModel, customized.name), {})
+
+    def _start(
+        self, customized: CustomizedModel, arguments: Mapping[str, Any]
+    ) -> Job[CompleteModel]:
+        return start_job(
+            self._registry,
+            "save",
+            lambda id: complete_name(customized.name, id),
+            {"customized": customized.name, **arguments},
+            holds=(f"customized/{customized.name}", f"base/{customized.base}"),
+        )
+
+    def warm_up(self) -> None:
+        """Start now the interpreter that this process's next job will run in; returns at once.
+
+        It imports torch, transformers and PEFT, which takes it seconds, and waits: a save then
+        starts to read at once. Only one waits at a time, in about half a gigabyte; the next job of
+        any kind takes it, if environment variables and working directory are still the same. It
+        ends with this process.
+
+        >>> merger.warm_up()                                             # doctest: +SKIP
+        """
+        warm_up()
+
+    def plan(self, customized: CustomizedModel) -> MergePlan:
+        """What `save` would change, write and need; refused where `save` would be.
+
+        Headers are read, and what PEFT needs to build the layers of methods that start from the
+        base's weights; for a LoRA no tensor but copies of the base's, to compare them. It takes
+        the seconds that an interpreter needs to import torch, transformers and PEFT: it runs in
+        one of its own, because it sets globals of theirs, and those here are yours.
+
+        Raises:
+            UnsupportedError, BaseModelMismatch, MergeError: `save` would end with the same error.
+            BaseModelMissingError: the base model's files are gone.
+            NotFoundError: the customized model has been deleted.
+        """
+        base = self._registry.get(BaseModel, customized.base)
+        with self._registry.checkout(customized), self._registry.checkout(base):
+            return ask(plan_merge, self._registry, customized.name)
+
+    def verify(self, complete: CompleteModel) -> None:
+        """Merge again, in an interpreter of its own, and compare every stored byte.
+
+        It returns when it is done, and takes as long as a save. `ModelRegistry.verify` compares
+        with the manifest alone and needs no parents.
+
+        Raises:
+            IntegrityError: the bytes are not those of the manifest, or not what base and adapter
+                give; the message names tensors and files.
+            NotReproducible: they are not, but versions, threads or processor differ as well.
+            NotFoundError: the complete model or one of its parents has been deleted.
+            BaseModelMissingError, BaseModelMismatch: the base model's files are gone or changed.
+        """
+        with self._parents(complete), self._registry.checkout(complete):
+            ask(derive_again, self._registry, complete)
+
+    def rebuild(self, complete: CompleteModel) -> Job[CompleteModel]:
+        """Save again what `complete` was, deleted or not: the same digest under a new name.
+
+        The job ends with `NotReproducible` if other bytes come out; nothing is published then.
+
+        Raises:
+            NotFoundError: the customized model or the base model has been deleted.
+            BaseModelMissingError, BaseModelMismatch: the base model's files are gone or changed.
+        """
+        with self._parents(complete) as customized:
+            expected = {"digest": complete.digest, "recipe": dict(complete.recipe)}
+            return self._start(customized, {"expected": expected})
+
+    @contextmanager
+    def _parents(self, complete: CompleteModel) -> Iterator[CustomizedModel]:
+        """The customized model it was made of, kept with its base while the block lasts."""
+        try:
+            base = self._registry.get(BaseModel, complete.base)
+            customized = self._registry.get(CustomizedModel, complete.customized)
+        except NotFoundError as error:
+            raise NotFoundError(
+                f"{complete.name} cannot be merged again: {error}. Once that has been added again "
+                f"under its name, with the same bytes, it can"
+            ) from error
+        if customized.digest != complete.customized_digest:
+            raise NotFoundError(
+                f"{complete.name} was made of {complete.customized_digest}, but {customized.name} "
+                f"is {customized.digest} now"
+            )
+        if base.digest != complete.base_digest:
+            raise BaseModelMismatch(
+                f"{complete.name} was made on {complete.base_digest}, but base model {base.name} "
+                f"is {base.digest} now"
+            )
+        with self._registry.checkout(customized), self._registry.checkout(base):
+            yield customized
+
+
+def run_save(
+    registry: ModelRegistry,
+    id: str,
+    arguments: Mapping[str, Any],
+    progress: Progress,
+    lease: Lease,
+) -> None:
+    """The worker's part of `Merger.save`."""
+    customized = registry.get(CustomizedModel, arguments["customized"])
+    base = registry.get(BaseModel, customized.base)
+    registry.verify(customized)
+    with (
+        hashed_beside(registry._location(base)) as finish_hashing,
+        registry._storage.staging(f"save-{id}") as staging,
+        merged_source(registry, customized) as merged,
+    ):
+        parents = {"base": base.digest, "customized": customized.digest}
+        journal = Journal(staging, digest_of([parents, merged.merge.recipe]))
+        for lost in registry._claim_lost_saves(customized.name):
+            with registry._storage.staging(f"save-{lost}") as abandoned:
+                journal.take_over(abandoned, merged.merge.shards, progress)
+        content = _write(merged, staging, progress, journal)
+        prove(merged, staging, id, progress)
+        finish_hashing(progress)
+        manifest = Manifest("complete", content, parents, merged.merge.recipe, {})
+        if expected := arguments.get("expected"):
+            manifest = check_rebuilt(expected, manifest)
+        complete = CompleteModel(
+            name=complete_name(customized.name, uuid.UUID(id)),
+            customized=customized.name,
+            base=base.name,
+            train_name=customized.train_name,
+            saving_id=uuid.UUID(id),
+            created=datetime.now(UTC),
+            digest=manifest.digest,
+            customized_digest=customized.digest,
+            base_digest=base.digest,
+            recipe=manifest.recipe,
+            card=customized.card,
+        )
+        evolve(manifest, record=to_document(complete)).write(staging)
+        write_file(staging / README, render_complete(complete, base).encode())
+        registry._publish_complete(complete, staging, lease)
+
+
+def _write(
+    merged: MergedSource, staging: Path, progress: Progress, journal: Journal
+) -> dict[str, FileDigest]:
+    """Weights and small files into `staging`; their digests."""
+    merge, layout = merged.merge, merged.layout
+    taken_over = {name for file in journal.shards for name in merge.shards[file]}
+    content = dict(write_checkpoint(merge, layout, staging, progress, merge.changed, journal))
+    try:
+        merge.finish()
+    except UnmergedTensorsError as error:
+        if not taken_over.issuperset(error.names):
+            raise
+    journal.end()
+    for name, path in merged.source.files.items():
+        shutil.copyfile(path, staging / name)
+        content[name] = hash_file(staging / name)
+    return content

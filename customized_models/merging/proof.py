@@ -1,0 +1,201 @@
+"""What lies on the disk, compared with what base and adapter give when they are opened afresh."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+from attrs import evolve
+
+from ..adapters.intake import Adapter
+from ..errors import IntegrityError, MergeError, NotReproducible, listed, shown
+from ..files.manifest import Manifest, hash_file
+from ..files.safetensors import Checkpoint, TensorInfo, opened, read_at, tensor_bytes
+from ..models import CompleteModel, CustomizedModel, Progress
+from ..sources import MergedSource, merged_source
+from .writing import CHUNK
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+
+    from ..registry import ModelRegistry
+    from . import Merge
+
+SAMPLES = 8  # tensors of each kind
+
+
+def prove(merged: MergedSource, directory: Path, seed: str, progress: Progress) -> None:
+    """Sample what was written into `directory` and compare it with base and adapter.
+
+    All names, dtypes and shapes are compared. Of the changed tensors one of each shape, at most
+    `SAMPLES`, is merged once more, by PEFT itself and out of values that are read again; of the
+    others `SAMPLES` are compared with the base's bytes. `seed` decides which. Files are opened
+    again, but what they hold may still come from the system's cache.
+
+    Raises:
+        MergeError: naming the tensors that differ.
+    """
+    base, merge = Checkpoint.open(merged.layout.directory), merged.merge
+    if merge.keeps_values:
+        from . import open_merge
+
+        merge = open_merge(base, Adapter.open(merged.adapter.directory))
+    written = Checkpoint.open(directory)
+    draw = random.Random(seed)
+    names = _one_of_each_shape(merge, draw)[:SAMPLES]
+    others = sorted(merge.infos.keys() - merge.changed)
+    names += draw.sample(others, min(SAMPLES, len(others)))
+    if wrong := different(written, base, merge, names, progress, merge.blocks_by_peft):
+        raise MergeError(
+            f"what was written is not what base and adapter give: {listed(wrong)}; "
+            f"nothing was published. If it happens again, suspect this machine's disk or memory"
+        )
+
+
+def _one_of_each_shape(merge: Merge, draw: random.Random) -> list[str]:
+    by_shape: dict[object, list[str]] = {}
+    for name in sorted(merge.changed):
+        by_shape.setdefault(merge.infos[name].shape, []).append(name)
+    chosen = [draw.choice(names) for names in by_shape.values()]
+    draw.shuffle(chosen)
+    return chosen
+
+
+def different(
+    written: Checkpoint,
+    base: Checkpoint,
+    merge: Merge,
+    names: Collection[str],
+    progress: Progress,
+    blocks: Callable[[str], Iterable[torch.Tensor]],
+) -> set[str]:
+    """Those of `names` whose bytes in `written` are not `blocks`, or the base's if unchanged.
+
+    Any tensor of another dtype or shape than the merge states, missing or additional is among
+    them, whether it was asked for or not.
+    """
+    wrong = set(written.infos.keys() ^ merge.infos.keys())
+    wrong |= {
+        name
+        for name in written.infos.keys() & merge.infos.keys()
+        if _kind(written.infos[name]) != _kind(merge.infos[name])
+    }
+    total, done = sum(merge.infos[name].size for name in names), 0
+
+    def same(name: str) -> bool:
+        if name in merge.changed:
+            return _is_written(blocks(name), written, name)
+        return _same_range(written, base, name)
+
+    with ThreadPoolExecutor(1) as aside:  # blocks change the number of torch's threads there
+        for name in names:
+            progress("proving", done, total)
+            done += merge.infos[name].size
+            if name not in wrong and not aside.submit(same, name).result():
+                wrong.add(name)
+    progress("proving", total, total)
+    return wrong
+
+
+def _kind(info: TensorInfo) -> tuple[str, tuple[int, ...]]:
+    return info.dtype, info.shape
+
+
+def _is_written(blocks: Iterable[torch.Tensor], written: Checkpoint, name: str) -> bool:
+    info, at = written.infos[name], 0
+    with opened(written.directory / info.file) as fd:
+        for block in blocks:
+            data = tensor_bytes(block.contiguous())
+            for start in range(0, len(data), CHUNK):
+                part = data[start : start + CHUNK]
+                if (
+                    at + len(part) > info.size
+                    or read_at(fd, info.start + at, len(part), name) != part
+                ):
+                    return False
+                at += len(part)
+    return at == info.size
+
+
+def _same_range(written: Checkpoint, base: Checkpoint, name: str) -> bool:
+    one, other = written.infos[name], base.infos[name]
+    with (
+        opened(written.directory / one.file) as here,
+        opened(base.directory / other.file) as there,
+    ):
+        return all(
+            _part(here, one, at) == _part(there, other, at) for at in range(0, one.size, CHUNK)
+        )
+
+
+def _part(fd: int, info: TensorInfo, at: int) -> bytearray:
+    return read_at(fd, info.start + at, min(CHUNK, info.size - at), info.file)
+
+
+def derive_again(registry: ModelRegistry, complete: CompleteModel) -> None:
+    """See `Merger.verify`; imports torch and PEFT, so for an own process."""
+    customized = registry.get(CustomizedModel, complete.customized)
+    registry.verify(customized)
+    registry.verify(complete)
+    with (
+        registry._opened(complete) as directory,
+        merged_source(registry, customized) as merged,
+    ):
+        manifest = Manifest.read(directory)
+        written, merge = Checkpoint.open(directory), merged.merge
+        wrong = different(written, merged.layout, merge, merge.infos, _silent, merge.blocks)
+        wrong |= _other_files(manifest, merged.source.files)
+        if wrong:
+            _refuse(complete, merge.recipe, f"other bytes in {listed(wrong)}")
+
+
+def _other_files(manifest: Manifest, files: Mapping[str, Path]) -> set[str]:
+    return {name for name, path in files.items() if manifest.content.get(name) != hash_file(path)}
+
+
+def check_rebuilt(expected: Mapping[str, Any], manifest: Manifest) -> Manifest:
+    """The manifest of a rebuilt model, under the recipe of the first, if it has its digest.
+
+    `expected`: `digest` and `recipe` of the first. A recipe that differs in what turns out not to
+    matter here is as good: the content is the same.
+
+    Raises:
+        NotReproducible: the content is not the same.
+    """
+    again = evolve(manifest, recipe=expected["recipe"])
+    if again.digest != expected["digest"]:
+        raise NotReproducible(
+            f"merging again gives {again.digest}, not {expected['digest']}; "
+            f"{_differences(expected['recipe'], manifest.recipe)}"
+        )
+    return again
+
+
+def _refuse(complete: CompleteModel, now: Mapping[str, Any], found: str) -> None:
+    """Raise what it means that `complete` is not what merging gives now."""
+    if complete.recipe == now:
+        raise IntegrityError(
+            f"{complete.name} is not what its base and adapter give: {found}; every field of its "
+            f"recipe is the same here"
+        )
+    raise NotReproducible(
+        f"merging again gives {found} of {complete.name}; {_differences(complete.recipe, now)}"
+    )
+
+
+def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Which fields of two recipes differ, for a message."""
+    fields = [
+        f"{field} ({shown(then.get(field))} then, {shown(now.get(field))} now)"
+        for field in sorted({*then, *now})
+        if then.get(field) != now.get(field)
+    ]
+    return f"the recipes differ in {', '.join(fields) or 'nothing'}"
+
+
+def _silent(phase: str, done: int, total: int) -> None:
+    """Progress that nobody watches."""

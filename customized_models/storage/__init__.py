@@ -1,0 +1,1 @@
+"""The registry's bytes: immutable directories under keys."""
