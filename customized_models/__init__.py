@@ -17,8 +17,10 @@ from .errors import (
     JobFailed,
     JobLost,
     JobTimeoutError,
+    LeaseLostError,
     MalformedError,
     MergeError,
+    MissingDependencyError,
     NoEnvironmentError,
     NonFiniteError,
     NoTemplateError,
@@ -26,8 +28,10 @@ from .errors import (
     NotLocalError,
     NotReproducible,
     RegistrationError,
+    ServedModelChangedError,
     ServerAnswerError,
     ServerUnreachableError,
+    StorageError,
     UnchangedTargetsError,
     UnmergedTensorsError,
     UnsafeFileError,
@@ -56,7 +60,7 @@ from .models import (
     TrainingConfiguration,
 )
 from .registry import ModelRegistry
-from .storage.local import LocalStorage, Storage
+from .storage import LocalStorage, Storage
 
 __all__ = [
     "AlreadyExistsError",
@@ -83,12 +87,14 @@ __all__ = [
     "JobFailed",
     "JobLost",
     "JobTimeoutError",
+    "LeaseLostError",
     "LiveModel",
     "LocalStorage",
     "MalformedError",
     "MergeError",
     "MergePlan",
     "Merger",
+    "MissingDependencyError",
     "ModelCard",
     "ModelRegistry",
     "NoEnvironmentError",
@@ -99,10 +105,12 @@ __all__ = [
     "NotReproducible",
     "RegistrationError",
     "Served",
+    "ServedModelChangedError",
     "ServerAnswerError",
     "ServerUnreachableError",
     "Status",
     "Storage",
+    "StorageError",
     "ThirdPartyModel",
     "TrainingConfiguration",
     "UnchangedTargetsError",

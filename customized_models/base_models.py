@@ -13,30 +13,24 @@ from typing import TypeAlias
 
 from attrs import frozen
 
-from .errors import BaseModelMismatch, BaseModelMissingError, UnsafeFileError, listed, shown
-from .files.manifest import digest_of, hash_file, to_document
-from .files.safetensors import INDEX, Checkpoint, FileDigest, opened
+from .errors import (
+    BaseModelMismatch,
+    BaseModelMissingError,
+    CustomizedModelsError,
+    StorageError,
+    UnsafeFileError,
+    listed,
+    shown,
+)
+from .files.digests import FileDigest, digest_of, hash_file
+from .files.documents import to_document
+from .files.model_directory import CARRIED, files_of
+from .files.reading import opened
+from .files.safetensors import INDEX, Checkpoint
 from .models import Progress
 
-SMALL_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-)
-"""What a model directory has beside its weights that changes what the model does."""
-
-_CHUNK = 16 << 20  # bytes: while others import, each look at the lock of the interpreter takes 5 ms
-_PATIENCE = 0.2  # seconds between two calls of `progress`
+_PIECE = 16 << 20  # bytes: while others import, each look at the interpreter's lock takes 5 ms
+_REPORT_SECONDS = 0.2  # between two calls of `progress`
 
 _Seen: TypeAlias = "tuple[int, int, int]"
 
@@ -50,6 +44,11 @@ class KnownFile:
     mtime_ns: int
     inode: int
 
+    @property
+    def digest(self) -> FileDigest:
+        """Size and digest of its bytes."""
+        return FileDigest(self.size, self.sha256)
+
 
 @frozen
 class Location:
@@ -61,29 +60,37 @@ class Location:
     @property
     def digest(self) -> str:
         """`sha256:` over the names, sizes and digests of the content files."""
-        files = {name: FileDigest(file.size, file.sha256) for name, file in self.files.items()}
-        return digest_of(to_document(files))
+        return digest_of(to_document(self.digests))
+
+    @property
+    def digests(self) -> dict[str, FileDigest]:
+        """Size and digest of each content file."""
+        return {name: file.digest for name, file in self.files.items()}
+
+    def refuse_changed(self, names: Collection[str]) -> CustomizedModelsError:
+        """The error that says that these of its files have other bytes now."""
+        return BaseModelMismatch(
+            f"the base model at {shown(self.path)} is not the one that was added: "
+            f"{listed(names)} changed"
+        )
 
 
-def small_files(directory: Path) -> dict[str, Path]:
-    """The files of `SMALL_FILES` that `directory` has."""
-    return {name: directory / name for name in SMALL_FILES if (directory / name).is_file()}
-
-
-def locate(directory: Path, progress: Progress) -> Location:
+def hash_base_model(directory: Path, progress: Progress) -> Location:
     """Hash the content files of the base model in `directory`.
 
     Links are followed only inside a Hub cache, from its snapshots to its blobs.
 
     Raises:
-        BaseModelMissingError: no such directory.
-        MalformedError: it holds no readable checkpoint.
-        UnsafeFileError: a link leads elsewhere.
+        BaseModelMissingError: No such directory.
+        BaseModelMismatch: A file changes meanwhile.
+        MalformedError: It holds no readable checkpoint.
+        UnsafeFileError: A link leads elsewhere.
+        StorageError: A file cannot be read.
     """
     if not directory.is_dir():
         raise BaseModelMissingError(f"no directory {shown(directory)}")
     directory = directory.resolve()
-    names = [*Checkpoint.open(directory).shards, *small_files(directory)]
+    names = [*Checkpoint.open(directory).shards, *files_of(directory, *CARRIED)]
     if (directory / INDEX).is_file():
         names.append(INDEX)
     for name in names:
@@ -96,67 +103,82 @@ def locate(directory: Path, progress: Progress) -> Location:
     return Location(str(directory), files)
 
 
-def unchanged(location: Location) -> Path:
+def verified_path(location: Location) -> Path:
     """The base's directory, once its files are seen to be those that were hashed.
 
     Files whose size, time and inode are as recorded count as unchanged; others are hashed again.
 
     Raises:
-        BaseModelMissingError: the directory or a file is gone.
-        BaseModelMismatch: other bytes lie there.
+        BaseModelMissingError: The directory or a file is gone.
+        BaseModelMismatch: Other bytes lie there.
     """
     directory, different = Path(location.path), set()
     for name, known in location.files.items():
         try:
             status = (directory / name).stat()
-        except FileNotFoundError as error:
+        except OSError as error:
             raise BaseModelMissingError(
                 f"the base model has no file {shown(directory / name)} any more; "
                 f"name its new place with relocate_base_model"
             ) from error
-        if _seen(status) != (known.size, known.mtime_ns, known.inode):
-            found = _known(directory / name)
-            if (found.size, found.sha256) != (known.size, known.sha256):
-                different.add(name)
+        touched = _seen(status) != (known.size, known.mtime_ns, known.inode)
+        if touched and _known(directory / name).digest != known.digest:
+            different.add(name)
     if different:
-        raise _mismatch(directory, different)
+        raise location.refuse_changed(different)
     return directory
 
 
 @contextmanager
-def hashed_beside(location: Location) -> Iterator[Callable[[Progress], None]]:
-    """Hash a base's files in a thread of their own, while the block reads them for another end.
+def hash_concurrently(
+    directory: Path,
+    expected: Mapping[str, FileDigest],
+    refused: Callable[[Collection[str]], CustomizedModelsError],
+) -> Iterator[Callable[[Progress], None]]:
+    """Hash files in a thread of their own, while the block reads them for another end.
 
-    The block calls what it is given once it has read all: that waits until all is hashed, and
-    raises `BaseModelMismatch` if any of it is not what was added, or was changed meanwhile, and
-    `MalformedError` if a file is gone.
+    Args:
+        directory: Where the files lie.
+        expected: What each must be.
+        refused: The error for files that are something else.
+
+    Yields:
+        What the block calls once it has read all. It waits until all is hashed, and raises what
+        `refused` gives if any file is not what is expected, or was changed meanwhile;
+        `MalformedError` if a file is gone.
     """
-    directory, stopped, done = Path(location.path), Event(), 0
-    total = sum(known.size for known in location.files.values())
+    stopped, done = Event(), 0
+    total = sum(digest.size for digest in expected.values())
 
     def hash_all() -> dict[str, _Seen]:
         nonlocal done
-        seen, buffer = {}, memoryview(bytearray(_CHUNK))
-        for name, known in location.files.items():
-            sha256 = hashlib.sha256()
+        seen, buffer = {}, memoryview(bytearray(_PIECE))
+        for name, digest in expected.items():
+            sha256, size = hashlib.sha256(), 0
             with opened(directory / name) as fd:
                 seen[name] = _seen(os.fstat(fd))
                 while not stopped.is_set() and (count := os.readv(fd, [buffer])):
                     sha256.update(buffer[:count])
+                    size += count
                     done += count
-            if sha256.hexdigest() != known.sha256 and not stopped.is_set():
-                raise _mismatch(directory, {name})
+            if FileDigest(size, sha256.hexdigest()) != digest and not stopped.is_set():
+                raise refused({name})
         return seen
 
     with ThreadPoolExecutor(1) as pool:
         hashing = pool.submit(hash_all)
 
         def finish(progress: Progress) -> None:
-            while not wait([hashing], timeout=_PATIENCE).done:
-                progress("hashing the base model", done, total)
-            seen = hashing.result()
+            while not wait([hashing], timeout=_REPORT_SECONDS).done:
+                progress("hashing what was read", done, total)
+            try:
+                seen = hashing.result()
+            except OSError as error:
+                if isinstance(error, CustomizedModelsError):
+                    raise
+                raise StorageError(f"a file cannot be read: {error.strerror}") from error
             if changed := {n for n in seen if seen[n] != _seen_now(directory / n)}:
-                raise _mismatch(directory, changed)
+                raise refused(changed)
 
         try:
             yield finish
@@ -173,13 +195,6 @@ def _seen_now(path: Path) -> _Seen | None:
     return _seen(path.stat()) if path.is_file() else None
 
 
-def _mismatch(directory: Path, different: Collection[str]) -> BaseModelMismatch:
-    return BaseModelMismatch(
-        f"the base model at {shown(directory)} is not the one that was added: "
-        f"{listed(different)} changed"
-    )
-
-
 def _known(path: Path) -> KnownFile:
     before = path.stat()
     digest = hash_file(path)
@@ -190,7 +205,11 @@ def _known(path: Path) -> KnownFile:
 
 
 def refuse_stray_link(directory: Path, name: str) -> None:
-    """A snapshot's links go to `<repository>/blobs`, or on to the cache's shared `blobs`."""
+    """A snapshot's links go to `<repository>/blobs`, or on to the cache's shared `blobs`.
+
+    Raises:
+        UnsafeFileError: A link leads elsewhere.
+    """
     path = directory / name
     if not path.is_symlink():
         return

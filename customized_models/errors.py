@@ -4,8 +4,10 @@
   x NotFoundError                    (also a LookupError)
   x AlreadyExistsError               (also a FileExistsError)
   x InUseError
+  x LeaseLostError
   x NotLocalError
   x DatabaseError
+  x StorageError                     (also an OSError)
   x InvalidNameError                 (also a ValueError)
   x MalformedError                   (also a ValueError)
     + UnsafeFileError
@@ -17,6 +19,7 @@
     + UnsupportedArchitectureError
     + UnsupportedQuantizationError
     + UnsupportedVersionError
+  x MissingDependencyError           (also an ImportError)
   x RegistrationError
   x MergeError
     + UnmergedTensorsError
@@ -31,14 +34,22 @@
   x DeploymentError
     + NoEnvironmentError             (also a LookupError)
     + NoTemplateError
+    + ServedModelChangedError
     + InvalidOptionError             (also a ValueError)
     + ServerUnreachableError         (also a ConnectionError)
     + ServerAnswerError
+
+Names end in `Error`, except five that state how something came out: `BaseModelMismatch`,
+`NotReproducible`, `JobFailed`, `JobLost` and `JobCancelled`.
+
+What an error knows besides its message is in its attributes, which it keeps on its way from a
+job's process to the one that waits for it (`to_record`, `from_record`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 def shown(value: object, limit: int = 200) -> str:
@@ -60,7 +71,7 @@ class CustomizedModelsError(Exception):
 
 
 class NotFoundError(CustomizedModelsError, LookupError):
-    """Nothing goes by that name."""
+    """No object with this name exists."""
 
 
 class AlreadyExistsError(CustomizedModelsError, FileExistsError):
@@ -71,12 +82,36 @@ class InUseError(CustomizedModelsError):
     """A running job, an open checkout or a dependent model still needs it."""
 
 
+class LeaseLostError(CustomizedModelsError):
+    """This process could not renew its hold on something in time, so it may have been deleted."""
+
+
 class NotLocalError(CustomizedModelsError):
-    """The storage keeps its models elsewhere; there is no local path to give."""
+    """The storage keeps its models on another host, so there is no local path."""
 
 
 class DatabaseError(CustomizedModelsError):
-    """The registry's database is damaged, out of reach, busy for too long or of a newer version."""
+    """The registry's database is damaged, out of reach, busy for too long or of a newer version.
+
+    Attributes:
+        outcome_unknown: Whether the change may have been made all the same.
+    """
+
+    def __init__(self, message: str, outcome_unknown: bool = False) -> None:
+        super().__init__(message)
+        self.outcome_unknown = outcome_unknown
+
+
+class StorageError(CustomizedModelsError, OSError):
+    """A disk or a storage failed or refused: no space, no permission, a failing device.
+
+    Attributes:
+        outcome_unknown: Whether the change may have been made all the same.
+    """
+
+    def __init__(self, message: str, outcome_unknown: bool = False) -> None:
+        super().__init__(message)
+        self.outcome_unknown = outcome_unknown
 
 
 class InvalidNameError(CustomizedModelsError, ValueError):
@@ -92,7 +127,7 @@ class UnsafeFileError(MalformedError):
 
 
 class IntegrityError(CustomizedModelsError, OSError):
-    """Stored bytes no longer match the digest they were stored under."""
+    """Stored bytes or rows no longer match the digest they were stored under."""
 
 
 class BaseModelMismatch(CustomizedModelsError, ValueError):
@@ -121,6 +156,10 @@ class UnsupportedQuantizationError(UnsupportedError):
 
 class UnsupportedVersionError(UnsupportedError):
     """An installed package lacks what the library builds on."""
+
+
+class MissingDependencyError(CustomizedModelsError, ImportError):
+    """An optional package is not installed; the message says how to install it."""
 
 
 class RegistrationError(CustomizedModelsError):
@@ -167,7 +206,11 @@ class JobFailed(JobError):
 
 
 class JobLost(JobError):
-    """The job's worker is gone: killed, or its machine stopped. Starting again is safe."""
+    """The job's worker is gone: killed, or its machine stopped. Starting again is safe.
+
+    What a lost deployment may have left at a server is named in the message, and
+    `ModelRegistry.recover` removes it.
+    """
 
 
 class JobCancelled(JobError):
@@ -175,7 +218,7 @@ class JobCancelled(JobError):
 
 
 class JobTimeoutError(JobError, TimeoutError):
-    """The job was still running when the caller's patience ended. It goes on."""
+    """`timeout` elapsed; the job keeps running."""
 
 
 class DeploymentError(CustomizedModelsError):
@@ -190,6 +233,10 @@ class NoTemplateError(DeploymentError):
     """The deployment tool needs a deployment template that the base model lacks."""
 
 
+class ServedModelChangedError(DeploymentError):
+    """What the deployment tool serves under the name is not what was deployed; it is left alone."""
+
+
 class InvalidOptionError(DeploymentError, ValueError):
     """The backend does not know this option or environment setting."""
 
@@ -200,3 +247,33 @@ class ServerUnreachableError(DeploymentError, ConnectionError):
 
 class ServerAnswerError(DeploymentError):
     """The deployment tool's server answered with an error, or not as its API says."""
+
+
+def to_record(error: BaseException) -> dict[str, Any]:
+    """An error as JSON can hold it: the names of its classes, its message, attributes and notes.
+
+    Law: `from_record(to_record(e))` has the class, message, attributes and notes of `e`, if `e` is
+    of this tree and its attributes are text, numbers and tuples of these.
+    """
+    data = {k: v for k, v in vars(error).items() if not k.startswith("_")}
+    return {
+        "classes": [cls.__name__ for cls in type(error).__mro__],
+        "message": str(error),
+        "data": {k: list(v) if isinstance(v, tuple) else v for k, v in data.items()},
+        "notes": list(getattr(error, "__notes__", ())),
+    }
+
+
+def from_record(record: Mapping[str, Any]) -> CustomizedModelsError:
+    """The error that `to_record` was given: of its own class, or the nearest one of this tree.
+
+    An error that is not of this tree becomes `JobFailed`.
+    """
+    classes = (globals().get(name) for name in record["classes"])
+    ours = (c for c in classes if isinstance(c, type) and issubclass(c, CustomizedModelsError))
+    error = next(ours, JobFailed)(record["message"])
+    for name, value in record["data"].items():
+        setattr(error, name, tuple(value) if isinstance(value, list) else value)
+    for note in record["notes"]:
+        error.add_note(note)
+    return error

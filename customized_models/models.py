@@ -1,44 +1,28 @@
-"""The values the library speaks in: frozen, without paths, cheap to print; and their names."""
+"""The values the library speaks in: frozen, without paths, cheap to print."""
 
 from __future__ import annotations
 
 import enum
 import hashlib
-import html
 import os
 import re
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from attrs import Attribute, field, fields, frozen
+from attrs import field, frozen
 
-from .errors import InvalidNameError, InvalidOptionError, UnsupportedQuantizationError, shown
+from .display import Shown
+from .errors import InvalidOptionError, UnsupportedQuantizationError, shown
+from .naming import ENVIRONMENT_NAME, checked_name
 
 Quantization = Literal["no_quantization", "q8_0", "q4_K_M", "q4_K_S"]
 QUANTIZATIONS: tuple[Quantization, ...] = ("no_quantization", "q8_0", "q4_K_M", "q4_K_S")
 
 Progress = Callable[[str, int, int], None]
 """`progress(phase, done, total)`: called often; raises `JobCancelled` when it is time to stop."""
-
-TECHNICAL_NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,23}", re.ASCII)
-TRAIN_NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,47}", re.ASCII)
-ENVIRONMENT_NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,47}", re.ASCII)
-SERVED_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,79}", re.ASCII)
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-
-
-def checked_name(kind: str, name: str, pattern: re.Pattern[str]) -> str:
-    """`name` if the whole of it fits `pattern` and it is no path step.
-
-    Raises:
-        InvalidNameError: it does not fit; the message has the pattern.
-    """
-    if not isinstance(name, str) or not pattern.fullmatch(name) or ".." in name:
-        raise InvalidNameError(f"{kind} {shown(name)} must match {pattern.pattern}, without '..'")
-    return name
 
 
 def checked_quantization(quantization: str) -> Quantization:
@@ -51,53 +35,8 @@ def checked_quantization(quantization: str) -> Quantization:
     )
 
 
-def customized_name(base: str, train_name: str, created: datetime, training_id: uuid.UUID) -> str:
-    """`[base]_[train name]_[YYYYMMDD]_[first 4 of the training UUID]`; the date is in UTC."""
-    return f"{base}_{train_name}_{created:%Y%m%d}_{training_id.hex[:4]}"
-
-
-def complete_name(customized: str, saving_id: uuid.UUID) -> str:
-    """`[customized]_s_[first 4 of the saving UUID]`."""
-    return f"{customized}_s_{saving_id.hex[:4]}"
-
-
-def live_name(source: str, deploying_id: uuid.UUID, quantization: Quantization) -> str:
-    """`[complete or customized]_d_[first 4 of the deploying UUID]_[quantization]`."""
-    return f"{source}_d_{deploying_id.hex[:4]}_{quantization}"
-
-
-def is_hub_id(name: str | None) -> bool:
-    """Whether `name` reads as `owner/repository` on the Hub, as opposed to a path or a title."""
-    return bool(name and len(name) <= 96 and _HUB_ID.fullmatch(name) and ".." not in name)
-
-
-def html_table(header: tuple[str, ...], rows: list[tuple[object, ...]]) -> str:
-    """An HTML table with every cell escaped."""
-
-    def line(cells: tuple[object, ...], tag: str) -> str:
-        inner = "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells)
-        return f"<tr>{inner}</tr>"
-
-    body = "".join(line(row, "td") for row in rows)
-    return f"<table><thead>{line(header, 'th')}</thead><tbody>{body}</tbody></table>"
-
-
-class _Shown:
-    """Shows a value in a notebook as a two-column table of what its `repr` has."""
-
-    def _repr_html_(self) -> str:
-        rows: list[tuple[object, ...]] = [
-            (a.name, getattr(self, a.name)) for a in _shown_fields(type(self))
-        ]
-        return html_table(("field", "value"), rows)
-
-
-def _shown_fields(cls: type) -> list[Attribute[Any]]:
-    return [a for a in fields(cls) if a.repr]
-
-
 @frozen
-class TrainingConfiguration(_Shown):
+class TrainingConfiguration(Shown):
     """How an adapter was trained.
 
     `peft`: the method and its settings, from `adapter_config.json`. `arguments`: the Trainer's
@@ -110,7 +49,7 @@ class TrainingConfiguration(_Shown):
 
 
 @frozen
-class EvaluationSummary(_Shown):
+class EvaluationSummary(Shown):
     """What training and evaluation measured.
 
     `metrics`: the last value of each metric. `best_metric`: of the best checkpoint, if the
@@ -128,7 +67,7 @@ class EvaluationSummary(_Shown):
 
 
 @frozen
-class ModelCard(_Shown):
+class ModelCard(Shown):
     """What is known of a model's making: rendered beside it as `README.md`."""
 
     training: TrainingConfiguration = field(factory=TrainingConfiguration)
@@ -148,7 +87,7 @@ class ModelCard(_Shown):
 
 
 @frozen
-class BaseModelCard(_Shown):
+class BaseModelCard(Shown):
     """What a base model's own files say of it.
 
     `architecture`: the class in `config.json`. `parameters`: elements over all tensors. `dtype`:
@@ -172,8 +111,13 @@ class BaseModelCard(_Shown):
         return f"{self.architecture}, {self.parameters:,} parameters, {self.dtype}"
 
 
+def _each_text(value: str | Iterable[str]) -> tuple[str, ...]:
+    """Several texts; a lone one is one of them, not its letters."""
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
 @frozen
-class DeploymentTemplate(_Shown):
+class DeploymentTemplate(Shown):
     """An Ollama Go template and the strings that end an answer.
 
     >>> DeploymentTemplate("{{ .Prompt }}", stop=("<|im_end|>",)).stop
@@ -181,11 +125,11 @@ class DeploymentTemplate(_Shown):
     """
 
     text: str = field(repr=lambda text: shown(text, 40))
-    stop: tuple[str, ...] = ()
+    stop: tuple[str, ...] = field(default=(), converter=_each_text)
 
     @classmethod
     def from_file(
-        cls, path: str | os.PathLike[str], stop: tuple[str, ...] = ()
+        cls, path: str | os.PathLike[str], stop: str | Iterable[str] = ()
     ) -> DeploymentTemplate:
         """The template in a UTF-8 file.
 
@@ -202,7 +146,7 @@ class DeploymentTemplate(_Shown):
 
 
 @frozen
-class BaseModel(_Shown):
+class BaseModel(Shown):
     """A pretrained model that adapters are trained on: referenced, never copied or deleted.
 
     `digest`: `sha256:` over its content files, wherever they lie.
@@ -220,9 +164,14 @@ class BaseModel(_Shown):
         """The technical name, by which the registry knows it."""
         return self.technical_name
 
+    @property
+    def key(self) -> str:
+        """What a lease on it holds."""
+        return f"base/{self.technical_name}"
+
 
 @frozen
-class CustomizedModel(_Shown):
+class CustomizedModel(Shown):
     """A trained adapter, tied to its base model and unusable without it.
 
     Law: `name == customized_name(base, train_name, created, training_id)`.
@@ -237,9 +186,14 @@ class CustomizedModel(_Shown):
     kind: Literal["adapter"] = field(default="adapter", repr=False)
     card: ModelCard = field(factory=ModelCard, hash=False, repr=False)
 
+    @property
+    def key(self) -> str:
+        """Where its bytes are stored, and what a lease on it holds."""
+        return f"customized/{self.name}"
+
 
 @frozen
-class CompleteModel(_Shown):
+class CompleteModel(Shown):
     """An adapter merged into its base: self-contained, opened by `from_pretrained`.
 
     `customized_digest` and `base_digest` name its parents by content. `recipe` has what the
@@ -258,6 +212,11 @@ class CompleteModel(_Shown):
     recipe: Mapping[str, Any] = field(factory=dict, hash=False, repr=False)
     card: ModelCard = field(factory=ModelCard, hash=False, repr=False)
 
+    @property
+    def key(self) -> str:
+        """Where its bytes are stored, and what a lease on it holds."""
+        return f"complete/{self.name}"
+
 
 class Status(enum.Enum):
     """What a deployment tool says of a live model now."""
@@ -270,23 +229,23 @@ class Status(enum.Enum):
 
 
 @frozen
-class Served(_Shown):
+class Served(Shown):
     """A model as its deployment tool knows it.
 
     `name`: what callers put into `model`. `endpoint`: base URL of the API, without a trailing
-    slash. `api`: its style. `digest`: `sha256:` of the file that was handed over. `details`: what
-    the backend needs to find it again, such as a process and its port.
+    slash. `api`: its style, such as "openai" or "ollama". `digest`: `sha256:` of the file that was
+    handed over. `details`: what the backend needs to find it again, such as a process and its port.
     """
 
     name: str
     endpoint: str
-    api: Literal["openai", "ollama"]
+    api: str
     digest: str = field(repr=False)
     details: Mapping[str, Any] = field(factory=dict, hash=False, repr=False)
 
 
 @frozen
-class LiveModel(_Shown):
+class LiveModel(Shown):
     """A model handed to a deployment tool.
 
     `source`: the complete or customized model it was made from. `state`: "live" until it is
@@ -319,7 +278,7 @@ class LiveModel(_Shown):
 
 
 @frozen
-class ThirdPartyModel(_Shown):
+class ThirdPartyModel(Shown):
     """A live model as other services see it: where to call, in which style, under which name.
 
     `stale`: its live model has been undeployed, so calls fail.
@@ -327,7 +286,7 @@ class ThirdPartyModel(_Shown):
 
     name: str
     endpoint: str
-    api: Literal["openai", "ollama"]
+    api: str
     model: str
     environment: str
     stale: bool = False
@@ -338,7 +297,7 @@ def _frozen_mapping(value: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @frozen
-class DeploymentEnvironment(_Shown):
+class DeploymentEnvironment(Shown):
     """Where models are deployed to: a tool and its address.
 
     Everything here can be stored, so a secret cannot: `token_env` names the environment variable

@@ -12,33 +12,32 @@ from typing import TYPE_CHECKING, Any
 from attrs import frozen
 
 from .adapters.intake import Adapter
-from .base_models import small_files
-from .files.safetensors import Checkpoint, ModelSource, json_object
+from .files.model_directory import CARRIED, Role, files_of, role_of
+from .files.reading import json_object
+from .files.safetensors import Checkpoint, ModelSource
+from .merging import open_merge
 from .models import BaseModel, CompleteModel, CustomizedModel
+from .shelf import Finish, Shelf
 
 if TYPE_CHECKING:
-    from .merging import Merge
-    from .registry import ModelRegistry
+    from .merging.execution import Merge
 
-_VOCABULARY_FILES = {"tokenizer.json", "tokenizer.model", "vocab.json"}
-_CHAT_TEMPLATE_FILES = {"chat_template.jinja", "chat_template.json"}
-_MODEL_FILES = {"config.json", "generation_config.json"}
-_PROCESSOR_FILES = {"preprocessor_config.json", "processor_config.json"}
+_OF_TOKENIZER = (Role.VOCABULARY, Role.TOKENIZER)
 
 
 def combined_files(base: Path, adapter: Path) -> dict[str, Path]:
     """The small files of `base` merged with `adapter`.
 
-    Configurations are the base's. The tokenizer is taken whole from the adapter if it has one,
-    and so is the chat template; files of two tokenizers are never mixed.
+    Configurations are the base's. The tokenizer is taken whole from the adapter if it has a
+    vocabulary, with its processor; files of two tokenizers are never mixed. So is the chat
+    template if the adapter has one.
     """
-    files, own = small_files(base), small_files(adapter)
-    own = {name: path for name, path in own.items() if name not in _MODEL_FILES}
-    if _VOCABULARY_FILES & own.keys():
-        kept = _MODEL_FILES | _CHAT_TEMPLATE_FILES
-        files = {n: p for n, p in files.items() if n in kept | _PROCESSOR_FILES}
-        return files | own
-    return files | {name: path for name, path in own.items() if name in _CHAT_TEMPLATE_FILES}
+    files = files_of(base, *CARRIED)
+    own = files_of(adapter, Role.CHAT_TEMPLATE)
+    if files_of(adapter, Role.VOCABULARY):
+        files = {name: path for name, path in files.items() if role_of(name) not in _OF_TOKENIZER}
+        own |= files_of(adapter, *_OF_TOKENIZER, Role.PROCESSOR)
+    return files | own
 
 
 @frozen
@@ -52,23 +51,43 @@ class MergedSource:
 
 
 @contextmanager
-def merged_source(registry: ModelRegistry, customized: CustomizedModel) -> Iterator[MergedSource]:
-    """The customized model's merge, while the block lasts; the caller's job holds its parents.
+def merge_of(base: Path, adapter: Path) -> Iterator[MergedSource]:
+    """The merge of the adapter in one directory into the base in another, while the block lasts.
 
     Raises:
-        BaseModelMissingError, BaseModelMismatch: its base is gone or changed.
-        UnsupportedAdapterError: it cannot be merged exactly; the message says why.
+        UnsupportedError, BaseModelMismatch, MergeError, MalformedError: It cannot be merged
+            exactly; the message says why.
     """
-    from .merging import open_merge
+    layout, opened = Checkpoint.open(base), Adapter.open(adapter)
+    merge = open_merge(layout, opened)
+    with _configured(combined_files(base, adapter), merge.config) as files:
+        yield MergedSource(ModelSource(files, merge), layout, opened, merge)
 
-    base = registry.get(BaseModel, customized.base)
-    with registry._opened(base) as base_directory, registry._opened(customized) as directory:
-        layout = Checkpoint.open(base_directory)
-        adapter = Adapter.open(directory)
-        merge = open_merge(layout, adapter)
-        files = combined_files(base_directory, directory)
-        with _configured(files, merge.config) as configured:
-            yield MergedSource(ModelSource(configured, merge), layout, adapter, merge)
+
+@contextmanager
+def proven_merge(
+    shelf: Shelf, base: BaseModel, customized: CustomizedModel
+) -> Iterator[tuple[MergedSource, Finish]]:
+    """As `merge_of`, of registered models that the caller holds.
+
+    Every byte of the adapter is compared with what was registered before anything is merged, and
+    every byte of the base while it is read.
+
+    Yields:
+        The merge, and what is called once all has been read: it raises `BaseModelMismatch` if a
+        byte of the base is not what was added.
+
+    Raises:
+        IntegrityError: The adapter is not what was registered.
+        BaseModelMissingError, BaseModelMismatch: The base is gone or changed.
+    """
+    with (
+        shelf.proven(base) as (base_directory, finish),
+        shelf.proven(customized) as (directory, finish_adapter),
+    ):
+        finish_adapter(_silent)
+        with merge_of(base_directory, directory) as merged:
+            yield merged, finish
 
 
 @contextmanager
@@ -88,13 +107,21 @@ def _configured(files: dict[str, Path], changes: Mapping[str, Any]) -> Iterator[
 
 @contextmanager
 def model_source(
-    registry: ModelRegistry, model: CustomizedModel | CompleteModel
-) -> Iterator[ModelSource]:
-    """A customized or complete model, while the block lasts; the caller's job holds it."""
+    shelf: Shelf, base: BaseModel, model: CustomizedModel | CompleteModel
+) -> Iterator[tuple[ModelSource, Finish]]:
+    """A customized or complete model, while the block lasts; the caller holds it.
+
+    Yields:
+        The source, and what is called once all has been read: it raises `BaseModelMismatch` or
+        `IntegrityError` if any byte is not what was recorded.
+    """
     if isinstance(model, CustomizedModel):
-        registry.verify(model)
-        with merged_source(registry, model) as merged:
-            yield merged.source
+        with proven_merge(shelf, base, model) as (merged, finish):
+            yield merged.source, finish
     else:
-        with registry._opened(model) as directory:
-            yield ModelSource(small_files(directory), Checkpoint.open(directory))
+        with shelf.proven(model) as (directory, finish):
+            yield ModelSource(files_of(directory, *CARRIED), Checkpoint.open(directory)), finish
+
+
+def _silent(phase: str, done: int, total: int) -> None:
+    """Progress that nobody watches."""

@@ -25,7 +25,7 @@ from .errors import (
     listed,
     shown,
 )
-from .files.safetensors import json_object
+from .files.reading import json_object
 from .models import CustomizedModel, TrainingConfiguration
 from .registry import ModelRegistry
 
@@ -60,9 +60,7 @@ class _Registration:
         if base_model is None:
             stated = model.peft_config[_adapter_name(model)].base_model_name_or_path
             base_model = registry.find_base_model(stated).name
-        if training_id is None:
-            training_id = registry._drawn_id(train_name, base_model)
-        name = registry.reserve(
+        name, training_id = registry.reserve(
             train_name=train_name, training_id=training_id, base_model=base_model
         )
         return cls(registry, name, train_name, base_model, training_id, training)

@@ -205,7 +205,7 @@ def test_it_ends_with_the_process_that_started_it(registry: ModelRegistry) -> No
     code = (
         "import os, sys\n"
         "from customized_models import Merger, ModelRegistry\n"
-            "from customized_models.jobs import standby\n"
+        "from customized_models.jobs import standby\n"
         "Merger(ModelRegistry(sys.argv[1])).warm_up()\n"
         "print(standby._ahead[0].process.pid, flush=True)\n"
         "os.kill(os.getpid(), 9)\n"

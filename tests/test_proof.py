@@ -25,8 +25,9 @@ from customized_models import (
     NotReproducible,
 )
 from customized_models.adapters.intake import Adapter
-from customized_models.catalog.database import Lease
-from customized_models.files.manifest import MANIFEST, Manifest, hash_file
+from customized_models.catalog.leases import Lease
+from customized_models.files.digests import hash_file
+from customized_models.files.manifest import MANIFEST, Manifest
 from customized_models.files.safetensors import Checkpoint
 from customized_models.merging import Merge, open_merge
 from customized_models.merging.merger import run_save

@@ -32,7 +32,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from customized_models.adapters.intake import WEIGHTS
 from customized_models.errors import MalformedError, UnsupportedAdapterError
-from customized_models.files.safetensors import SINGLE, Checkpoint, json_object
+from customized_models.files.reading import json_object
+from customized_models.files.safetensors import SINGLE, Checkpoint
 from customized_models.merging.refusals import (
     DEQUANTIZED,
     QUANTIZED,

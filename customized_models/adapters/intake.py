@@ -6,6 +6,7 @@ it reads an adapter is refused before PEFT sees it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -19,36 +20,26 @@ from attrs import field, frozen
 from ..errors import (
     BaseModelMismatch,
     MalformedError,
-    UnsafeFileError,
     UnsupportedAdapterError,
     listed,
     shown,
 )
-from ..files.safetensors import Checkpoint, TensorInfo, json_object, opened, read_header, read_into
-from ..models import is_hub_id
+from ..files.digests import FileDigest, hash_file
+from ..files.model_directory import CARRIED, Role, checked_size, files_of, row_of
+from ..files.reading import json_object, opened, read_into
+from ..files.safetensors import Checkpoint, TensorInfo, read_header
+from ..files.writing import disk_errors
+from ..naming import is_hub_id
 from .patterns import check_pattern
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # what PEFT puts before the names of a model's modules
+_TAKEN = (Role.ADAPTER, *CARRIED)
 
-_MIB = 1 << 20
-_MAX_BYTES = {
-    CONFIG: 1 * _MIB,
-    WEIGHTS: 32 << 30,
-    "tokenizer.json": 64 * _MIB,
-    "tokenizer_config.json": 16 * _MIB,
-    "tokenizer.model": 64 * _MIB,
-    "special_tokens_map.json": 16 * _MIB,
-    "added_tokens.json": 16 * _MIB,
-    "vocab.json": 64 * _MIB,
-    "merges.txt": 64 * _MIB,
-    "chat_template.jinja": 1 * _MIB,
-    "preprocessor_config.json": 1 * _MIB,
-    "processor_config.json": 1 * _MIB,
-}  # every file that is taken, and the most bytes it may have
-_MAX_HEADER = 32 * _MIB  # a mixture of experts adapted expert by expert has about 100,000 tensors
-_CHUNK = 8 * _MIB
+_MAX_HEADER = 32 << 20  # bytes: one adapted expert by expert has about 100,000 tensors
+_MAX_FILES = 1000  # an adapter has a dozen
+_PIECE = 8 << 20  # bytes copied at once
 
 _SETS = ("target_modules", "modules_to_save", "exclude_modules", "target_parameters")
 _REGEX_FIELDS = ("target_modules", "exclude_modules", "layers_pattern")
@@ -62,17 +53,37 @@ _PATH_FIELD = re.compile(r".*(_path|_file|_dir|_directory|_or_id)", re.ASCII)
 _HERE_BY_DEFAULT = {"megatron_core": "megatron.core"}
 
 
-def copy_adapter(source: Path, destination: Path) -> None:
-    """Copy what belongs to an adapter from `source` into the empty directory `destination`.
+@frozen
+class Intake:
+    """An adapter that was copied into a directory of ours, and found sound.
 
-    The configuration is rewritten so that one adapter always has one byte string: keys sorted,
-    lists that PEFT treats as sets sorted, and `base_model_name_or_path` null unless a Hub id.
+    Attributes:
+        adapter: The copy.
+        content: Size and digest of each of its files.
+        stated_base: What its configuration says of its base model, which the copy leaves out
+            unless it is a Hub id.
+    """
+
+    adapter: Adapter
+    content: Mapping[str, FileDigest]
+    stated_base: object
+
+
+def take_in(source: Path, destination: Path) -> Intake:
+    """Copy what belongs to an adapter into the empty directory `destination`, and check it.
+
+    Each file of `source` is read once; those that hold weights of other formats or only served
+    the training are left. The configuration is rewritten so that one adapter always has one byte
+    string: keys sorted, lists that PEFT treats as sets sorted, and `base_model_name_or_path` null
+    unless a Hub id.
 
     Raises:
-        MalformedError: a required file is missing, or the configuration is not strict JSON, or
-            a file changed while it was copied.
-        UnsafeFileError: a link, pipe, device or oversized file.
-        UnsupportedAdapterError: the weights are pickled.
+        MalformedError: A required file is missing, the configuration or the weights' header does
+            not parse, or a file changed while it was copied.
+        UnsafeFileError: A link, pipe, device or oversized file.
+        UnsupportedAdapterError: The weights are pickled, or the configuration names what could
+            run code.
+        StorageError: The disk failed.
     """
     if not os.path.lexists(source / WEIGHTS) and (source / "adapter_model.bin").exists():
         raise UnsupportedAdapterError(
@@ -80,29 +91,39 @@ def copy_adapter(source: Path, destination: Path) -> None:
             f"as {WEIGHTS}: load it where you trust it, then "
             f"PeftModel.save_pretrained(..., safe_serialization=True)"
         )
-    for name, limit in _MAX_BYTES.items():
-        if name in (CONFIG, WEIGHTS) or os.path.lexists(source / name):
-            _copy_file(source / name, destination / name, limit)
-    config = json_object(destination / CONFIG)
-    (destination / CONFIG).write_bytes(_canonical(config))
+    with disk_errors(f"the adapter in {shown(source)} cannot be copied"):
+        names = [*dict.fromkeys((CONFIG, WEIGHTS, *files_of(source, *_TAKEN)))]
+        if len(names) > _MAX_FILES:
+            raise MalformedError(f"{shown(source)} has {len(names)} files, and is no adapter's")
+        content = {name: _copy_file(source, destination, name) for name in names}
+        config = json_object(destination / CONFIG)
+        (destination / CONFIG).write_bytes(_canonical(config))
+        content[CONFIG] = hash_file(destination / CONFIG)
+    return Intake(Adapter.open(destination), content, config.get("base_model_name_or_path"))
 
 
-def _copy_file(source: Path, destination: Path, limit: int) -> None:
-    with opened(source, os.O_NOFOLLOW) as fd, destination.open("xb", buffering=0) as output:
+def _copy_file(source: Path, destination: Path, name: str) -> FileDigest:
+    sha256 = hashlib.sha256()
+    (destination / name).parent.mkdir(parents=True, exist_ok=True)
+    with (
+        opened(source / name, os.O_NOFOLLOW) as fd,
+        (destination / name).open("xb", buffering=0) as output,
+    ):
         before = os.fstat(fd)
-        if before.st_size > limit:
-            raise UnsafeFileError(
-                f"{shown(source.name)} has {before.st_size} bytes, more than {limit}"
-            )
-        buffer = memoryview(bytearray(min(_CHUNK, before.st_size)))
-        for start in range(0, before.st_size, _CHUNK):
-            view = buffer[: min(_CHUNK, before.st_size - start)]
-            read_into(view, fd, start, shown(source.name))
+        checked_size(name, before.st_size)
+        if name == WEIGHTS:
+            read_header(source / name, limit=_MAX_HEADER)  # a sparse file would take long to copy
+        buffer = memoryview(bytearray(min(_PIECE, before.st_size)))
+        for start in range(0, before.st_size, _PIECE):
+            view = buffer[: min(_PIECE, before.st_size - start)]
+            read_into(view, fd, start, shown(name))
+            sha256.update(view)
             while view:
                 view = view[output.write(view) :]
         after = os.fstat(fd)
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-        raise MalformedError(f"{shown(source.name)} changed while it was copied")
+        raise MalformedError(f"{shown(name)} changed while it was copied")
+    return FileDigest(before.st_size, sha256.hexdigest())
 
 
 def _canonical(config: dict[str, Any]) -> bytes:
@@ -125,13 +146,12 @@ class Adapter:
     """A PEFT adapter in a directory of our own, found sound.
 
     `config`: its `adapter_config.json`. `tensors`: what its weights hold, by the name PEFT gave
-    them. `files`: the names of all that it has.
+    them.
     """
 
     directory: Path
     config: Mapping[str, Any] = field(repr=False)
     tensors: Mapping[str, TensorInfo] = field(repr=False)
-    files: tuple[str, ...] = field(repr=False)
 
     @classmethod
     def open(cls, directory: Path) -> Adapter:
@@ -141,7 +161,7 @@ class Adapter:
             MalformedError: a value of the wrong type or out of range, or no weights.
             UnsupportedAdapterError: it names code, paths, a costly pattern or odd dtypes.
         """
-        config = json_object(directory / CONFIG, limit=_MAX_BYTES[CONFIG])
+        config = json_object(directory / CONFIG, limit=row_of(CONFIG).limit)
         _check_config(config)
         tensors = read_header(directory / WEIGHTS, limit=_MAX_HEADER).tensors
         if not tensors:
@@ -153,8 +173,7 @@ class Adapter:
             raise UnsupportedAdapterError(
                 f"tensors of other dtypes than {', '.join(dtypes)}: {listed(odd)}"
             )
-        files = tuple(sorted(name for name in _MAX_BYTES if (directory / name).is_file()))
-        return cls(directory.resolve(), config, tensors, files)
+        return cls(directory.resolve(), config, tensors)
 
 
 def _check_config(config: Mapping[str, Any]) -> None:

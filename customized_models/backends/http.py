@@ -20,7 +20,7 @@ from ..errors import (
     ServerUnreachableError,
     shown,
 )
-from ..files.safetensors import strict_json
+from ..files.reading import strict_json
 from ..gguf import GGUFFile
 from ..models import DeploymentEnvironment, Progress
 from .deadline import Deadline

@@ -8,23 +8,25 @@ import os
 import socket
 import sys
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
-from attrs import Attribute, field, frozen
+from attrs import Attribute, asdict, field, frozen
 
 from ..errors import (
     AlreadyExistsError,
     InvalidOptionError,
+    MissingDependencyError,
     ServerAnswerError,
     ServerUnreachableError,
-    UnsupportedVersionError,
     shown,
 )
 from ..models import DeploymentEnvironment, Progress, Served, Status
-from . import Artifact, Plan, checked_options, chosen_served_name
+from ..processes import Process
 from .http import JSONServer, answer_timeout, bearer_token
-from .process import end, output_of_start, start_time
+from .process import end, output_of_start, processes_with
+from .protocol import Artifact, Plan, checked_options, chosen_served_name
 
 __all__ = ["LlamaCpp", "LlamaCppOptions"]
 
@@ -80,41 +82,43 @@ class LlamaCpp:
         """See `Backend.preflight`.
 
         Raises:
-            UnsupportedVersionError: the wheel is not installed.
+            MissingDependencyError: The wheel is not installed.
             AlreadyExistsError: something listens on the environment's port.
         """
         options = checked_options(options, LlamaCppOptions)
         name = chosen_served_name(artifact, served_name)
+        artifact.check_gguf()
         if importlib.util.find_spec("xllamacpp") is None:
-            raise UnsupportedVersionError(
+            raise MissingDependencyError(
                 "the backend llama_cpp needs xllamacpp: pip install 'customized-models[llama-cpp]'"
             )
         bearer_token(self._environment)
         self._refuse_taken_port()
-        return Plan(artifact, name, options)
+        return Plan(artifact, name, options, details={"mark": uuid.uuid4().hex})
 
     def push(self, plan: Plan, progress: Progress) -> Served:
-        """See `Backend.push`. Details: `pid`, `started` and `port` of the process."""
+        """See `Backend.push`. Details: `process`, `port`, and a `mark` in its command."""
         file = plan.artifact.gguf(progress, chat_template=True)
         self._refuse_taken_port()
-        command = self._command(os.path.abspath(file.path), plan.served_name, plan.options)
+        command = self._command(os.path.abspath(file.path), plan)
         output = output_of_start(command, _START_SECONDS, progress)
-        details = _reported(output)
+        process, port = _reported(output)
         try:
-            aliases = self._aliases(details["port"])
+            aliases = self._aliases(port)
             if plan.served_name not in aliases:
                 raise ServerAnswerError(f"llama.cpp serves {shown(aliases)} instead of its model")
             progress("starting", 1, 1)
         except BaseException:
-            end(details["pid"], details["started"])
+            end(process)
             raise
-        endpoint = f"http://{_HOST}:{details['port']}/v1"
+        details = {**plan.details, "process": asdict(process), "port": port}
+        endpoint = f"http://{_HOST}:{port}/v1"
         return Served(plan.served_name, endpoint, "openai", file.digest, details=details)
 
     def status(self, served: Served) -> Status:
         """See `Backend.status`."""
         details = served.details
-        if start_time(details["pid"]) != details["started"]:
+        if Process(**details["process"]).is_gone:
             return Status.ABSENT
         try:
             aliases = self._aliases(details["port"])
@@ -124,17 +128,21 @@ class LlamaCpp:
 
     def undeploy(self, served: Served) -> None:
         """See `Backend.undeploy`."""
-        end(served.details["pid"], served.details["started"])
+        if "process" in served.details:
+            end(Process(**served.details["process"]))
+        else:  # of a push that was killed
+            for process in processes_with(served.details["mark"]):
+                end(process)
 
-    def _command(self, model: str, alias: str, options: LlamaCppOptions) -> list[str]:
+    def _command(self, model: str, plan: Plan) -> list[str]:
         # -P: the directory of the script, which has modules of other tools' names, is no place
         # to import from.
         command = [sys.executable, "-P", str(_SERVER)]
-        command += ["--model", model, "--alias", alias]
+        command += ["--model", model, "--alias", plan.served_name, "--mark", plan.details["mark"]]
         command += ["--port", str(self._environment.port or 0)]
-        command += ["--context", str(options.context or 0)]
-        if options.threads is not None:
-            command += ["--threads", str(options.threads)]
+        command += ["--context", str(plan.options.context or 0)]
+        if plan.options.threads is not None:
+            command += ["--threads", str(plan.options.threads)]
         if self._environment.token_env is not None:
             command += ["--token-env", self._environment.token_env]
         return command
@@ -172,20 +180,20 @@ def _bind_error(port: int) -> OSError | None:
     return None
 
 
-def _reported(output: bytes) -> dict[str, Any]:
-    """The process that `llama_server` reports.
+def _reported(output: bytes) -> tuple[Process, int]:
+    """The process that `llama_server` reports, and its port.
 
     Raises:
-        ServerAnswerError: it ended instead; the message has the end of what it said.
+        ServerAnswerError: It ended instead; the message has the end of its output.
     """
     try:
         report = json.loads(output.rstrip().rpartition(b"\n")[2])
         pid, port = report["pid"], report["port"]
     except (ValueError, TypeError, KeyError) as error:
         text = output.decode("utf-8", "replace").strip()
-        reason = shown(text[-600:], 600) if text else "without a word; perhaps for want of memory"
+        reason = shown(text[-600:], 600) if text else "with no output; possibly out of memory"
         raise ServerAnswerError(f"the llama.cpp server ended before it served: {reason}") from error
-    started = start_time(pid)
-    if started is None:
+    process = Process.of(pid)
+    if process is None:
         raise ServerAnswerError("the llama.cpp server ended right after it had started")
-    return {"pid": pid, "started": started, "port": port}
+    return process, port

@@ -41,6 +41,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", required=True)
     parser.add_argument("--alias", required=True)
+    parser.add_argument("--mark", required=True, help="by which its command is found again")
     parser.add_argument("--port", type=int, required=True, help="0: any free one")
     parser.add_argument("--context", type=int, required=True, help="tokens; 0: the model's own")
     parser.add_argument("--threads", type=int, help="as many as llama.cpp sees fit")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import (
     AlreadyExistsError,
     DeploymentError,
-    InUseError,
     NoTemplateError,
+    ServedModelChangedError,
     ServerAnswerError,
     ServerUnreachableError,
     UnsupportedVersionError,
@@ -18,9 +19,9 @@ from ..errors import (
 )
 from ..gguf import GGUFFile
 from ..models import DeploymentEnvironment, DeploymentTemplate, Progress, Served, Status
-from . import Artifact, Plan, checked_options, chosen_served_name
 from .http import JSONServer, answer_timeout, bearer_token
 from .ollama_options import OllamaOptions
+from .protocol import Artifact, Plan, checked_options, chosen_served_name
 
 if TYPE_CHECKING:
     import httpx
@@ -57,6 +58,7 @@ class Ollama:
         """
         options = checked_options(options, OllamaOptions)
         name = chosen_served_name(artifact, served_name)
+        artifact.check_gguf()
         if artifact.template is None or not artifact.template.text:
             raise NoTemplateError(
                 f"Ollama needs a deployment template to serve {shown(artifact.name)}; give its "
@@ -106,8 +108,11 @@ class Ollama:
         entry = _entry(server, "/api/tags", served.name)
         if entry is None:
             return
-        if entry.get("digest") != served.details["manifest"]:
-            raise InUseError(
+        if "manifest" not in served.details:  # of a push that was killed
+            if not served.digest or not _serves(server, served.name, served.digest):
+                return
+        elif entry.get("digest") != served.details["manifest"]:
+            raise ServedModelChangedError(
                 f"{shown(served.name)} at {self._url} is no longer the model that was deployed: "
                 f"someone else changed it, so it is not removed; once `ollama rm` has removed "
                 f"it, undeploying succeeds"
@@ -209,8 +214,7 @@ def _verified(server: JSONServer, plan: Plan, file: GGUFFile) -> str:
     # The Modelfile's first instruction; further on, it quotes text of ours. Servers from 0.30.0 to
     # 0.34.0 serve llama-quantize's copy of the file, which has the same bytes if it was written
     # in llama.cpp's own order.
-    weights = re.search(r"^FROM .*", str(shows.get("modelfile")), re.MULTILINE)
-    if weights is None or not weights[0].rstrip().endswith(file.digest.replace(":", "-")):
+    if not _is_made_of(shows, file.digest):
         raise ServerAnswerError(f"{where}: it does not serve the file it was given")
     if shows.get("template") != _template(plan).text:
         raise ServerAnswerError(f"{where}: its template is not the one it was given")
@@ -220,6 +224,16 @@ def _verified(server: JSONServer, plan: Plan, file: GGUFFile) -> str:
     if entry is None or not re.fullmatch(r"[0-9a-f]{64}", str(entry.get("digest"))):
         raise ServerAnswerError(f"{where}: it was created, and is not listed with a digest")
     return str(entry["digest"])
+
+
+def _serves(server: JSONServer, name: str, digest: str) -> bool:
+    return _is_made_of(server.post("/api/show", {"model": name}), digest)
+
+
+def _is_made_of(shows: Mapping[str, Any], digest: str) -> bool:
+    """Whether what /api/show tells of a model says that its weights are the blob of that digest."""
+    weights = re.search(r"^FROM .*", str(shows.get("modelfile")), re.MULTILINE)
+    return weights is not None and weights[0].rstrip().endswith(digest.replace(":", "-"))
 
 
 def _withdraw(server: JSONServer, name: str, error: BaseException) -> None:

@@ -6,65 +6,56 @@ import os
 import selectors
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
+
+import psutil
 
 from ..errors import DeploymentError
 from ..models import Progress
+from ..processes import Process, host_id
 
 _KEPT = 64 << 10  # bytes of a starting process's output
 _GRACE = 5.0  # seconds between asking a process to end and ending it
 _TICK = 0.2  # seconds between two calls of `progress`
 
 
-def start_time(pid: int) -> str | None:
-    """When the process of that number started, as its system tells it; None if none runs.
-
-    A number is given out again in time, and after a restart of the host; number and start time
-    together are not.
-    """
-    if sys.platform == "linux":
-        try:
-            stat = Path(f"/proc/{pid}/stat").read_bytes()
-        except (FileNotFoundError, ProcessLookupError):
-            return None
-        # The command's name, in parentheses, may hold anything; see proc(5).
-        state, *others = stat.rpartition(b")")[2].split()
-        if state in (b"Z", b"X"):
-            return None
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        return f"{boot} {int(others[18])}"
-    environment = {**os.environ, "LC_ALL": "C", "TZ": "UTC"}
-    command = ["ps", "-o", "stat=,lstart=", "-p", str(pid)]
-    answer = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    state_text, _, since = answer.stdout.strip().partition(" ")
-    return None if not since or state_text.startswith("Z") else since.strip()
+def processes_with(mark: str) -> list[Process]:
+    """The processes of this host that have `mark` as an argument of their command."""
+    found = []
+    for candidate in psutil.process_iter():
+        with suppress(psutil.Error):
+            if mark in candidate.cmdline() and (process := Process.of(candidate.pid)):
+                found.append(process)
+    return found
 
 
-def end(pid: int, started: str) -> None:
-    """End that process: first it is asked to, then it is killed. Never another of its number.
+def end(process: Process) -> None:
+    """End a process: first it is asked to, then it is killed. Never another of its number.
 
     Raises:
-        DeploymentError: it belongs to someone else, or survives.
+        DeploymentError: It belongs to someone else, survives, or runs on another host.
     """
+    if process.host != host_id():
+        raise DeploymentError(
+            f"process {process.pid} runs, or ran, on another host or before a restart of this one"
+        )
     for kind in (signal.SIGTERM, signal.SIGKILL):
-        if start_time(pid) != started:
+        if process.is_gone:
             return
         try:
-            os.kill(pid, kind)
+            os.kill(process.pid, kind)
         except ProcessLookupError:
             return
         except PermissionError as error:
-            raise DeploymentError(f"process {pid} belongs to another user") from error
+            raise DeploymentError(f"process {process.pid} belongs to another user") from error
         until = time.monotonic() + _GRACE
         while time.monotonic() < until:
-            if start_time(pid) != started:
+            if process.is_gone:
                 return
             time.sleep(0.02)
-    raise DeploymentError(f"process {pid} does not end")
+    raise DeploymentError(f"process {process.pid} does not end")
 
 
 def output_of_start(command: Sequence[str], seconds: float, progress: Progress) -> bytes:

@@ -16,18 +16,14 @@ from typing import Any
 
 from attrs import evolve
 
-from ..base_models import small_files
 from ..errors import MalformedError, shown
 from ..files.manifest import README
-from ..files.safetensors import INDEX, MAX_JSON, Checkpoint, json_object
-from ..models import (
-    BaseModelCard,
-    EvaluationSummary,
-    ModelCard,
-    TrainingConfiguration,
-    is_hub_id,
-)
-from .readme import MAX_README, plain_text, readme_header, storable_card
+from ..files.model_directory import CARRIED, Role, files_of, role_of
+from ..files.reading import MAX_JSON, json_object, plain_text
+from ..files.safetensors import INDEX, Checkpoint
+from ..models import BaseModelCard, EvaluationSummary, ModelCard, TrainingConfiguration
+from ..naming import is_hub_id
+from .readme import MAX_README, readme_header, storable_card
 
 PEFT_SETTINGS = {
     "peft_type", "task_type", "peft_version", "revision", "r", "lora_alpha", "lora_dropout",
@@ -81,7 +77,7 @@ def read_base_card(directory: Path, checkpoint: Checkpoint) -> BaseModelCard:
     architectures = config.get("architectures")
     if not isinstance(architectures, list) or not architectures:
         raise MalformedError("config.json names no architecture")
-    files = small_files(directory)
+    files = files_of(directory, *CARRIED)
     generation = files.get("generation_config.json")
     sizes: Counter[str] = Counter()
     for info in checkpoint.infos.values():
@@ -115,7 +111,7 @@ def _license(directory: Path) -> str | None:
 
 
 def _has_chat_template(files: Mapping[str, Path]) -> bool:
-    if "chat_template.jinja" in files or "chat_template.json" in files:
+    if any(role_of(name) is Role.CHAT_TEMPLATE for name in files):
         return True
     path = files.get("tokenizer_config.json")
     return path is not None and bool(json_object(path).get("chat_template"))

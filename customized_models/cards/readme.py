@@ -19,9 +19,10 @@ from typing import Any
 import attrs
 
 from ..errors import MalformedError, UnsafeFileError, shown
-from ..files.manifest import from_document, to_document
-from ..files.safetensors import opened, read_at
-from ..models import BaseModel, CompleteModel, CustomizedModel, ModelCard, is_hub_id
+from ..files.documents import from_document, to_document
+from ..files.reading import opened, read_at
+from ..models import BaseModel, CompleteModel, CustomizedModel, ModelCard
+from ..naming import is_hub_id
 
 MAX_README = 4 << 20  # bytes; cards with thousands of benchmark results have about one million
 MAX_DEPTH = 24  # levels of mappings and lists in a README's header

@@ -1,16 +1,16 @@
-"""The library's values as database rows. Imported only when a registry is first used."""
+"""Values as rows, and rows as values; each row has a digest of all that it says."""
 
 from __future__ import annotations
 
-import functools
 import json
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, Table, select
+from sqlalchemy import Connection, Table, delete, insert, select, update
 
-from ..base_models import Location
-from ..errors import NotFoundError, shown
-from ..files.manifest import canonical_json, from_document, to_document
+from ..errors import CustomizedModelsError, IntegrityError, NotFoundError, shown
+from ..files.digests import canonical_json, digest_of
+from ..files.documents import from_document, to_document
 from ..models import (
     BaseModel,
     CompleteModel,
@@ -19,19 +19,83 @@ from ..models import (
     LiveModel,
     ThirdPartyModel,
 )
-from . import database as db
-from .listing import Listing
+from . import schema
 
 T = TypeVar("T")
 
-TABLES: dict[type[Any], Table] = {
-    BaseModel: db.base_models,
-    CustomizedModel: db.customized_models,
-    CompleteModel: db.complete_models,
-    LiveModel: db.live_models,
-    ThirdPartyModel: db.third_party_models,
-    DeploymentEnvironment: db.environments,
+TABLES: Mapping[type[Any], Table] = {
+    BaseModel: schema.base_models,
+    CustomizedModel: schema.customized_models,
+    CompleteModel: schema.complete_models,
+    LiveModel: schema.live_models,
+    ThirdPartyModel: schema.third_party_models,
+    DeploymentEnvironment: schema.environments,
 }
+"""Where the values of each class are kept."""
+
+
+def add_row(connection: Connection, table: Table, **values: Any) -> None:
+    """Insert a row, with its digest if the table has one.
+
+    Raises:
+        AlreadyExistsError: A unique column has that value already.
+    """
+    if "digest" in table.columns:
+        values["digest"] = _digest(table, values)
+    connection.execute(insert(table).values(**values))
+
+
+def find_row(connection: Connection, table: Table, **equals: Any) -> Any | None:
+    """The one row in which the columns have these values, or None."""
+    query = select(table).where(*(table.c[key] == value for key, value in equals.items()))
+    return connection.execute(query).mappings().one_or_none()
+
+
+def change_row(connection: Connection, table: Table, name: str, **values: Any) -> None:
+    """Set columns of the row with that name.
+
+    Raises:
+        IntegrityError: The row is damaged, so that its other columns are not to be relied on.
+    """
+    if "digest" in table.columns:
+        row = find_row(connection, table, name=name)
+        if row is None:
+            return
+        values["digest"] = _digest(table, {**checked_row(table, row), **values})
+    connection.execute(update(table).where(table.c.name == name).values(**values))
+
+
+def remove_row(connection: Connection, table: Table, name: str) -> None:
+    """Delete the row with that name, if there is one."""
+    connection.execute(delete(table).where(table.c.name == name))
+
+
+def names(connection: Connection, table: Table, **equals: Any) -> list[str]:
+    """The names of the rows in which the columns have these values."""
+    query = select(table.c.name).where(*(table.c[key] == value for key, value in equals.items()))
+    return list(connection.execute(query).scalars())
+
+
+def checked_row(table: Table, row: Any) -> Any:
+    """`row`, if its digest is that of its columns.
+
+    Raises:
+        IntegrityError: It is not.
+    """
+    if row["digest"] != _digest(table, row):
+        raise IntegrityError(
+            f"the row of {shown(row['name'])} in {table.name} is damaged: its digest differs; "
+            f"ModelRegistry.reindex() makes it again from what is stored"
+        )
+    return row
+
+
+def _digest(table: Table, values: Mapping[str, Any]) -> str:
+    columns = [c.name for c in table.columns if c.name not in ("seq", "digest")]
+    try:
+        return digest_of({"table": table.name, **{name: values.get(name) for name in columns}})
+    except (TypeError, ValueError) as error:  # bytes or half a character where text belongs
+        raise IntegrityError(f"a row in {table.name} is damaged: {shown(error)}") from error
 
 
 def as_text(value: Any) -> str:
@@ -40,62 +104,47 @@ def as_text(value: Any) -> str:
 
 
 def value_of(kind: type[T], row: Any) -> T:
-    """The value in a row: `value_of(type(v), row) == v` for the row that `insert(v)` made."""
-    return from_document(kind, json.loads(row["value"]))
-
-
-def required(connection: Connection, kind: type[Any], name: str, *, deleting: bool = False) -> Any:
-    """The row of that class and name; rows being deleted count only if `deleting`.
+    """The value in a row: `value_of(type(v), row) == v` for the row that `insert_value(v)` made.
 
     Raises:
-        NotFoundError: there is none.
+        IntegrityError: The row is damaged.
     """
-    row = db.find(connection, TABLES[kind], name=name)
-    if row is None or (row.get("deleting") and not deleting):
+    checked_row(TABLES[kind], row)
+    try:
+        return from_document(kind, json.loads(row["value"]))
+    except (CustomizedModelsError, ValueError, RecursionError) as error:
+        raise IntegrityError(
+            f"the row of {shown(row['name'])} in {TABLES[kind].name} holds no {kind.__name__} "
+            f"that this version reads: {shown(error)}"
+        ) from error
+
+
+def required(connection: Connection, kind: type[Any], name: str, **equals: Any) -> Any:
+    """The row of that class and name, in which the columns have these values.
+
+    Raises:
+        NotFoundError: There is none.
+    """
+    row = find_row(connection, TABLES[kind], name=name, **equals)
+    if row is None:
         raise NotFoundError(f"no {kind.__name__} is named {shown(name)}")
     return row
 
 
-def insert(connection: Connection, value: Any, **columns: Any) -> None:
+def insert_value(connection: Connection, value: Any, **columns: Any) -> None:
     """Add a value's row; columns that bear a field's name are filled from it.
 
     Raises:
-        AlreadyExistsError: a unique column has that value already.
+        AlreadyExistsError: A unique column has that value already.
     """
     table = TABLES[type(value)]
-    for column in table.columns.keys() - columns.keys() - {"seq", "name", "value"}:
+    for column in table.columns.keys() - columns.keys() - {"seq", "name", "value", "digest"}:
         if hasattr(value, column):
             columns[column] = str(getattr(value, column))
-    db.add(connection, table, name=value.name, value=as_text(value), **columns)
+    add_row(connection, table, name=value.name, value=as_text(value), **columns)
 
 
-def update(connection: Connection, value: Any, **columns: Any) -> None:
+def update_value(connection: Connection, value: Any, **columns: Any) -> None:
     """Put a changed value in place of the one of its name."""
-    db.change(connection, TABLES[type(value)], value.name, value=as_text(value), **columns)
-
-
-def listing(database: db.Database, kind: type[T], **equals: Any) -> Listing[T]:
-    """The values whose columns equal those that are not None, newest first."""
-    given = {key: value for key, value in equals.items() if value is not None}
-    return Listing(kind, functools.partial(_page, database, kind, given))
-
-
-def _page(
-    database: db.Database, kind: type[T], equals: dict[str, Any], before: int | None, count: int
-) -> list[tuple[int, T]]:
-    table = TABLES[kind]
-    query = select(table).where(*(table.c[key] == value for key, value in equals.items()))
-    if before is not None:
-        query = query.where(table.c.seq < before)
-    rows = database.rows(query.order_by(table.c.seq.desc()).limit(count))
-    return [(row["seq"], value_of(kind, row)) for row in rows]
-
-
-def location_columns(location: Location) -> dict[str, str]:
-    """A base model's location as its row has it."""
-    return {"path": location.path, "files": canonical_json(to_document(location.files)).decode()}
-
-
-def location_of(row: Any) -> Location:
-    """Law: `location_of` of a row with `location_columns(l)` equals `l`."""
-    return from_document(Location, {"path": row["path"], "files": json.loads(row["files"])})
+    table = TABLES[type(value)]
+    change_row(connection, table, value.name, value=as_text(value), **columns)

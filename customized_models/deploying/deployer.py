@@ -4,114 +4,59 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping
-from contextlib import ExitStack
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from attrs import evolve
 
-from ..backends import open_backend
-from ..errors import AlreadyExistsError, NoEnvironmentError, NotFoundError, listed, shown
-from ..files.manifest import Manifest, digest_of, from_document, to_document
-from ..files.safetensors import FileDigest, json_object
-from ..gguf import GGUFFile, check_architecture
-from ..gguf import plan as plan_gguf
-from ..jobs.job import Job, start_job
+from ..backends import Backend, BackendFactory, Plan, open_backend
+from ..errors import DatabaseError, NoEnvironmentError, NotFoundError, listed, shown
+from ..files.documents import from_document, to_document
+from ..jobs.job import Job
+from ..jobs.work import Work
 from ..models import (
     BaseModel,
     CompleteModel,
     CustomizedModel,
     DeploymentEnvironment,
-    DeploymentTemplate,
     LiveModel,
-    Progress,
     Quantization,
+    Served,
     Status,
     checked_quantization,
-    live_name,
 )
-from ..sources import model_source
+from ..naming import live_name
+from .artifacts import RegistryArtifact
+from .recovery import recover_deployments
 
 if TYPE_CHECKING:
-    from ..catalog.database import Lease
     from ..registry import ModelRegistry
 
-GGUF_NAME = "model.gguf"
-
-
-class RegistryArtifact:
-    """A registry's model, in the forms a backend asks for (see `backends.Artifact`)."""
-
-    def __init__(
-        self,
-        registry: ModelRegistry,
-        model: CustomizedModel | CompleteModel,
-        name: str,
-        quantization: Quantization,
-        owner: str,
-    ) -> None:
-        self.name = name
-        self.quantization = quantization
-        self.key: str | None = None
-        self._registry = registry
-        self._model = model
-        self._owner = owner
-        base = registry.get(BaseModel, model.base)
-        self.template: DeploymentTemplate | None = base.deployment_template
-        with registry._opened(model if isinstance(model, CompleteModel) else base) as directory:
-            self._config = json_object(directory / "config.json")
-        check_architecture(self._config)
-        self.architecture: str = self._config["architectures"][0]
-
-    def gguf(self, progress: Progress, *, chat_template: bool) -> GGUFFile:
-        """See `backends.Artifact.gguf`: made once per recipe, kept while a live model needs it."""
-        recipe = {
-            "source": self._model.digest,
-            "quantization": self.quantization,
-            "chat_template": chat_template,
-            "name": self._model.name,
-        }
-        key = f"gguf/{digest_of(recipe).removeprefix('sha256:')}"
-        self._registry._hold(key, self._owner)
-        if key not in self._registry._storage.keys(key):
-            self._make(key, recipe, progress)
-        self.key = key
-        with self._registry._storage.checkout(key) as directory:
-            manifest = Manifest.read(directory)
-            file = manifest.content[GGUF_NAME]
-            return GGUFFile(directory / GGUF_NAME, file.size, f"sha256:{file.sha256}")
-
-    def _make(self, key: str, recipe: Mapping[str, Any], progress: Progress) -> None:
-        storage = self._registry._storage
-        with ExitStack() as stack:
-            staging = stack.enter_context(storage.staging(f"gguf-{uuid.uuid4().hex}"))
-            source = stack.enter_context(model_source(self._registry, self._model))
-            plan = plan_gguf(
-                source,
-                self.quantization,
-                name=self._model.name,
-                chat_template=recipe["chat_template"],
-            )
-            file = plan.write(staging / GGUF_NAME, progress)
-            content = {GGUF_NAME: FileDigest(file.size, file.digest.removeprefix("sha256:"))}
-            Manifest("gguf", content, {"source": self._model.digest}, recipe, {}).write(staging)
-            try:
-                storage.publish(staging, key)
-            except AlreadyExistsError:
-                return  # another deployment has just made the same file
+Stored: TypeAlias = "CustomizedModel | CompleteModel"
 
 
 class Deployer:
     """Hands models of a registry to deployment tools, and takes them back.
 
     >>> live = Deployer(registry).deploy(complete, quantization="q8_0").result()  # doctest: +SKIP
+
+    Args:
+        registry: Where the models are.
+        backends: Tools besides the built-in and the installed ones: a name, which an environment
+            has as its `backend`, to what makes a `Backend` of an environment. It is built again in
+            the job's process, so it lies in a module that can be imported there.
     """
 
-    def __init__(self, registry: ModelRegistry) -> None:
-        self._registry = registry
+    def __init__(
+        self, registry: ModelRegistry, *, backends: Mapping[str, BackendFactory] | None = None
+    ) -> None:
+        self._catalog = registry.catalog
+        self._shelf = registry.shelf
+        self._queue = registry.queue
+        self._backends = dict(backends or {})
 
     def __repr__(self) -> str:
-        return f"Deployer({self._registry!r})"
+        return f"Deployer({self._shelf!r})"
 
     def deploy(
         self,
@@ -124,51 +69,62 @@ class Deployer:
     ) -> Job[LiveModel]:
         """Make the model callable at a deployment tool, in the background; returns at once.
 
-        A customized model needs no complete model on disk: it is merged on the way.
-        `environment`: may be omitted where exactly one is configured. `served_name`: what callers
-        put into `model`; derived from the live model's name if None. `options`: the backend's own
-        value, such as `OllamaOptions`. What can be refused is refused here, before the job starts
-        and before anything is sent.
+        A customized model needs no complete model on disk: it is merged on the way. What can be
+        refused is refused here, before the job starts and before anything is sent.
+
+        Args:
+            model: What to deploy.
+            environment: May be omitted where exactly one is configured.
+            quantization: `no_quantization`, `q8_0`, `q4_K_M` or `q4_K_S`.
+            served_name: What callers put into `model`; derived from the live model's name if None.
+            options: The backend's own value, such as `OllamaOptions`.
 
         Raises:
-            UnsupportedQuantizationError, UnsupportedArchitectureError: not one we can make.
-            NoEnvironmentError: no environment to deploy to.
-            NoTemplateError: the tool needs a deployment template that the base lacks.
-            ServerUnreachableError: the tool does not answer.
-            InvalidNameError, InvalidOptionError, AlreadyExistsError: see `backends.Backend`.
+            NotFoundError: The model has been deleted.
+            UnsupportedError: Not an architecture or mode we can make.
+            NoEnvironmentError: No environment to deploy to.
+            NoTemplateError: The tool needs a deployment template that the base lacks.
+            MissingDependencyError: An optional package is not installed.
+            ServerUnreachableError, ServerAnswerError: The tool does not answer, or with an error.
+            InvalidNameError, InvalidOptionError, AlreadyExistsError: See `backends.Backend`.
         """
         mode = checked_quantization(quantization)
         target = self._environment(environment)
-        model = self._registry.get(type(model), model.name)
-        backend = open_backend(target)
+        model = self._catalog.levels.get(type(model), model.name)
+        base = self._catalog.levels.get(BaseModel, model.base)
+        recover_deployments(self._catalog, self._shelf, self._backends, environment=target.name)
+        backend = open_backend(target, self._backends)
         options = backend.options() if options is None else options
         trial = live_name(model.name, uuid.uuid4(), mode)
-        artifact = RegistryArtifact(self._registry, model, trial, mode, owner="")
-        backend.preflight(artifact, served_name, options)
-        kind = "customized" if isinstance(model, CustomizedModel) else "complete"
-        held = (f"base/{model.base}",) if kind == "customized" else ()
-        return start_job(
-            self._registry,
+        with RegistryArtifact(
+            self._catalog, self._shelf, model, trial, mode, _hold_nothing
+        ) as artifact:
+            backend.preflight(artifact, served_name, options)
+        return self._queue.submit(
             "deploy",
             lambda id: live_name(model.name, id, mode),
             {
-                "kind": kind,
+                "kind": _KINDS[type(model)],
                 "model": model.name,
                 "environment": target.name,
                 "quantization": mode,
                 "served_name": served_name,
                 "options": to_document(options),
             },
-            holds=(f"{kind}/{model.name}", *held),
+            (model.key, base.key) if isinstance(model, CustomizedModel) else (model.key,),
+            self._backends,
         )
 
     def status(self, live: LiveModel) -> Status:
-        """What the deployment tool says of the model at this moment."""
-        live = self._registry.get(LiveModel, live.name)
+        """What the deployment tool says of the model at this moment.
+
+        Raises:
+            NotFoundError: It has been deleted.
+        """
+        live = self._catalog.levels.get(LiveModel, live.name)
         if live.state == "undeployed":
             return Status.ABSENT
-        environment = self._registry.get(DeploymentEnvironment, live.environment)
-        return open_backend(environment).status(live.served)
+        return self._backend_of(live).status(live.served)
 
     def undeploy(self, live: LiveModel) -> LiveModel:
         """Take the model off its deployment tool; its record stays, third parties' goes stale.
@@ -176,76 +132,121 @@ class Deployer:
         Undeploying again is fine.
 
         Raises:
-            ServerUnreachableError: the tool does not answer.
-            DeploymentError: what is there now is not what was deployed.
+            NotFoundError: It has been deleted.
+            ServerUnreachableError, ServerAnswerError: The tool does not answer, or with an error.
+            ServedModelChangedError: What is there now is not what was deployed; it is left alone.
         """
-        live = self._registry.get(LiveModel, live.name)
+        live = self._catalog.levels.get(LiveModel, live.name)
         if live.state == "live":
-            environment = self._registry.get(DeploymentEnvironment, live.environment)
-            open_backend(environment).undeploy(live.served)
+            self._backend_of(live).undeploy(live.served)
             live = evolve(live, state="undeployed")
-            self._registry._record_undeployed(live)
+            self._catalog.levels.mark_undeployed(live)
+            self._shelf.drop_unused("gguf/")
         return live
+
+    def _backend_of(self, live: LiveModel) -> Backend:
+        environment = self._catalog.levels.get(DeploymentEnvironment, live.environment)
+        return open_backend(environment, self._backends)
 
     def _environment(self, named: str | DeploymentEnvironment | None) -> DeploymentEnvironment:
         if named is not None:
             name = named if isinstance(named, str) else named.name
             try:
-                return self._registry.get(DeploymentEnvironment, name)
+                return self._catalog.levels.get(DeploymentEnvironment, name)
             except NotFoundError as error:
                 raise NoEnvironmentError(
                     f"no deployment environment {shown(name)}; there is: {self._configured()}"
                 ) from error
-        every = list(self._registry.environments())
+        every = list(self._catalog.levels.listing(DeploymentEnvironment))
         if len(every) != 1:
             raise NoEnvironmentError(f"say environment=, there is: {self._configured()}")
         return every[0]
 
     def _configured(self) -> str:
-        names = listed(environment.name for environment in self._registry.environments())
+        every = self._catalog.levels.listing(DeploymentEnvironment)
+        names = listed(environment.name for environment in every)
         return names or "none; ModelRegistry.add_environment(DeploymentEnvironment(...)) adds one"
 
 
-def run_deploy(
-    registry: ModelRegistry,
-    id: str,
-    arguments: Mapping[str, Any],
-    progress: Progress,
-    lease: Lease,
-) -> None:
-    """The worker's part of `Deployer.deploy`."""
-    kind: type[CustomizedModel | CompleteModel] = (
-        CustomizedModel if arguments["kind"] == "customized" else CompleteModel
-    )
-    model = registry.get(kind, arguments["model"])
-    environment = registry.get(DeploymentEnvironment, arguments["environment"])
-    quantization: Quantization = arguments["quantization"]
-    backend = open_backend(environment)
-    options = from_document(backend.options, arguments["options"])
-    name = live_name(model.name, uuid.UUID(id), quantization)
+_KINDS: Mapping[type[Any], str] = {CustomizedModel: "customized", CompleteModel: "complete"}
+
+
+def _hold_nothing(key: str) -> None:
+    """For an artifact that is only asked what it could give."""
+
+
+def run_deploy(work: Work, backends: Mapping[str, BackendFactory]) -> None:
+    """The worker's part of `Deployer.deploy`.
+
+    What it is about to create at the tool is recorded before: if it is killed, `recover` takes it
+    back.
+    """
+    levels = work.catalog.levels
+    kind = next(kind for kind, name in _KINDS.items() if name == work.arguments["kind"])
+    model: Stored = levels.get(kind, work.arguments["model"])
+    environment = levels.get(DeploymentEnvironment, work.arguments["environment"])
+    mode: Quantization = work.arguments["quantization"]
+    backend = open_backend(environment, backends)
+    options = from_document(backend.options, work.arguments["options"])
+    intent: LiveModel | None = None
+
+    def hold(key: str) -> None:
+        with work.catalog.database.write() as connection:
+            work.lease.take(connection, [key], f"the deployment of {work.name}")
+            if intent is not None:
+                levels.note_artifact(connection, intent, key)
+
     try:
-        artifact = RegistryArtifact(registry, model, name, quantization, owner=id)
-        plan = backend.preflight(artifact, arguments["served_name"], options)
-        served = backend.push(plan, progress)
-        live = LiveModel(
-            name=name,
-            source=model.name,
-            base=model.base,
-            train_name=model.train_name,
-            quantization=quantization,
-            environment=environment.name,
-            served=served,
-            deploying_id=uuid.UUID(id),
-            created=datetime.now(UTC),
-            source_digest=model.digest,
-            template_digest=artifact.template.digest if artifact.template else None,
-            card=model.card,
-        )
-        try:
-            registry._record_live(live, artifact.key, lease)
-        except BaseException:
-            backend.undeploy(served)
-            raise
+        with RegistryArtifact(work.catalog, work.shelf, model, work.name, mode, hold) as artifact:
+            plan = backend.preflight(artifact, work.arguments["served_name"], options)
+            intent = _intended(work, model, environment, mode, artifact, plan)
+            with work.catalog.database.write() as connection:
+                work.lease.check(connection)
+                levels.insert_pending(connection, intent, work.lease.owner, artifact=None)
+            served = backend.push(plan, work.progress)
+            _record(work, backend, evolve(intent, served=served), artifact.key)
     except BaseException:
-        registry._sweep_artifacts(id)
+        if intent is not None:
+            with work.catalog.database.write() as connection:
+                levels.drop(connection, intent, work.lease.owner)
+        work.shelf.drop_unused("gguf/", even_held_by=work.lease.owner)
+        raise
+
+
+def _intended(
+    work: Work,
+    model: Stored,
+    environment: DeploymentEnvironment,
+    mode: Quantization,
+    artifact: RegistryArtifact,
+    plan: Plan,
+) -> LiveModel:
+    endpoint = environment.url if environment.address is not None else ""
+    return LiveModel(
+        name=work.name,
+        source=model.name,
+        base=model.base,
+        train_name=model.train_name,
+        quantization=mode,
+        environment=environment.name,
+        served=Served(plan.served_name, endpoint, "", "", details=plan.details),
+        deploying_id=work.id,
+        created=datetime.now(UTC),
+        source_digest=model.digest,
+        template_digest=artifact.template.digest if artifact.template else None,
+        card=model.card,
+    )
+
+
+def _record(work: Work, backend: Backend, live: LiveModel, artifact: str | None) -> None:
+    levels = work.catalog.levels
+    try:
+        with work.catalog.database.write() as connection:
+            work.lease.check(connection)
+            levels.make_visible(connection, live, work.lease.owner, artifact=artifact)
+            work.end(connection, "succeeded")
+    except BaseException as error:
+        if isinstance(error, DatabaseError) and error.outcome_unknown and levels.is_visible(live):
+            return
+        backend.undeploy(live.served)
         raise

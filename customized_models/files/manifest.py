@@ -1,29 +1,25 @@
 """The manifest beside a model's bytes: what the files are, and the record of how they came to be.
 
-Content files, parents and recipe make the digest; the record does not, and neither does
-`README.md`, which is rendered from it.
+Content files, parents and recipe make the digest. The record does not, so that a card may be
+corrected, and neither does `README.md`, which is rendered from it; the record has a digest of its
+own, so that damage is found.
 """
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import json
-import os
-import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal
 
 from attrs import frozen
 
 from ..errors import IntegrityError, MalformedError, listed, shown
-from .safetensors import FileDigest, json_object
+from .digests import FileDigest, digest_of, hash_file
+from .documents import from_document, to_document
+from .reading import MAX_JSON, content, strict_json
+from .writing import write_file
 
-if TYPE_CHECKING:
-    from cattrs import Converter
-
-T = TypeVar("T")
 Kind = Literal["customized", "complete", "gguf"]
 
 MANIFEST = "manifest.json"
@@ -31,67 +27,18 @@ README = "README.md"
 FORMAT = 1
 
 
-def canonical_json(value: Any) -> bytes:
-    """One byte string per value: keys sorted, no spaces, ASCII, finite numbers only."""
-    return json.dumps(
-        value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
-    ).encode()
-
-
-@functools.cache
-def _converter() -> Converter:
-    from cattrs.preconf.json import make_converter
-
-    converter = make_converter()
-    converter.register_unstructure_hook(uuid.UUID, str)
-    converter.register_structure_hook(uuid.UUID, lambda text, _: uuid.UUID(text))
-    return converter
-
-
-def to_document(value: Any) -> Any:
-    """An attrs value of this library as JSON-able data; `from_document` reads it back equal."""
-    return _converter().unstructure(value)
-
-
-def from_document(cls: type[T], document: Any) -> T:
-    """The value of class `cls` that `to_document` made `document` from.
-
-    Raises:
-        MalformedError: the document does not fit the class.
-    """
-    from cattrs.errors import ClassValidationError
-
-    try:
-        return _converter().structure(document, cls)
-    except (ClassValidationError, ValueError, TypeError, KeyError) as error:
-        raise MalformedError(f"a stored record is no {cls.__name__}: {shown(error)}") from error
-
-
-def digest_of(document: Any) -> str:
-    """`sha256:` over the canonical JSON of `document`."""
-    return "sha256:" + hashlib.sha256(canonical_json(document)).hexdigest()
-
-
-def hash_file(path: Path) -> FileDigest:
-    """Size and SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
-        return FileDigest(file.tell(), digest.hexdigest())
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Write a new file and push it to the disk."""
-    with path.open("xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 @frozen
 class Manifest:
     """What a stored directory holds.
 
     Law: `Manifest.read(d)` equals the manifest that was written to `d`, or raises.
+
+    Attributes:
+        kind: Of the model.
+        content: Size and digest of each content file, by its path within the directory.
+        parents: Digests of what it was made from, by role.
+        recipe: What its bytes depend on besides the parents.
+        record: The model as a document, and its parents' where the database cannot tell.
     """
 
     kind: Kind
@@ -115,32 +62,45 @@ class Manifest:
 
     def write(self, directory: Path) -> None:
         """Write `manifest.json` into `directory`, which must not have one."""
-        document = to_document(self) | {"format": FORMAT, "digest": self.digest}
+        document = to_document(self) | {
+            "format": FORMAT,
+            "digest": self.digest,
+            "record_digest": digest_of(self.record),
+        }
         text = json.dumps(document, indent=1, sort_keys=True, allow_nan=False)
         write_file(directory / MANIFEST, text.encode() + b"\n")
 
     @classmethod
     def read(cls, directory: Path) -> Manifest:
-        """The manifest in `directory`.
+        """The manifest in `directory`; raises as `parse` does."""
+        return cls.parse(content(directory / MANIFEST, MAX_JSON))
+
+    @classmethod
+    def parse(cls, data: bytes | bytearray) -> Manifest:
+        """The manifest in the bytes of a `manifest.json`.
 
         Raises:
-            MalformedError: missing, of another format, or not as it was written.
-            IntegrityError: its digest is not that of its contents.
+            MalformedError: Missing, of another format, or not as it was written.
+            IntegrityError: A digest is not that of its contents.
         """
-        document = json_object(directory / MANIFEST)
+        document = strict_json(data, MANIFEST)
+        if not isinstance(document, dict):
+            raise MalformedError(f"{MANIFEST} holds no JSON object")
         if (version := document.pop("format", None)) != FORMAT:
             raise MalformedError(f"{MANIFEST} has format {shown(version)}, not {FORMAT}")
-        stated = document.pop("digest", None)
+        stated, of_record = document.pop("digest", None), document.pop("record_digest", None)
         manifest = from_document(cls, document)
         if manifest.digest != stated:
             raise IntegrityError(f"{MANIFEST} states {shown(stated)} but has {manifest.digest}")
+        if digest_of(manifest.record) != of_record:
+            raise IntegrityError(f"the record in {MANIFEST} is damaged: its digest differs")
         return manifest
 
     def verify(self, directory: Path) -> None:
         """Read every content file under `directory` and compare.
 
         Raises:
-            IntegrityError: naming the files that are missing, additional or different.
+            IntegrityError: Naming the files that are missing, additional or different.
         """
         found = {path.relative_to(directory).as_posix() for path in files_under(directory)}
         wrong = found - {MANIFEST, README} ^ set(self.content)

@@ -6,19 +6,16 @@ one mapping share what an in-place operation writes.
 
 from __future__ import annotations
 
-import errno
-import json
 import math
 import os
-import stat
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from attrs import field, frozen
 
 from ..errors import MalformedError, UnsafeFileError, listed, shown
+from .reading import json_object, opened, read_at, read_into, strict_json
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +23,7 @@ if TYPE_CHECKING:
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_HEADER = 100_000_000  # bytes; the format's own cap
-MAX_JSON = 64 << 20  # bytes: the largest tokenizer.json in use is about half of this
+MAX_DIMENSIONS = 64  # torch's own: more would take long to multiply and mean nothing
 
 ITEM_SIZE = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
@@ -64,14 +61,6 @@ class TensorInfo:
 
 
 @frozen
-class FileDigest:
-    """`size` in bytes and the SHA-256 of a file, in hexadecimal."""
-
-    size: int
-    sha256: str
-
-
-@frozen
 class Header:
     """A safetensors header: tensors in file order, the metadata, and where the data begins."""
 
@@ -89,93 +78,6 @@ class TensorSource(Protocol):
 
     def read(self, name: str) -> torch.Tensor:
         """A fresh CPU tensor of the stated dtype and shape; the caller may write to it."""
-
-
-def strict_json(data: bytes | bytearray, what: str) -> Any:
-    """Parse JSON as the standard has it: no NaN, no duplicate keys, no endless nesting.
-
-    Raises:
-        MalformedError: it does not parse under these rules.
-    """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            raise ValueError("a key stands twice in one object")
-        return result
-
-    def no_constant(text: str) -> Any:
-        raise ValueError(f"{text} is not JSON")
-
-    try:
-        return json.loads(
-            data.decode("utf-8"), object_pairs_hook=unique, parse_constant=no_constant
-        )
-    except (ValueError, RecursionError) as error:
-        raise MalformedError(f"{what} is not strict JSON: {shown(error)}") from error
-
-
-def json_object(path: Path, *, limit: int = MAX_JSON) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-        MalformedError: missing, too large, not strict JSON or not an object.
-    """
-    with opened(path) as fd:
-        size = os.fstat(fd).st_size
-        if size > limit:
-            raise UnsafeFileError(f"{path.name} has {size} bytes, more than {limit}")
-        value = strict_json(read_at(fd, 0, size, path.name), path.name)
-    if not isinstance(value, dict):
-        raise MalformedError(f"{path.name} holds no JSON object")
-    return value
-
-
-@contextmanager
-def opened(path: Path, flags: int = 0) -> Iterator[int]:
-    """A read-only descriptor of a regular file, never blocking on a pipe; closed at the end.
-
-    `flags`: for `os.open`, besides those it needs; `os.O_NOFOLLOW` refuses links.
-
-    Raises:
-        MalformedError: there is no such file.
-        UnsafeFileError: it is not a regular file.
-    """
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | flags)
-    except FileNotFoundError as error:
-        raise MalformedError(f"{shown(path.name)} is missing") from error
-    except OSError as error:
-        if error.errno in (errno.ELOOP, errno.ENXIO):  # a link, a socket
-            raise UnsafeFileError(f"{shown(path.name)} is not a regular file") from error
-        raise
-    try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise UnsafeFileError(f"{shown(path.name)} is not a regular file")
-        yield fd
-    finally:
-        os.close(fd)
-
-
-def read_at(fd: int, start: int, count: int, what: str) -> bytearray:
-    """Exactly `count` bytes from byte `start`.
-
-    Raises:
-        MalformedError: the file ends before.
-    """
-    data = bytearray(count)
-    read_into(memoryview(data), fd, start, what)
-    return data
-
-
-def read_into(view: memoryview, fd: int, start: int, what: str) -> None:
-    """Fill `view` from byte `start`; raises as `read_at` does."""
-    done, count = 0, len(view)
-    while done < count:
-        got = os.preadv(fd, [view[done:]], start + done)
-        if not got:
-            raise MalformedError(f"{what} ends at byte {start + done}, before {start + count}")
-        done += got
 
 
 def read_header(path: Path, *, limit: int = MAX_HEADER) -> Header:
@@ -221,8 +123,12 @@ def _tensor_info(path: Path, name: str, entry: Any, data_start: int) -> TensorIn
     numbers = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
     if not numbers or not all(type(n) is int and 0 <= n < 1 << 60 for n in (*shape, *offsets)):
         raise MalformedError(f"{what} has a shape or offsets that are not sizes")
+    if len(shape) > MAX_DIMENSIONS:
+        raise MalformedError(f"{what} has {len(shape)} dimensions, more than {MAX_DIMENSIONS}")
     if offsets[1] - offsets[0] != math.prod(shape) * ITEM_SIZE[dtype]:
-        raise MalformedError(f"{what} has {offsets[1] - offsets[0]} bytes for {dtype} {shape}")
+        raise MalformedError(
+            f"{what} has {offsets[1] - offsets[0]} bytes for {dtype} {shown(shape)}"
+        )
     return TensorInfo(
         name, dtype, tuple(shape), path.name, data_start + offsets[0], data_start + offsets[1]
     )

@@ -9,7 +9,8 @@ from typing import Any
 from attrs import field, frozen
 
 from ..errors import MalformedError, UnsupportedArchitectureError, shown
-from ..files.safetensors import ModelSource, json_object
+from ..files.reading import json_object
+from ..files.safetensors import ModelSource
 from ..models import Progress, Quantization, checked_quantization
 from .families.llama import ARCHITECTURES
 from .format import Tensor, f32, i32, padded, preamble, text, u32
@@ -28,11 +29,20 @@ _SAMPLING = {
 
 @frozen
 class GGUFFile:
-    """A finished file: `digest` is `sha256:` of its `size` bytes."""
+    """A finished file: `digest` is `sha256:` of its `size` bytes.
+
+    A context manager, like everything that a `backends.Artifact` gives.
+    """
 
     path: Path
     size: int
     digest: str
+
+    def __enter__(self) -> GGUFFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """The artifact that gave it lets go of it."""
 
 
 @frozen

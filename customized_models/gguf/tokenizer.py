@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import MalformedError, UnsafeFileError, UnsupportedError, shown
-from ..files.safetensors import MAX_JSON, json_object, opened, read_at
+from ..files.reading import MAX_JSON, json_object, opened, read_at
 from .bpe import read_bpe
 from .format import f32s, flag, i32s, text, texts, u32
 from .sentencepiece import read_sentencepiece

@@ -1,1 +1,1 @@
-"""Work in the background, in processes of its own."""
+"""Work in the background, each job in a process of its own."""

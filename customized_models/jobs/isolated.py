@@ -1,4 +1,4 @@
-"""A question answered by a fresh interpreter, while the caller waits.
+"""A function run in an interpreter of its own, while the caller waits.
 
 Merging sets globals of torch, transformers and PEFT, which are the caller's. Jobs take what is
 worth a record; this takes the rest.
@@ -11,34 +11,26 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from ..errors import CustomizedModelsError, JobFailed, shown
-from .job import pickled
+from .queue import pickled
 from .standby import command, environment
-
-if TYPE_CHECKING:
-    from ..registry import ModelRegistry
 
 T = TypeVar("T")
 P = ParamSpec("P")
 
 
-def ask(
-    task: Callable[Concatenate[ModelRegistry, P], T],
-    registry: ModelRegistry,
-    *arguments: P.args,
-    **named: P.kwargs,
-) -> T:
-    """`task(registry, ...)`, a function of this package, run in an interpreter of its own.
+def run_isolated(task: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
+    """`task(...)`, a function of this package, run in an interpreter of its own.
 
     Raises:
-        CustomizedModelsError: what the task raised of our errors, as it raised it.
-        JobFailed: it met any other error, or was killed; the message ends with its last words.
+        CustomizedModelsError: What the task raised of our errors, as it raised it.
+        JobFailed: It met any other error, or was killed; the message ends with its last output.
     """
     ended = subprocess.run(  # kills it if the caller is interrupted
         command("isolated"),
-        input=pickle.dumps((pickled(registry), task, arguments, named)),
+        input=pickled(task, arguments, named),
         capture_output=True,
         env=environment(),
     )
@@ -53,15 +45,12 @@ def ask(
 
 
 def main() -> None:
-    """Read the question from stdin, write the answer to what was stdout, exit."""
+    """Read the task from stdin, write the answer to what was stdout, exit."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # libraries may print
-    registry, task, arguments, named = pickle.load(sys.stdin.buffer)
+    task, arguments, named = pickle.load(sys.stdin.buffer)
     try:
-        answer: tuple[Any, CustomizedModelsError | None] = (
-            task(pickle.loads(registry), *arguments, **named),
-            None,
-        )
+        answer: tuple[Any, CustomizedModelsError | None] = task(*arguments, **named), None
     except CustomizedModelsError as error:
         answer = None, error
     with answers:

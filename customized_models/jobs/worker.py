@@ -1,32 +1,36 @@
-"""The worker process of one job, which comes pickled on its stdin, with the registry."""
+"""The worker process of one job, which comes pickled on its stdin. It imports everything."""
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import sys
 import threading
 import time
 import traceback
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
-from ..catalog import database as db
-from ..errors import CustomizedModelsError, JobCancelled, JobLost
+from ..catalog.catalog import Catalog
+from ..catalog.leases import Lease
+from ..deploying.deployer import run_deploy
+from ..errors import CustomizedModelsError, JobCancelled, JobFailed, JobLost
 from ..merging import preload
-from .job import end_job
-
-if TYPE_CHECKING:
-    from ..registry import ModelRegistry
+from ..merging.merger import run_save
+from ..shelf import Shelf
+from .work import Work
 
 REPORT_SECONDS = 0.5  # between two writes of the progress
+
+RUN: Mapping[str, Any] = {"save": run_save, "deploy": run_deploy}
+"""What does the work of each kind of job."""
 
 
 class Reporter:
     """A job's `Progress`: writes it to the job's row now and then, and stops the work in time."""
 
-    def __init__(self, registry: ModelRegistry, id: str, lease: db.Lease) -> None:
-        self._database = registry._database
+    def __init__(self, catalog: Catalog, id: str, lease: Lease) -> None:
+        self._catalog = catalog
         self._id = id
         self._lease = lease
         self._next = 0.0
@@ -36,8 +40,8 @@ class Reporter:
         """Report.
 
         Raises:
-            JobCancelled: someone asked the job to stop.
-            JobLost: the lease has ended.
+            JobCancelled: Someone asked the job to stop.
+            JobLost: The lease has ended.
         """
         if self._lease.lost.is_set():
             raise JobLost("the lease ended while the job was stopped")
@@ -45,66 +49,51 @@ class Reporter:
             return
         self._phase = phase
         self._next = time.monotonic() + REPORT_SECONDS
-        with self._database.write() as connection:
-            row = db.find(connection, db.jobs, id=self._id)
-            if row is None or row["cancel"]:
-                raise JobCancelled("cancelled on request")
-            db.change(connection, db.jobs, row["name"], phase=phase, done=done, total=total)
+        self._catalog.jobs.report(self._id, phase, done, total)
 
 
-def run(registry: ModelRegistry, id: str) -> None:
+def run(catalog: Catalog, shelf: Shelf, id: str, log: str, *objects: Any) -> None:
     """Do the job; its end is in its row."""
-    with db.Lease(registry._database, id) as lease:
-        with registry._database.write() as connection:
-            lease.check(connection)
-            row = db.find(connection, db.jobs, id=id)
-            if row is None or row["state"] != "queued":
-                return
-            db.change(connection, db.jobs, row["name"], state="running")
+    with catalog.lease(id) as lease:
+        row = catalog.jobs.begin(id)
+        if row is None:
+            return
+        progress = Reporter(catalog, id, lease)
+        work = Work.of(row, catalog, shelf, lease, log, progress)
+        if _imports.is_alive():
+            _imports.join()  # what it fails at, this thread will fail at too
         try:
-            _work(registry, row, Reporter(registry, id, lease), lease)
+            RUN[row["kind"]](work, *objects)
         except JobLost:
             raise
         except JobCancelled:
-            ending: tuple[Any, ...] = ("cancelled",)
+            _end(work, "cancelled")
         except CustomizedModelsError as error:
-            ending = ("failed", type(error).__name__, str(error))
+            _end(work, "failed", error)
         except BaseException:
-            ending = ("failed", "JobFailed", traceback.format_exc())
-        else:
-            return
-        with registry._database.write() as connection:
-            lease.check(connection)
-            end_job(registry, connection, lease, row["name"], *ending)
+            _end(work, "failed", JobFailed(traceback.format_exc()))
+
+
+def _end(work: Work, state: str, error: CustomizedModelsError | None = None) -> None:
+    with work.catalog.database.write() as connection:
+        work.lease.check(connection)
+        work.end(connection, state, error)
 
 
 _imports = threading.Thread(target=preload, name="imports")
 
 
-def _work(registry: ModelRegistry, row: Any, progress: Reporter, lease: db.Lease) -> None:
-    if _imports.is_alive():
-        _imports.join()  # what it fails at, this thread will fail at too
-    arguments = json.loads(row["arguments"])
-    if row["kind"] == "save":
-        from ..merging.merger import run_save
-
-        run_save(registry, row["id"], arguments, progress, lease)
-    else:
-        from ..deploying.deployer import run_deploy
-
-        run_deploy(registry, row["id"], arguments, progress, lease)
-
-
 def main() -> None:
     """Read a job from stdin, do it, exit."""
     try:
-        id, log, registry = pickle.load(sys.stdin.buffer)  # from the process that started us
+        id, log, payload = pickle.load(sys.stdin.buffer)  # from the process that started us
     except EOFError:
         return  # it has no job for us, or has ended
     with open(log, "ab") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
-    run(pickle.loads(registry), id)
+    catalog, shelf, *objects = pickle.loads(payload)
+    run(catalog, shelf, id, log, *objects)
 
 
 def stand_by() -> None:

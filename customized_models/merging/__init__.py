@@ -12,7 +12,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from ..adapters.intake import Adapter
-from ..files.safetensors import Checkpoint, json_object
+from ..files.reading import json_object
+from ..files.safetensors import Checkpoint
 from .refusals import refuse_adapter, refuse_base, refuse_codes
 
 if TYPE_CHECKING:

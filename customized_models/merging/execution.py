@@ -23,7 +23,8 @@ from ..errors import (
     listed,
     shown,
 )
-from ..files.safetensors import Checkpoint, TensorInfo, json_object, torch_dtype
+from ..files.reading import json_object
+from ..files.safetensors import Checkpoint, TensorInfo, torch_dtype
 from .experts import groups_of
 from .groups import Layer, Part, group_of, plan_parts
 from .injection import inject

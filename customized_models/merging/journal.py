@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MalformedError
-from ..files.manifest import canonical_json, from_document, hash_file, to_document
-from ..files.safetensors import FileDigest, strict_json
+from ..files.digests import FileDigest, canonical_json, hash_file
+from ..files.documents import from_document, to_document
+from ..files.reading import strict_json
 from ..models import Progress
 
 JOURNAL = "shards.jsonl"

@@ -18,7 +18,8 @@ from attrs import frozen
 from peft.tuners.lora import Linear
 
 from ..errors import UnchangedTargetsError, shown
-from ..files.safetensors import Checkpoint, TensorInfo, opened, read_into, tensor_bytes, torch_dtype
+from ..files.reading import opened, read_into
+from ..files.safetensors import Checkpoint, TensorInfo, tensor_bytes, torch_dtype
 from .conversion import Place
 from .experts import matrix_factors, merge_in_pairs, pairs_make_up, random_factors, stack_of
 from .layers import Target

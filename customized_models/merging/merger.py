@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -12,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import evolve
 
-from ..base_models import hashed_beside
 from ..cards.readme import render_complete
 from ..errors import (
     BaseModelMismatch,
@@ -21,19 +19,22 @@ from ..errors import (
     UnsupportedQuantizationError,
     shown,
 )
-from ..files.manifest import README, Manifest, digest_of, hash_file, to_document, write_file
-from ..files.safetensors import FileDigest
-from ..jobs.isolated import ask
-from ..jobs.job import Job, start_job, warm_up
-from ..models import BaseModel, CompleteModel, CustomizedModel, Progress, complete_name
-from ..sources import MergedSource, merged_source
+from ..files.digests import FileDigest, digest_of, hash_file
+from ..files.documents import to_document
+from ..files.manifest import README, Manifest
+from ..files.writing import write_file
+from ..jobs.isolated import run_isolated
+from ..jobs.job import Job
+from ..jobs.work import Work
+from ..models import BaseModel, CompleteModel, CustomizedModel, Progress
+from ..naming import complete_name
+from ..sources import MergedSource, proven_merge
 from .journal import Journal
 from .plan import MergePlan, plan_merge
 from .proof import check_rebuilt, derive_again, prove
 from .writing import write_checkpoint
 
 if TYPE_CHECKING:
-    from ..catalog.database import Lease
     from ..registry import ModelRegistry
 
 
@@ -44,10 +45,12 @@ class Merger:
     """
 
     def __init__(self, registry: ModelRegistry) -> None:
-        self._registry = registry
+        self._catalog = registry.catalog
+        self._shelf = registry.shelf
+        self._queue = registry.queue
 
     def __repr__(self) -> str:
-        return f"Merger({self._registry!r})"
+        return f"Merger({self._shelf!r})"
 
     def save(
         self, customized: CustomizedModel, *, quantization: str | None = None
@@ -73,17 +76,17 @@ class Merger:
                 f"standard format for quantized complete models. Quantization belongs to "
                 f"deployment: Deployer(registry).deploy(complete, quantization=...)"
             )
-        return self._start(self._registry.get(CustomizedModel, customized.name), {})
+        return self._start(self._catalog.levels.get(CustomizedModel, customized.name), {})
 
     def _start(
         self, customized: CustomizedModel, arguments: Mapping[str, Any]
     ) -> Job[CompleteModel]:
-        return start_job(
-            self._registry,
+        base = self._catalog.levels.get(BaseModel, customized.base)
+        return self._queue.submit(
             "save",
             lambda id: complete_name(customized.name, id),
             {"customized": customized.name, **arguments},
-            holds=(f"customized/{customized.name}", f"base/{customized.base}"),
+            (customized.key, base.key),
         )
 
     def warm_up(self) -> None:
@@ -96,7 +99,7 @@ class Merger:
 
         >>> merger.warm_up()                                             # doctest: +SKIP
         """
-        warm_up()
+        self._queue.warm_up()
 
     def plan(self, customized: CustomizedModel) -> MergePlan:
         """What `save` would change, write and need; refused where `save` would be.
@@ -111,9 +114,9 @@ class Merger:
             BaseModelMissingError: the base model's files are gone.
             NotFoundError: the customized model has been deleted.
         """
-        base = self._registry.get(BaseModel, customized.base)
-        with self._registry.checkout(customized), self._registry.checkout(base):
-            return ask(plan_merge, self._registry, customized.name)
+        base = self._catalog.levels.get(BaseModel, customized.base)
+        with self._shelf.checkout(customized), self._shelf.checkout(base):
+            return run_isolated(plan_merge, self._shelf, base, customized)
 
     def verify(self, complete: CompleteModel) -> None:
         """Merge again, in an interpreter of its own, and compare every stored byte.
@@ -128,8 +131,8 @@ class Merger:
             NotFoundError: the complete model or one of its parents has been deleted.
             BaseModelMissingError, BaseModelMismatch: the base model's files are gone or changed.
         """
-        with self._parents(complete), self._registry.checkout(complete):
-            ask(derive_again, self._registry, complete)
+        with self._parents(complete) as (base, customized), self._shelf.checkout(complete):
+            run_isolated(derive_again, self._shelf, base, customized, complete)
 
     def rebuild(self, complete: CompleteModel) -> Job[CompleteModel]:
         """Save again what `complete` was, deleted or not: the same digest under a new name.
@@ -140,16 +143,16 @@ class Merger:
             NotFoundError: the customized model or the base model has been deleted.
             BaseModelMissingError, BaseModelMismatch: the base model's files are gone or changed.
         """
-        with self._parents(complete) as customized:
+        with self._parents(complete) as (_, customized):
             expected = {"digest": complete.digest, "recipe": dict(complete.recipe)}
             return self._start(customized, {"expected": expected})
 
     @contextmanager
-    def _parents(self, complete: CompleteModel) -> Iterator[CustomizedModel]:
-        """The customized model it was made of, kept with its base while the block lasts."""
+    def _parents(self, complete: CompleteModel) -> Iterator[tuple[BaseModel, CustomizedModel]]:
+        """What it was made of, kept while the block lasts."""
         try:
-            base = self._registry.get(BaseModel, complete.base)
-            customized = self._registry.get(CustomizedModel, complete.customized)
+            base = self._catalog.levels.get(BaseModel, complete.base)
+            customized = self._catalog.levels.get(CustomizedModel, complete.customized)
         except NotFoundError as error:
             raise NotFoundError(
                 f"{complete.name} cannot be merged again: {error}. Once that has been added again "
@@ -165,43 +168,36 @@ class Merger:
                 f"{complete.name} was made on {complete.base_digest}, but base model {base.name} "
                 f"is {base.digest} now"
             )
-        with self._registry.checkout(customized), self._registry.checkout(base):
-            yield customized
+        with self._shelf.checkout(customized), self._shelf.checkout(base):
+            yield base, customized
 
 
-def run_save(
-    registry: ModelRegistry,
-    id: str,
-    arguments: Mapping[str, Any],
-    progress: Progress,
-    lease: Lease,
-) -> None:
+def run_save(work: Work) -> None:
     """The worker's part of `Merger.save`."""
-    customized = registry.get(CustomizedModel, arguments["customized"])
-    base = registry.get(BaseModel, customized.base)
-    registry.verify(customized)
+    catalog, shelf = work.catalog, work.shelf
+    customized = catalog.levels.get(CustomizedModel, work.arguments["customized"])
+    base = catalog.levels.get(BaseModel, customized.base)
     with (
-        hashed_beside(registry._location(base)) as finish_hashing,
-        registry._storage.staging(f"save-{id}") as staging,
-        merged_source(registry, customized) as merged,
+        shelf.storage.staging(f"save-{work.id}") as staging,
+        proven_merge(shelf, base, customized) as (merged, finish),
     ):
         parents = {"base": base.digest, "customized": customized.digest}
         journal = Journal(staging, digest_of([parents, merged.merge.recipe]))
-        for lost in registry._claim_lost_saves(customized.name):
-            with registry._storage.staging(f"save-{lost}") as abandoned:
-                journal.take_over(abandoned, merged.merge.shards, progress)
-        content = _write(merged, staging, progress, journal)
-        prove(merged, staging, id, progress)
-        finish_hashing(progress)
+        for lost in catalog.jobs.give_up_saves_of(customized.name):
+            with shelf.storage.staging(f"save-{lost}") as abandoned:
+                journal.take_over(abandoned, merged.merge.shards, work.progress)
+        content = _write(merged, staging, work.progress, journal)
+        prove(merged, staging, str(work.id), work.progress)
+        finish(work.progress)
         manifest = Manifest("complete", content, parents, merged.merge.recipe, {})
-        if expected := arguments.get("expected"):
+        if expected := work.arguments.get("expected"):
             manifest = check_rebuilt(expected, manifest)
         complete = CompleteModel(
-            name=complete_name(customized.name, uuid.UUID(id)),
+            name=work.name,
             customized=customized.name,
             base=base.name,
             train_name=customized.train_name,
-            saving_id=uuid.UUID(id),
+            saving_id=work.id,
             created=datetime.now(UTC),
             digest=manifest.digest,
             customized_digest=customized.digest,
@@ -209,9 +205,18 @@ def run_save(
             recipe=manifest.recipe,
             card=customized.card,
         )
-        evolve(manifest, record=to_document(complete)).write(staging)
+        record = {"model": to_document(complete), "base": to_document(base)}
+        evolve(manifest, record=record).write(staging)
         write_file(staging / README, render_complete(complete, base).encode())
-        registry._publish_complete(complete, staging, lease)
+        with catalog.database.write() as connection:
+            work.lease.check(connection)
+            shelf.announce(connection, complete, work.lease)
+        shelf.publish(
+            complete,
+            staging,
+            work.lease,
+            with_it=lambda connection: work.end(connection, "succeeded"),
+        )
 
 
 def _write(

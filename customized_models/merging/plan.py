@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import field, frozen
 
+from ..display import html_table
 from ..files.safetensors import ITEM_SIZE
-from ..models import CustomizedModel, html_table
-from ..sources import MergedSource, merged_source
+from ..models import BaseModel, CustomizedModel
+from ..sources import MergedSource, merge_of
 from .writing import files_at_once
 
 if TYPE_CHECKING:
-    from ..registry import ModelRegistry
+    from ..shelf import Shelf
     from . import Merge
 
 ROWS = 20  # of a table that is shown
@@ -94,10 +95,14 @@ class MergePlan:
         return rows
 
 
-def plan_merge(registry: ModelRegistry, name: str) -> MergePlan:
-    """The plan for the customized model `name`; imports torch and PEFT, so for an own process."""
-    customized = registry.get(CustomizedModel, name)
-    with merged_source(registry, customized) as merged:
+def plan_merge(shelf: Shelf, base: BaseModel, customized: CustomizedModel) -> MergePlan:
+    """The plan for a customized model; imports torch and PEFT, so for an own process."""
+    with (
+        shelf.opened(base) as base_directory,
+        shelf.proven(customized) as (directory, finish),
+        merge_of(base_directory, directory) as merged,
+    ):
+        finish(_silent)
         infos = merged.merge.infos
         changes = tuple(
             _change(merged.merge, name) for name in infos if name in merged.merge.changed
@@ -144,3 +149,7 @@ def _memory(merged: MergedSource) -> int:
             waiting = max(waiting, 2 * sum(info.size for info in infos))
     files = min(merge.at_once or files_at_once(), len(merge.shards))
     return held + at_once + files * (waiting + _BLOCKS) + _FIRST_USE
+
+
+def _silent(phase: str, done: int, total: int) -> None:
+    """Progress that nobody watches."""

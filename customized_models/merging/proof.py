@@ -11,10 +11,12 @@ from attrs import evolve
 
 from ..adapters.intake import Adapter
 from ..errors import IntegrityError, MergeError, NotReproducible, listed, shown
-from ..files.manifest import Manifest, hash_file
-from ..files.safetensors import Checkpoint, TensorInfo, opened, read_at, tensor_bytes
-from ..models import CompleteModel, CustomizedModel, Progress
-from ..sources import MergedSource, merged_source
+from ..files.digests import hash_file
+from ..files.manifest import Manifest
+from ..files.reading import opened, read_at
+from ..files.safetensors import Checkpoint, TensorInfo, tensor_bytes
+from ..models import BaseModel, CompleteModel, CustomizedModel, Progress
+from ..sources import MergedSource, proven_merge
 from .writing import CHUNK
 
 if TYPE_CHECKING:
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from ..registry import ModelRegistry
+    from ..shelf import Shelf
     from . import Merge
 
 SAMPLES = 8  # tensors of each kind
@@ -136,19 +138,20 @@ def _part(fd: int, info: TensorInfo, at: int) -> bytearray:
     return read_at(fd, info.start + at, min(CHUNK, info.size - at), info.file)
 
 
-def derive_again(registry: ModelRegistry, complete: CompleteModel) -> None:
+def derive_again(
+    shelf: Shelf, base: BaseModel, customized: CustomizedModel, complete: CompleteModel
+) -> None:
     """See `Merger.verify`; imports torch and PEFT, so for an own process."""
-    customized = registry.get(CustomizedModel, complete.customized)
-    registry.verify(customized)
-    registry.verify(complete)
+    shelf.verify(complete)
     with (
-        registry._opened(complete) as directory,
-        merged_source(registry, customized) as merged,
+        shelf.opened(complete) as directory,
+        proven_merge(shelf, base, customized) as (merged, finish),
     ):
         manifest = Manifest.read(directory)
         written, merge = Checkpoint.open(directory), merged.merge
         wrong = different(written, merged.layout, merge, merge.infos, _silent, merge.blocks)
         wrong |= _other_files(manifest, merged.source.files)
+        finish(_silent)
         if wrong:
             _refuse(complete, merge.recipe, f"other bytes in {listed(wrong)}")
 

@@ -10,7 +10,8 @@ from typing import Any
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from ..errors import UnsupportedAdapterError, listed
-from ..files.safetensors import Checkpoint, json_object
+from ..files.reading import json_object
+from ..files.safetensors import Checkpoint
 from .conversion import Loading, Unit
 from .refusals import CODES, dequantizes
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MalformedError, UnsupportedAdapterError, shown
-from ..files.safetensors import TensorInfo, json_object
+from ..files.reading import json_object
+from ..files.safetensors import TensorInfo
 
 MERGEABLE_TYPES = frozenset(
     {

@@ -22,7 +22,8 @@ from ..errors import (
     UnsupportedArchitectureError,
     shown,
 )
-from ..files.safetensors import FLOATS, INDEX, Checkpoint, json_object
+from ..files.reading import json_object
+from ..files.safetensors import FLOATS, INDEX, Checkpoint
 from .conversion import Loading, Unit
 from .private_apis import private
 from .quantized_bases import dequantized_units, take_quantizer, treatment_of

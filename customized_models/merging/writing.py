@@ -19,18 +19,15 @@ from threading import Event
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from ..errors import MergeError, listed, shown
+from ..files.digests import FileDigest
+from ..files.reading import json_object, opened, read_at, read_into
 from ..files.safetensors import (
     INDEX,
     SINGLE,
     Checkpoint,
-    FileDigest,
     TensorInfo,
     TensorSource,
     dtype_name,
-    json_object,
-    opened,
-    read_at,
-    read_into,
     tensor_bytes,
 )
 from ..models import Progress

@@ -1,67 +1,23 @@
-"""Where a registry keeps its bytes: immutable directories under keys, published all or nothing."""
+"""`LocalStorage`: keys as plain directories of this host."""
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import os
 import re
 import shutil
-import sys
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, Protocol, cast
+from typing import BinaryIO, cast
 
-from ..errors import AlreadyExistsError, InvalidNameError, NotFoundError, shown
+from ..errors import InvalidNameError, NotFoundError, shown
+from ..files.writing import disk_errors, fsync, make_directories, rename_without_replacing
+from .protocol import checked_key
 
-_KEY = re.compile(r"[a-z]+/[A-Za-z0-9][A-Za-z0-9._-]{0,199}", re.ASCII)
 _STAGING_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}", re.ASCII)
-STAGING_GRACE = 7 * 24 * 3600  # seconds an abandoned staging directory is kept
-
-
-class Storage(Protocol):
-    """Immutable directories under keys such as `customized/<name>`.
-
-    To add one, write these six methods and run `customized_models.testing.StorageContract`
-    against them. Jobs run in processes of their own, so a storage must pickle to one that sees
-    the same keys.
-    """
-
-    def staging(self, name: str) -> AbstractContextManager[Path]:
-        """A private directory to write into, on the side that `publish` can take it from.
-
-        Removed at the end unless published. After a kill the same name finds what it held.
-        """
-
-    def publish(self, directory: Path, key: str) -> None:
-        """Make a staged directory visible under `key`, durably, all of it or nothing.
-
-        Raises:
-            AlreadyExistsError: the key is taken, even by a concurrent publisher.
-        """
-
-    def checkout(self, key: str) -> AbstractContextManager[Path]:
-        """The directory as local read-only files while the block lasts.
-
-        Raises:
-            NotFoundError: nothing is stored under the key.
-        """
-
-    def open(self, key: str, file: str) -> BinaryIO:
-        """One file of a stored directory, seekable.
-
-        Raises:
-            NotFoundError: no such key or file.
-        """
-
-    def delete(self, key: str) -> None:
-        """Remove the key; no error if absent. A kill in between leaves it whole or gone."""
-
-    def keys(self, prefix: str = "") -> Iterator[str]:
-        """The keys that start with `prefix`, sorted."""
+STAGING_GRACE = 7 * 24 * 3600  # seconds: a save that died on Friday is taken up on Monday
 
 
 class LocalStorage:
@@ -79,10 +35,11 @@ class LocalStorage:
         if not _STAGING_NAME.fullmatch(name):
             raise InvalidNameError(f"not a staging name: {shown(name)}")
         parent = self.root / ".staging"
-        parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._sweep(parent)
         directory = parent / name
-        directory.mkdir(exist_ok=True, mode=0o700)
+        with disk_errors(f"no directory to write {shown(name)} in"):
+            parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._sweep(parent)
+            directory.mkdir(exist_ok=True, mode=0o700)
         try:
             yield directory
         finally:
@@ -91,15 +48,16 @@ class LocalStorage:
     def publish(self, directory: Path, key: str) -> None:
         """See `Storage.publish`: fsync of files and directory, rename, fsync of the parent."""
         target = self._path(key)
-        make_directories(target.parent)
-        for path in sorted(directory.rglob("*"), reverse=True):
-            path.chmod(0o755 if path.is_dir() else 0o644)
-            fsync(path)
-        directory.chmod(0o755)
-        fsync(directory)
-        rename_without_replacing(directory, target)
-        fsync(target.parent)
-        fsync(directory.parent)
+        with disk_errors(f"{shown(key)} cannot be published"):
+            make_directories(target.parent)
+            for path in sorted(directory.rglob("*"), reverse=True):
+                path.chmod(0o755 if path.is_dir() else 0o644)
+                fsync(path)
+            directory.chmod(0o755)
+            fsync(directory)
+            rename_without_replacing(directory, target)
+            fsync(target.parent)
+            fsync(directory.parent)
 
     @contextmanager
     def checkout(self, key: str) -> Iterator[Path]:
@@ -110,7 +68,7 @@ class LocalStorage:
         """The stored directory.
 
         Raises:
-            NotFoundError: nothing is stored under the key.
+            NotFoundError: Nothing is stored under the key.
         """
         path = self._path(key)
         if not path.is_dir():
@@ -120,33 +78,35 @@ class LocalStorage:
     def open(self, key: str, file: str) -> BinaryIO:
         """See `Storage.open`."""
         path = self.local_path(key) / file
-        if Path(file).name != file or not path.is_file():
+        inside = not Path(file).is_absolute() and ".." not in Path(file).parts
+        if not inside or not path.is_file():
             raise NotFoundError(f"{shown(key)} has no file {shown(file)}")
-        return cast(BinaryIO, path.open("rb"))
+        with disk_errors(f"{shown(file)} of {shown(key)} cannot be read"):
+            return cast(BinaryIO, path.open("rb"))
 
     def delete(self, key: str) -> None:
         """See `Storage.delete`: renamed into the trash, then removed."""
         path = self._path(key)
         trash = self.root / ".trash"
-        trash.mkdir(parents=True, exist_ok=True, mode=0o700)
-        try:
-            path.rename(trash / uuid.uuid4().hex)
-        except FileNotFoundError:
-            return
-        fsync(path.parent)
-        for gone in trash.iterdir():  # also what an earlier, killed delete left
-            shutil.rmtree(gone, ignore_errors=True)
+        with disk_errors(f"{shown(key)} cannot be deleted"):
+            trash.mkdir(parents=True, exist_ok=True, mode=0o700)
+            try:
+                path.rename(trash / uuid.uuid4().hex)
+            except FileNotFoundError:
+                return
+            fsync(path.parent)
+            for gone in trash.iterdir():  # also what an earlier, killed delete left
+                shutil.rmtree(gone, ignore_errors=True)
 
     def keys(self, prefix: str = "") -> Iterator[str]:
         """See `Storage.keys`."""
-        kinds = sorted(self.root.glob("[a-z]*/")) if self.root.is_dir() else []
-        keys = [f"{kind.name}/{path.name}" for kind in kinds for path in kind.iterdir()]
-        return iter(sorted(key for key in keys if key.startswith(prefix) and _KEY.fullmatch(key)))
+        with disk_errors("the stored models cannot be listed"):
+            kinds = sorted(self.root.glob("[a-z]*/")) if self.root.is_dir() else []
+            every = [f"{kind.name}/{path.name}" for kind in kinds for path in kind.iterdir()]
+        return iter(sorted(key for key in every if key.startswith(prefix) and _is_key(key)))
 
     def _path(self, key: str) -> Path:
-        if not _KEY.fullmatch(key):
-            raise InvalidNameError(f"not a key: {shown(key)}")
-        return self.root / key
+        return self.root / checked_key(key)
 
     def _sweep(self, parent: Path) -> None:
         for directory in parent.iterdir():
@@ -158,42 +118,8 @@ class LocalStorage:
                 shutil.rmtree(directory, ignore_errors=True)
 
 
-def make_directories(directory: Path) -> None:
-    """Like `mkdir -p`, durable: every directory that was made is in its parent on the disk."""
-    if directory.is_dir():
-        return
-    make_directories(directory.parent)
-    directory.mkdir(exist_ok=True)
-    fsync(directory.parent)
-
-
-def fsync(path: Path) -> None:
-    """Push a file or directory to the disk."""
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+def _is_key(key: str) -> bool:
     try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def rename_without_replacing(source: Path, target: Path) -> None:
-    """Rename a directory onto a path that must be free.
-
-    A plain rename would silently replace an empty directory.
-
-    Raises:
-        AlreadyExistsError: something is there.
-    """
-    libc = ctypes.CDLL(None, use_errno=True)
-    old, new = os.fsencode(source), os.fsencode(target)
-    if sys.platform == "darwin":
-        failed = libc.renamex_np(old, new, 0x4)  # RENAME_EXCL
-    else:
-        at_cwd, noreplace = -100, 1
-        failed = libc.renameat2(at_cwd, old, at_cwd, new, noreplace)
-    if not failed:
-        return
-    number = ctypes.get_errno()
-    if number in (errno.EEXIST, errno.ENOTEMPTY):
-        raise AlreadyExistsError(f"{shown(target.name)} already exists")
-    raise OSError(number, os.strerror(number), str(target))
+        return bool(checked_key(key))
+    except InvalidNameError:
+        return False

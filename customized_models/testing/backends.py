@@ -6,17 +6,17 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 import attrs
 import httpx
 import pytest
 from attrs import frozen
 
-from ..backends import Artifact, Backend, open_backend
+from ..backends import AdapterBesideBase, Artifact, Backend, open_backend
 from ..errors import AlreadyExistsError, InvalidNameError, InvalidOptionError, JobCancelled
 from ..gguf import GGUFFile
 from ..models import (
-    SERVED_NAME,
     DeploymentEnvironment,
     DeploymentTemplate,
     Progress,
@@ -24,6 +24,7 @@ from ..models import (
     Served,
     Status,
 )
+from ..naming import SERVED_NAME
 
 _NAME = f"contract-{os.getpid()}"
 
@@ -204,8 +205,17 @@ class _Sealed:
     def template(self) -> DeploymentTemplate | None:
         return self._artifact.template
 
+    def check_gguf(self) -> None:
+        self._artifact.check_gguf()
+
     def gguf(self, progress: Progress, *, chat_template: bool) -> GGUFFile:
         raise AssertionError("preflight asked for a file")
+
+    def directory(self) -> AbstractContextManager[Path]:
+        raise AssertionError("preflight asked for a directory")
+
+    def adapter(self) -> AbstractContextManager[AdapterBesideBase]:
+        raise AssertionError("preflight asked for an adapter")
 
 
 def _push(backend: Backend, artifact: Artifact) -> Served:

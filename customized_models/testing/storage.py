@@ -14,7 +14,7 @@ from typing import BinaryIO
 import pytest
 
 from ..errors import AlreadyExistsError, InvalidNameError, NotFoundError, shown
-from ..storage.local import Storage
+from ..storage import Storage
 
 
 class MemoryStorage:

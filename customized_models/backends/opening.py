@@ -1,0 +1,65 @@
+"""A backend by its name: ours, an installed plug-in's, or one that the caller brings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from importlib.metadata import entry_points
+from typing import TypeAlias
+
+from ..errors import InvalidOptionError, shown
+from ..models import DeploymentEnvironment
+from .llama_cpp import LlamaCpp
+from .ollama import Ollama
+from .protocol import Backend
+
+ENTRY_POINTS = "customized_models.backends"
+"""The entry point group of further backends: name to a callable that takes the environment."""
+
+BackendFactory: TypeAlias = Callable[[DeploymentEnvironment], Backend]
+
+BUILT_IN: Mapping[str, BackendFactory] = {"llama_cpp": LlamaCpp, "ollama": Ollama}
+
+
+def open_backend(
+    environment: DeploymentEnvironment, backends: Mapping[str, BackendFactory] | None = None
+) -> Backend:
+    """The backend that serves `environment`; nothing is sent yet.
+
+    Args:
+        environment: Names it.
+        backends: Further ones of the caller's, by name.
+
+    Raises:
+        InvalidOptionError: No backend goes by that name, or it does not know a setting.
+    """
+    known = {**BUILT_IN, **(backends or {})}
+    if environment.backend in known:
+        return known[environment.backend](environment)
+    further = entry_points(group=ENTRY_POINTS)
+    for point in further.select(name=environment.backend):
+        backend: Backend = point.load()(environment)
+        return backend
+    names = ", ".join(sorted({*known, *further.names}))
+    raise InvalidOptionError(
+        f"environment {shown(environment.name)} names the backend {shown(environment.backend)}; "
+        f"known are {names}, what installed packages add to {ENTRY_POINTS}, and what "
+        f"Deployer(registry, backends=...) is given"
+    )
+
+
+def check_environment(environment: DeploymentEnvironment) -> None:
+    """Refuse settings that its backend does not know, and a name that is nearly a known one.
+
+    A backend of another name may be one that the `Deployer` is given.
+
+    Raises:
+        InvalidOptionError: It is refused.
+    """
+    known = {*BUILT_IN, *entry_points(group=ENTRY_POINTS).names}
+    if environment.backend in known:
+        open_backend(environment)
+    elif near := get_close_matches(environment.backend.lower().replace(".", "_"), known, 1):
+        raise InvalidOptionError(
+            f"there is no backend {shown(environment.backend)}; did you mean {shown(near[0])}?"
+        )

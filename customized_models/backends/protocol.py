@@ -1,0 +1,186 @@
+"""What the library asks of a deployment tool, and what it gives it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from attrs import field, frozen
+
+from ..errors import InvalidOptionError, shown
+from ..gguf import GGUFFile
+from ..models import DeploymentTemplate, Progress, Quantization, Served, Status
+from ..naming import SERVED_NAME, checked_name
+
+_Options = TypeVar("_Options")
+
+
+@frozen
+class AdapterBesideBase:
+    """An adapter as PEFT saved it, and the base model's directory."""
+
+    adapter: Path
+    base: Path
+
+
+class Artifact(Protocol):
+    """The model to deploy, in the forms that a backend may ask for.
+
+    Nothing is made before a form is asked for. What a form gives is a context manager, and is
+    there until its block or the push ends, whichever is first; a file that a running server reads
+    may be gone then if the registry's storage is on another host. Every byte is compared with what
+    was recorded before it is given.
+    """
+
+    @property
+    def name(self) -> str:
+        """The live model's name."""
+
+    @property
+    def architecture(self) -> str:
+        """The class in `config.json`, such as "LlamaForCausalLM"."""
+
+    @property
+    def quantization(self) -> Quantization:
+        """The mode of the file that `gguf` gives."""
+
+    @property
+    def template(self) -> DeploymentTemplate | None:
+        """The base model's deployment template."""
+
+    def check_gguf(self) -> None:
+        """Whether `gguf` can give a file, as far as the configuration tells.
+
+        Raises:
+            UnsupportedArchitectureError: The architecture has no GGUF form.
+        """
+
+    def gguf(self, progress: Progress, *, chat_template: bool) -> GGUFFile:
+        """The model as one GGUF file, made once and kept while a live model needs it.
+
+        Args:
+            progress: Called often; raises when it is time to stop.
+            chat_template: Whether `tokenizer.chat_template` goes into the file.
+
+        Raises:
+            UnsupportedError: It cannot be converted exactly, or not in this mode.
+            IntegrityError, BaseModelMismatch: The model's bytes are not what was recorded.
+            StorageError: A disk or the storage failed.
+        """
+
+    def directory(self) -> AbstractContextManager[Path]:
+        """The complete model as a directory that transformers opens.
+
+        Raises:
+            UnsupportedQuantizationError: A quantization was asked for.
+            UnsupportedError: It is a customized model, which is none before it is saved.
+            IntegrityError: The model's bytes are not what was recorded.
+        """
+
+    def adapter(self) -> AbstractContextManager[AdapterBesideBase]:
+        """The adapter as PEFT saved it, beside its base.
+
+        Raises:
+            UnsupportedQuantizationError: A quantization was asked for.
+            UnsupportedError: It is a complete model.
+            IntegrityError, BaseModelMismatch: The bytes are not what was recorded.
+        """
+
+
+@frozen
+class Plan:
+    """What `preflight` found possible, and `push` will do.
+
+    Attributes:
+        artifact: The model.
+        served_name: What callers will put into `model`.
+        options: The backend's own.
+        details: What `undeploy` needs to find and remove what a killed `push` has left, as JSON
+            can hold it. It is recorded before `push` is called.
+    """
+
+    artifact: Artifact
+    served_name: str
+    options: Any
+    details: Mapping[str, Any] = field(factory=dict)
+
+
+class Backend(Protocol):
+    """A tool that serves models; the library only talks to it.
+
+    Built from a `DeploymentEnvironment` alone, so that any process can build the same one.
+    """
+
+    @property
+    def options(self) -> type[Any]:
+        """The frozen attrs class of its options; called without arguments it gives the defaults."""
+
+    def preflight(self, artifact: Artifact, served_name: str | None, options: Any) -> Plan:
+        """Refuse what cannot work before a byte is sent or a file is made.
+
+        Args:
+            artifact: The model.
+            served_name: What callers will put into `model`; derived from the artifact's name if
+                None.
+            options: An instance of `self.options`.
+
+        Raises:
+            InvalidNameError: The tool cannot use that served name.
+            InvalidOptionError: `options` is not an instance of `self.options`.
+            UnsupportedError: The tool or its version cannot serve this.
+            MissingDependencyError: An optional package is not installed.
+            NoTemplateError: The tool needs a deployment template.
+            ServerUnreachableError: The tool does not answer.
+            AlreadyExistsError: The tool already serves something under that name.
+        """
+
+    def push(self, plan: Plan, progress: Progress) -> Served:
+        """Hand the model over; returns once it can be called.
+
+        Raises:
+            DeploymentError: It could not be done; nothing new is left at the tool.
+        """
+
+    def status(self, served: Served) -> Status:
+        """What the tool says now; `Status.UNREACHABLE` rather than an error without an answer."""
+
+    def undeploy(self, served: Served) -> None:
+        """Free its memory and remove it; no error if absent.
+
+        Args:
+            served: What `push` returned; or, where that was killed, the plan's served name and
+                details, with the digest of the file that it had asked for, or "" if none.
+
+        Raises:
+            ServedModelChangedError: The name now means something that was not deployed here;
+                nothing is removed.
+            ServerUnreachableError: The tool does not answer.
+        """
+
+
+def checked_options(options: object, expected: type[_Options]) -> _Options:
+    """`options` if it is of the backend's own class; else `InvalidOptionError`."""
+    if not isinstance(options, expected):
+        raise InvalidOptionError(
+            f"options must be {expected.__name__}(...), not {shown(type(options).__name__)}"
+        )
+    return options
+
+
+def chosen_served_name(artifact: Artifact, served_name: str | None) -> str:
+    """`served_name` checked, or one derived from the artifact's name.
+
+    Derived: in lower case; of more than 80 characters the first 71, `-`, and 8 of its sha256.
+
+    Raises:
+        InvalidNameError: It does not fit `SERVED_NAME`.
+    """
+    if served_name is None:
+        served_name = artifact.name.lower()
+        if len(served_name) > 80:
+            digest = hashlib.sha256(artifact.name.encode()).hexdigest()
+            served_name = f"{served_name[:71]}-{digest[:8]}"
+    return checked_name("served name", served_name, SERVED_NAME)

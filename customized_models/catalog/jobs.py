@@ -1,0 +1,186 @@
+"""Rows of jobs: what is to be made, how far it has come, how it ended."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import Connection, select
+
+from ..errors import (
+    AlreadyExistsError,
+    IntegrityError,
+    JobCancelled,
+    JobLost,
+    NotFoundError,
+    shown,
+    to_record,
+)
+from .database import Database
+from .leases import Leases
+from .rows import add_row, change_row, find_row
+from .schema import complete_models, jobs, live_models
+
+RUNNING = ("queued", "running")
+"""The states of a job that has not ended."""
+
+_DRAWS = 100  # of the 65,536 names that a model's saves can have
+
+
+class Jobs:
+    """The jobs of a registry."""
+
+    def __init__(self, database: Database, leases: Leases) -> None:
+        self._database = database
+        self._leases = leases
+
+    def add(
+        self,
+        kind: str,
+        name: Callable[[uuid.UUID], str],
+        arguments: Mapping[str, Any],
+        holds: Iterable[str],
+    ) -> uuid.UUID:
+        """Record a job, which holds `holds` from now on; returns its id.
+
+        Args:
+            kind: Of the job.
+            name: Gives for an id the name of the model that the job makes; if it is taken,
+                another id is drawn.
+            arguments: All that the work depends on, as JSON can hold it.
+            holds: What must not be deleted while it runs.
+        """
+        with self._database.write() as connection:
+            id = self._free_id(connection, name)
+            add_row(
+                connection,
+                jobs,
+                id=str(id),
+                kind=kind,
+                name=name(id),
+                state="queued",
+                arguments=json.dumps(arguments),
+                phase="starting",
+                created=datetime.now(UTC).isoformat(),
+            )
+            keys = (f"job/{id}", *holds)
+            self._leases.take(connection, str(id), keys, f"{kind} {name(id)}")
+        return id
+
+    @staticmethod
+    def _free_id(connection: Connection, name: Callable[[uuid.UUID], str]) -> uuid.UUID:
+        for _ in range(_DRAWS):
+            id = uuid.uuid4()
+            tables = (jobs, complete_models, live_models)
+            if all(find_row(connection, table, name=name(id)) is None for table in tables):
+                return id
+        raise AlreadyExistsError(f"no free name like {shown(name(id))}")
+
+    def row(self, id: str) -> Mapping[str, Any]:
+        """A job's columns; its state is "lost" if its worker has gone without a word.
+
+        Raises:
+            NotFoundError: There is no such job.
+        """
+        with self._database.read() as connection:
+            row = find_row(connection, jobs, id=id)
+            if row is None:
+                raise NotFoundError(f"no job {id}")
+            if row["state"] in RUNNING and not self._leases.holds(connection, id):
+                return dict(row) | {"state": "lost"}
+        return dict(row)
+
+    @staticmethod
+    def error(row: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What ended a job, as `errors.from_record` takes it.
+
+        Raises:
+            IntegrityError: The row is damaged.
+        """
+        try:
+            record: Mapping[str, Any] = json.loads(row["error"])
+            record["classes"], record["message"], record["data"], record["notes"]
+        except (TypeError, ValueError, KeyError) as error:
+            raise IntegrityError(f"the row of job {row['id']} is damaged") from error
+        return record
+
+    def ids(self) -> list[uuid.UUID]:
+        """The ids of all jobs, newest first."""
+        rows = self._database.rows(select(jobs.c.id).order_by(jobs.c.seq.desc()))
+        return [uuid.UUID(row["id"]) for row in rows]
+
+    def begin(self, id: str) -> Mapping[str, Any] | None:
+        """Say that the work is taken up here; the job's columns, or None if it has ended already.
+
+        Raises:
+            JobLost: Its lease has ended.
+        """
+        with self._database.write() as connection:
+            if not self._leases.holds(connection, id):
+                raise JobLost("the job's lease ended before its worker could begin")
+            row = find_row(connection, jobs, id=id)
+            if row is None or row["state"] != "queued":
+                return None
+            change_row(connection, jobs, row["name"], state="running")
+        return dict(row)
+
+    def report(self, id: str, phase: str, done: int, total: int) -> None:
+        """Write down how far the work has come.
+
+        Raises:
+            JobCancelled: Someone asked the job to stop.
+        """
+        with self._database.write() as connection:
+            row = find_row(connection, jobs, id=id)
+            if row is None or row["cancel"]:
+                raise JobCancelled("the job was cancelled")
+            change_row(connection, jobs, row["name"], phase=phase, done=done, total=total)
+
+    def ask_to_stop(self, id: str) -> bool:
+        """Ask a job to stop; False if it has ended already."""
+        with self._database.write() as connection:
+            row = find_row(connection, jobs, id=id)
+            if row is None or row["state"] not in RUNNING:
+                return False
+            change_row(connection, jobs, row["name"], cancel=1)
+        return True
+
+    def end(
+        self, connection: Connection, id: str, state: str, error: BaseException | None = None
+    ) -> None:
+        """End a job in the transaction that counts: once it is visible, its worker is done.
+
+        Raises:
+            JobLost: The job was given up meanwhile, by someone who saw its lease end.
+        """
+        row = find_row(connection, jobs, id=id)
+        if row is None or row["state"] not in RUNNING:
+            raise JobLost("the job was given up while its worker was stopped")
+        record = None if error is None else json.dumps(to_record(error))
+        change_row(connection, jobs, row["name"], state=state, error=record)
+
+    def give_up_saves_of(self, customized: str) -> list[str]:
+        """The ids of saves of that customized model whose workers have gone without a word.
+
+        Each is given out once, and cannot publish any more: what it left is the caller's.
+        """
+        under_way = select(jobs).where(jobs.c.kind == "save", jobs.c.state.in_(RUNNING))
+        with self._database.write() as connection:
+            lost = [
+                row
+                for row in connection.execute(under_way).mappings().all()
+                if json.loads(row["arguments"])["customized"] == customized
+                and not self._leases.holds(connection, row["id"])
+            ]
+            for row in lost:
+                change_row(connection, jobs, row["name"], state="lost")
+        return [row["id"] for row in lost]
+
+    def finish_for(self, connection: Connection, name: str, state: str) -> None:
+        """End the job that makes the model of that name, whose worker is gone."""
+        row = find_row(connection, jobs, name=name)
+        if row is not None and row["state"] in (*RUNNING, "lost"):
+            change_row(connection, jobs, name, state=state)

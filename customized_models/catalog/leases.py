@@ -1,0 +1,216 @@
+"""Leases: what a process holds must not be deleted while it lives and renews its hold.
+
+A lease needs no agreement between the clocks of several hosts. Its row says which process holds it
+and when that process last renewed it by its own host's monotonic clock. Processes of that host see
+whether the process runs, and read the same clock; those of other hosts see whether the row changes
+while they watch it for as long as a lease lasts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+import uuid
+from collections.abc import Iterable
+from typing import Any
+
+from attrs import asdict, frozen
+from sqlalchemy import Connection, delete, select, update
+
+from ..errors import DatabaseError, InUseError, JobLost, LeaseLostError, shown
+from ..processes import Process, host_id
+from .database import Database
+from .rows import add_row
+from .schema import leases
+
+LEASE_SECONDS = 60.0  # twice what a process may wait for the database
+RENEWAL_SECONDS = LEASE_SECONDS / 6  # a few may fail before the lease is lost
+WATCH_SECONDS = 1.0  # between two looks at another host's lease
+
+
+@frozen
+class Holder:
+    """Who holds a key, as its row says."""
+
+    owner: str
+    purpose: str
+    process: Process
+    renewed: float
+
+    @classmethod
+    def of(cls, row: Any) -> Holder:
+        return cls(
+            row["owner"], row["purpose"], Process(**json.loads(row["process"])), row["renewed"]
+        )
+
+
+class Leases:
+    """The leases of a registry."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._watched: dict[str, tuple[float, float]] = {}  # owner: last renewal, seen since
+
+    def take(self, connection: Connection, owner: str, keys: Iterable[str], purpose: str) -> None:
+        """Hold `keys` for this process, so that `refuse_if_held` refuses them to others."""
+        for key in keys:
+            self.end(connection, owner, key)
+            add_row(connection, leases, owner=owner, key=key, purpose=purpose, **_now())
+
+    def end(self, connection: Connection, owner: str, key: str | None = None) -> None:
+        """Release what `owner` holds: one key, or everything."""
+        held = delete(leases).where(leases.c.owner == owner)
+        connection.execute(held if key is None else held.where(leases.c.key == key))
+
+    def renew(self, owner: str) -> bool:
+        """Say that `owner` still lives, and that it is this process; False if its lease is lost.
+
+        A lease that has ended stays so, though nobody may have taken its keys yet: others have
+        seen that it ended.
+        """
+        with self._database.write() as connection:
+            if not self.holds(connection, owner):
+                return False
+            mine = update(leases).where(leases.c.owner == owner).values(**_now())
+            return connection.execute(mine).rowcount > 0
+
+    def holds(self, connection: Connection, owner: str) -> bool:
+        """Whether the lease of `owner` lasts, as far as is known without waiting."""
+        query = select(leases).where(leases.c.owner == owner).limit(1)
+        row = connection.execute(query).mappings().first()
+        return row is not None and not self._has_ended(Holder.of(row))
+
+    def refuse_if_held(self, connection: Connection, key: str) -> None:
+        """Raise `InUseError` if anyone holds `key`; take it from those whose lease has ended."""
+        for row in connection.execute(select(leases).where(leases.c.key == key)).mappings().all():
+            holder = Holder.of(row)
+            if not self._has_ended(holder):
+                raise InUseError(f"{shown(key)} is in use by {holder.purpose}")
+            self.end(connection, holder.owner, key)
+
+    def forget_ended(self, connection: Connection) -> None:
+        """Remove the rows of leases that have ended."""
+        for row in connection.execute(select(leases)).mappings().all():
+            holder = Holder.of(row)
+            if self._has_ended(holder):
+                self.end(connection, holder.owner)
+
+    def wait_for_other_hosts(self, keys: Iterable[str]) -> None:
+        """Watch those of `keys` that other hosts hold, until each is seen to be renewed or ended.
+
+        That takes as long as a lease lasts at most, and one of theirs is renewed long before. To be
+        called before a transaction that asks `refuse_if_held`; where no other host holds anything,
+        it costs nothing.
+        """
+        wanted, until = set(keys), time.monotonic() + LEASE_SECONDS + WATCH_SECONDS
+        first: dict[str, float] = {}
+        while time.monotonic() < until:
+            with self._database.read() as connection:
+                query = select(leases).where(leases.c.key.in_(wanted))
+                every = [Holder.of(row) for row in connection.execute(query).mappings()]
+            others = [holder for holder in every if holder.process.host != host_id()]
+            ended = [self._has_ended(holder) for holder in others]
+            renewed = any(first.setdefault(h.owner, h.renewed) != h.renewed for h in others)
+            if renewed or all(ended):
+                return
+            time.sleep(WATCH_SECONDS)
+
+    def _has_ended(self, holder: Holder) -> bool:
+        if holder.process.host == host_id():
+            late = time.monotonic() - holder.renewed > LEASE_SECONDS
+            return late or holder.process.is_gone
+        renewed, since = self._watched.get(holder.owner, (None, 0.0))
+        if renewed != holder.renewed:
+            self._watched[holder.owner] = holder.renewed, time.monotonic()
+            return False
+        return time.monotonic() - since > LEASE_SECONDS
+
+
+def _now() -> dict[str, Any]:
+    """Who renews a lease, and when: the columns of its row."""
+    process = json.dumps(asdict(Process.current()), sort_keys=True)
+    return {"process": process, "renewed": time.monotonic()}
+
+
+class Lease:
+    """A hold of this process on some keys, renewed from a thread while the block lasts.
+
+    Args:
+        leases: Those of the registry.
+        owner: One whose keys were taken already, as a job's are by who started it; else drawn.
+
+    Attributes:
+        owner: Whose keys they are.
+        lost: Set when the lease could not be renewed in time: its keys may have been deleted.
+
+    Raises:
+        LeaseLostError: At the end of the block, if the lease was lost meanwhile.
+    """
+
+    def __init__(self, leases: Leases, database: Database, owner: str | None = None) -> None:
+        self.owner = owner or uuid.uuid4().hex
+        self.lost = threading.Event()
+        self._leases = leases
+        self._database = database
+        self._held = owner is not None
+        self._process = os.getpid()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._renew, daemon=True, name="lease")
+        self._renewed = time.monotonic()
+
+    def __enter__(self) -> Lease:
+        if self._held and not self._leases.renew(self.owner):
+            self.lost.set()
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if os.getpid() != self._process:
+            return  # a fork of the process that holds it, and goes on
+        self._stop.set()
+        self._thread.join()
+        if not self._held:
+            return
+        with self._database.write() as connection:
+            held = self._leases.holds(connection, self.owner)
+            self._leases.end(connection, self.owner)
+        if error is None and not held:
+            self.lost.set()
+            raise LeaseLostError(_LOST)
+        if error is not None and self.lost.is_set():
+            error.add_note(_LOST)
+
+    def take(self, connection: Connection, keys: Iterable[str], purpose: str) -> None:
+        """Hold `keys`, once the transaction is committed."""
+        self._leases.take(connection, self.owner, keys, purpose)
+        self._held = True
+
+    def end(self, connection: Connection) -> None:
+        """Release in the transaction that counts, so that nothing is left to do after it."""
+        self._leases.end(connection, self.owner)
+        self._held = False
+
+    def check(self, connection: Connection) -> None:
+        """Raise `JobLost` unless the lease still holds: call it in the transaction that counts."""
+        if not self._leases.holds(connection, self.owner):
+            raise JobLost("this process was stopped for longer than its lease; nothing was changed")
+
+    def _renew(self) -> None:
+        while not self._stop.wait(RENEWAL_SECONDS):
+            try:
+                renewed = not self._held or self._leases.renew(self.owner)
+            except DatabaseError:  # busy or out of reach: the next round may succeed
+                renewed = time.monotonic() - self._renewed < LEASE_SECONDS
+            else:
+                self._renewed = time.monotonic()
+            if not renewed:
+                self.lost.set()
+                return
+
+
+_LOST = (
+    f"this process could not renew its hold for {LEASE_SECONDS:.0f} seconds, so what it held may "
+    f"have been deleted meanwhile: what was read of it is not to be relied on"
+)

@@ -1,0 +1,288 @@
+"""Rows of models, environments and what third parties see: found, listed, added, changed.
+
+A change that reaches beyond the database, to stored bytes or to a server, has a row before it is
+begun: "pending" while it is being made, "deleting" while it is undone. Only "visible" rows are
+shown to anyone. Whoever finds such a row whose operation has ended without a word finishes it.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, TypeVar
+
+from attrs import evolve, frozen
+from sqlalchemy import Connection, select
+
+from ..errors import (
+    AlreadyExistsError,
+    IntegrityError,
+    InUseError,
+    JobLost,
+    NotFoundError,
+    listed,
+    shown,
+)
+from ..models import (
+    BaseModel,
+    CompleteModel,
+    CustomizedModel,
+    DeploymentEnvironment,
+    LiveModel,
+    ThirdPartyModel,
+)
+from .database import Database
+from .leases import Leases
+from .listing import Listing
+from .rows import (
+    TABLES,
+    change_row,
+    find_row,
+    insert_value,
+    names,
+    remove_row,
+    required,
+    update_value,
+    value_of,
+)
+
+T = TypeVar("T", bound=Any)
+
+STAGED: tuple[type[Any], ...] = (CustomizedModel, CompleteModel, LiveModel)
+"""The classes whose rows have a stage."""
+
+
+@frozen
+class Unfinished:
+    """A change whose operation has ended before the change was made or undone.
+
+    Attributes:
+        value: As it was to be.
+        stage: "pending" or "deleting".
+        operation: Who was about it.
+        artifact: The key of the file that a live model is served from, if it has one.
+    """
+
+    value: Any
+    stage: str
+    operation: str
+    artifact: str | None
+
+
+class Levels:
+    """The rows of every class in `rows.TABLES`."""
+
+    def __init__(self, database: Database, leases: Leases) -> None:
+        self._database = database
+        self._leases = leases
+
+    def get(self, kind: type[T], name: str) -> T:
+        """The visible value of that class and name.
+
+        Raises:
+            NotFoundError: There is none.
+            IntegrityError: Its row is damaged.
+        """
+        with self._database.read() as connection:
+            return self.in_transaction(connection, kind, name)
+
+    def in_transaction(self, connection: Connection, kind: type[T], name: str) -> T:
+        """As `get`, in a transaction that is open already."""
+        return value_of(kind, required(connection, kind, name, **_visible(kind)))
+
+    def is_visible(self, value: Any) -> bool:
+        """Whether that very value is there."""
+        try:
+            found: bool = self.get(type(value), value.name) == value
+        except NotFoundError:
+            return False
+        return found
+
+    def listing(self, kind: type[T], **equals: Any) -> Listing[T]:
+        """The visible values whose columns equal those that are not None, newest first."""
+        given = {key: value for key, value in equals.items() if value is not None}
+        return Listing(kind, functools.partial(self._page, kind, given | _visible(kind)))
+
+    def _page(
+        self, kind: type[T], equals: dict[str, Any], before: int | None, count: int
+    ) -> list[tuple[int, T | IntegrityError]]:
+        table = TABLES[kind]
+        query = select(table).where(*(table.c[key] == value for key, value in equals.items()))
+        if before is not None:
+            query = query.where(table.c.seq < before)
+        rows = self._database.rows(query.order_by(table.c.seq.desc()).limit(count))
+        return [(row["seq"], _value_or_error(kind, row)) for row in rows]
+
+    def settled(self, connection: Connection, kind: type[T], **equals: Any) -> list[T]:
+        """The values whose columns equal these, newest first.
+
+        Raises:
+            InUseError: One of them is being made or deleted.
+        """
+        table = TABLES[kind]
+        query = select(table).where(*(table.c[key] == value for key, value in equals.items()))
+        rows = connection.execute(query.order_by(table.c.seq.desc())).mappings().all()
+        for row in rows:
+            if row["stage"] != "visible":
+                raise InUseError(f"{row['name']} is being {_DOING[row['stage']]}")
+        return [value_of(kind, row) for row in rows]
+
+    def add_once(self, value: T) -> T:
+        """Add a value that is nothing but a row; adding the same again is fine.
+
+        Raises:
+            AlreadyExistsError: Another value of its class has that name.
+        """
+        kind: Any = type(value)
+        with self._database.write() as connection:
+            known = find_row(connection, TABLES[kind], name=value.name)
+            if known is None:
+                insert_value(connection, value)
+            elif (other := value_of(kind, known)) != value:
+                raise AlreadyExistsError(
+                    f"{kind.__name__} {shown(other.name)} exists, with other settings"
+                )
+        return value
+
+    def delete(self, value: Any) -> None:
+        """Remove a value that is nothing but a row.
+
+        Raises:
+            NotFoundError: It is not there.
+            InUseError: Naming what still needs it.
+        """
+        if isinstance(value, BaseModel):
+            self._leases.wait_for_other_hosts([value.key])
+        with self._database.write() as connection:
+            row = required(connection, type(value), value.name)
+            self._refuse_while_needed(connection, value, row)
+            remove_row(connection, TABLES[type(value)], value.name)
+
+    def restore(self, connection: Connection, value: Any, **columns: Any) -> bool:
+        """Make the row of a value that has none, or a damaged one; False if it has a sound one."""
+        kind: Any = type(value)
+        row = find_row(connection, TABLES[kind], name=value.name)
+        if row is not None and not isinstance(_value_or_error(kind, row), IntegrityError):
+            return False
+        remove_row(connection, TABLES[kind], value.name)
+        if kind in STAGED:
+            columns |= {"stage": "visible", "operation": ""}
+        insert_value(connection, value, **columns)
+        return True
+
+    # Changes that reach beyond the database
+
+    def insert_pending(
+        self, connection: Connection, value: Any, operation: str, **columns: Any
+    ) -> None:
+        """Say that `value` is about to be made; its name is taken from now on.
+
+        Raises:
+            AlreadyExistsError: The name is taken.
+        """
+        insert_value(connection, value, stage="pending", operation=operation, **columns)
+
+    def make_visible(
+        self, connection: Connection, value: Any, operation: str, **columns: Any
+    ) -> None:
+        """Say that `value` has been made.
+
+        Raises:
+            JobLost: Its row was taken over meanwhile.
+        """
+        row = find_row(connection, TABLES[type(value)], name=value.name)
+        if row is None or (row["stage"], row["operation"]) != ("pending", operation):
+            raise JobLost(f"{value.name} was given up while this process was stopped")
+        update_value(connection, value, stage="visible", **columns)
+
+    def mark_deleting(self, connection: Connection, value: Any, operation: str) -> None:
+        """Say that a visible value is about to be removed: nobody sees it any more.
+
+        Raises:
+            NotFoundError: It is not there.
+            InUseError: Naming what still needs it.
+        """
+        row = required(connection, type(value), value.name)
+        if row["stage"] != "visible" and self._leases.holds(connection, row["operation"]):
+            raise InUseError(f"{value.name} is being {_DOING[row['stage']]} by another process")
+        self._refuse_while_needed(connection, value, row)
+        table = TABLES[type(value)]
+        change_row(connection, table, value.name, stage="deleting", operation=operation)
+
+    def drop(self, connection: Connection, value: Any, operation: str) -> None:
+        """Remove the row of what is no more, if it is this operation's; no error if not."""
+        row = find_row(connection, TABLES[type(value)], name=value.name)
+        if row is not None and row["operation"] == operation:
+            remove_row(connection, TABLES[type(value)], value.name)
+
+    def note_artifact(self, connection: Connection, live: LiveModel, key: str) -> None:
+        """Say which file a pending live model will be served from."""
+        change_row(connection, TABLES[LiveModel], live.name, artifact=key)
+
+    def mark_undeployed(self, live: LiveModel) -> None:
+        """Say that a live model is undeployed, and that what third parties see of it is stale."""
+        with self._database.write() as connection:
+            update_value(connection, live, state=live.state)
+            row = find_row(connection, TABLES[ThirdPartyModel], name=live.name)
+            if row is not None:
+                offered = value_of(ThirdPartyModel, row)
+                update_value(connection, evolve(offered, stale=True))
+
+    def pending_at_a_tool(self, name: str) -> str | None:
+        """The environment at which a live model of that name is pending; None if none is."""
+        with self._database.read() as connection:
+            row = find_row(connection, TABLES[LiveModel], name=name, stage="pending")
+        return None if row is None else shown(row["environment"])
+
+    def unfinished(self) -> list[Unfinished]:
+        """The changes that nobody is about any more."""
+        found = []
+        with self._database.read() as connection:
+            for kind in STAGED:
+                table = TABLES[kind]
+                query = select(table).where(table.c.stage != "visible").order_by(table.c.seq)
+                for row in connection.execute(query).mappings().all():
+                    if not self._leases.holds(connection, row["operation"]):
+                        value = _value_or_error(kind, row)
+                        if not isinstance(value, IntegrityError):
+                            artifact = row.get("artifact")
+                            found.append(
+                                Unfinished(value, row["stage"], row["operation"], artifact)
+                            )
+        return found
+
+    def claim(self, connection: Connection, change: Unfinished, operation: str) -> bool:
+        """Take over an unfinished change; False if someone else was faster."""
+        table = TABLES[type(change.value)]
+        row = find_row(connection, table, name=change.value.name)
+        if row is None or (row["stage"], row["operation"]) != (change.stage, change.operation):
+            return False
+        change_row(connection, table, change.value.name, operation=operation)
+        return True
+
+    def _refuse_while_needed(self, connection: Connection, value: Any, row: Any) -> None:
+        if isinstance(value, BaseModel | CustomizedModel | CompleteModel):
+            self._leases.refuse_if_held(connection, value.key)
+        if isinstance(value, BaseModel):
+            of = names(connection, TABLES[CustomizedModel], base=value.name)
+            if of:
+                raise InUseError(f"{value.name} is the base of {listed(of)}")
+        if isinstance(value, DeploymentEnvironment):
+            of = names(connection, TABLES[LiveModel], environment=value.name, state="live")
+            if of:
+                raise InUseError(f"{value.name} still serves {listed(of)}")
+        if isinstance(value, LiveModel) and row["state"] == "live":
+            raise InUseError(f"{value.name} is deployed; Deployer.undeploy it first")
+
+
+_DOING = {"pending": "made", "deleting": "deleted"}
+
+
+def _visible(kind: type[Any]) -> dict[str, str]:
+    return {"stage": "visible"} if kind in STAGED else {}
+
+
+def _value_or_error(kind: type[T], row: Any) -> T | IntegrityError:
+    try:
+        return value_of(kind, row)
+    except IntegrityError as error:
+        return error

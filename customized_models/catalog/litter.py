@@ -1,0 +1,45 @@
+"""Which stored keys belong to a row, and since when those that do not have been known."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from sqlalchemy import Connection, delete, insert, select
+
+from .database import Database
+from .schema import complete_models, customized_models, leases, litter, live_models
+
+
+class LitterRows:
+    """What `Shelf.gc` has seen."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def known_keys(self, connection: Connection) -> set[str]:
+        """The keys that a row of any stage names, or that a lease holds."""
+        customized = connection.execute(select(customized_models.c.name)).scalars()
+        complete = connection.execute(select(complete_models.c.name)).scalars()
+        served = connection.execute(
+            select(live_models.c.artifact).where(live_models.c.state == "live")
+        ).scalars()
+        held = connection.execute(select(leases.c.key)).scalars()
+        return {
+            *(f"customized/{name}" for name in customized),
+            *(f"complete/{name}" for name in complete),
+            *filter(None, served),
+            *held,
+        }
+
+    def first_seen(self, connection: Connection, key: str, now: float) -> float:
+        """When `key` was first asked for: `now` if it never was (seconds since the epoch)."""
+        seen = connection.execute(select(litter.c.seen).where(litter.c.key == key)).scalar()
+        if seen is None:
+            connection.execute(insert(litter).values(key=key, seen=now))
+            return now
+        return float(seen)
+
+    def forget_all_but(self, keys: Collection[str]) -> None:
+        """Forget the keys that are litter no more."""
+        with self._database.write() as connection:
+            connection.execute(delete(litter).where(litter.c.key.not_in(list(keys))))

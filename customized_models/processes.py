@@ -1,0 +1,83 @@
+"""Processes, known beyond their number: which host, which one of that number."""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import sys
+import uuid
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+from attrs import frozen
+
+
+@frozen
+class Process:
+    """A process, as a record of it has it.
+
+    A number is given out again in time, and after a restart of the host; host, number and start
+    time together are not.
+
+    Attributes:
+        host: Which running system, and which numbering of its processes, it is one of.
+        pid: Its number there.
+        started: When it started, as that system tells it; comparable on the same host alone.
+    """
+
+    host: str
+    pid: int
+    started: str
+
+    @classmethod
+    def current(cls) -> Process:
+        """This process."""
+        return _current(os.getpid())
+
+    @classmethod
+    def of(cls, pid: int) -> Process | None:
+        """The process of this host that has that number; None if none runs."""
+        started = _started(pid)
+        return None if started is None else cls(host_id(), pid, started)
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether it is known to have ended; False for one of another host."""
+        return self.host == host_id() and Process.of(self.pid) != self
+
+
+@functools.lru_cache(maxsize=1)
+def _current(pid: int) -> Process:
+    process = Process.of(pid)
+    assert process is not None
+    return process
+
+
+@functools.cache
+def host_id() -> str:
+    """Identifies a running system and, of containers on it, those that share their processes."""
+    if sys.platform == "linux":
+        with suppress(OSError):
+            boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+            return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    return f"{platform.node()} {uuid.getnode():x} {int(psutil.boot_time())}"
+
+
+def _started(pid: int) -> str | None:
+    if sys.platform == "linux":
+        # psutil adds the wall clock's time of the boot, which moves whenever the clock is set.
+        try:
+            stat = Path(f"/proc/{pid}/stat").read_bytes()
+        except (FileNotFoundError, ProcessLookupError):
+            return None
+        # The command's name, in parentheses, may hold anything; see proc(5).
+        state, *others = stat.rpartition(b")")[2].split()
+        return None if state in (b"Z", b"X") else str(int(others[18]))
+    try:
+        process = psutil.Process(pid)
+        zombie = process.status() == psutil.STATUS_ZOMBIE
+        return None if zombie else repr(process.create_time())
+    except psutil.NoSuchProcess:
+        return None

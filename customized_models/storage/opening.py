@@ -1,0 +1,32 @@
+"""A storage by its URL, ours or an installed plug-in's."""
+
+from __future__ import annotations
+
+from importlib.metadata import entry_points
+
+from ..errors import InvalidOptionError, shown
+from .local import LocalStorage
+from .protocol import Storage
+
+ENTRY_POINTS = "customized_models.storages"
+"""The entry point group of further storages: a URL's scheme to a callable that takes the URL."""
+
+
+def open_storage(url: str) -> Storage:
+    """The storage at a URL such as `file:///srv/models` or one that a plug-in brings.
+
+    Raises:
+        InvalidOptionError: No storage is installed for its scheme.
+    """
+    scheme, separator, rest = url.partition("://")
+    if not separator or scheme == "file":
+        return LocalStorage(rest if separator else url)
+    further = entry_points(group=ENTRY_POINTS)
+    for point in further.select(name=scheme):
+        storage: Storage = point.load()(url)
+        return storage
+    known = ", ".join(sorted({"file", *further.names}))
+    raise InvalidOptionError(
+        f"no storage is installed for {shown(scheme)}:// URLs; known are {known}, and what "
+        f"installed packages add to {ENTRY_POINTS}"
+    )
