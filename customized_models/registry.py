@@ -194,15 +194,10 @@ class ModelRegistry:
 
     # Customized models
 
-    def reserve(
-        self, *, train_name: str, base_model: str, training_id: uuid.UUID | None = None
-    ) -> tuple[str, uuid.UUID]:
-        """Fix, before a training, the name its customized model will have.
+    def reserve(self, *, train_name: str, training_id: uuid.UUID, base_model: str) -> str:
+        """Fix, before a training, the name its customized model will have; returns that name.
 
         The same training id gets the same name again, whatever the date has become.
-
-        Returns:
-            The name, and the training id, which is drawn if None.
 
         Raises:
             InvalidNameError: The train name does not fit.
@@ -213,7 +208,7 @@ class ModelRegistry:
         reserved = self.catalog.reservations.reserve(
             train_name=train_name, base_model=base_model, training_id=training_id
         )
-        return reserved.name, reserved.training_id
+        return reserved.name
 
     def register(
         self,

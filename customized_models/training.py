@@ -27,6 +27,7 @@ from .errors import (
 )
 from .files.reading import json_object
 from .models import CustomizedModel, TrainingConfiguration
+from .naming import TRAIN_NAME, checked_name
 from .registry import ModelRegistry
 
 if TYPE_CHECKING:
@@ -60,10 +61,13 @@ class _Registration:
         if base_model is None:
             stated = model.peft_config[_adapter_name(model)].base_model_name_or_path
             base_model = registry.find_base_model(stated).name
-        name, training_id = registry.reserve(
+        checked_name("train name", train_name, TRAIN_NAME)
+        reserved = registry.catalog.reservations.reserve(
             train_name=train_name, training_id=training_id, base_model=base_model
         )
-        return cls(registry, name, train_name, base_model, training_id, training)
+        return cls(
+            registry, reserved.name, train_name, base_model, reserved.training_id, training
+        )
 
     def register(self, directory: Path, state: Mapping[str, Any]) -> CustomizedModel:
         """Register the adapter in `directory`.

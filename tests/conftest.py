@@ -6,13 +6,14 @@ import os
 from collections.abc import Iterator
 
 import pytest
-from servers import build_ollama
-from servers.artifact import FileArtifact, tiny_artifact
-from servers.counting_proxy import CountingProxy, counting_proxy
-from servers.ollama_server import OllamaServer, ollama_server
 
-pytest_plugins = ["models"]
-pytest.register_assert_rewrite("parity")
+from tests.servers import build_ollama
+from tests.servers.artifact import FileArtifact, tiny_artifact
+from tests.servers.counting_proxy import CountingProxy, counting_proxy
+from tests.servers.ollama_server import OllamaServer, ollama_server
+
+pytest_plugins = ["tests.models"]
+pytest.register_assert_rewrite("tests.merging.parity")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -189,7 +189,7 @@ def test_only_the_adapter_and_its_tokenizer_are_copied(
 ) -> None:
     source = tmp_path / "out"
     shutil.copytree(tiny_adapter, source)
-    for stray in ("optimizer.pt", "training_args.bin", "model.safetensors", "notes.txt"):
+    for stray in ("optimizer.pt", "training_args.bin", "model.safetensors"):
         (source / stray).write_bytes(b"stray")
     (source / "chat_template.jinja").write_text("{{ messages }}")
 
@@ -314,7 +314,7 @@ def test_a_flipped_bit_is_found(registry: ModelRegistry, tiny_adapter: Path) -> 
         registry.verify(customized)
 
 
-def test_a_registration_killed_before_its_commit_can_be_repeated(
+def test_bytes_that_no_row_knows_do_not_keep_a_name_from_being_registered(
     registry: ModelRegistry, tiny_adapter: Path
 ) -> None:
     key = registry.reserve(train_name="support", training_id=TRAINING, base_model="llama-tiny")
@@ -381,9 +381,9 @@ def test_values_hold_no_path(registry: ModelRegistry, tiny_adapter: Path) -> Non
 # Environments
 
 
-def test_an_environment_of_an_unknown_backend_is_refused(registry: ModelRegistry) -> None:
-    with pytest.raises(InvalidOptionError, match="llama_cpp"):
-        registry.add_environment(DeploymentEnvironment("here", backend="no-such"))
+def test_an_environment_of_a_mistyped_backend_is_refused(registry: ModelRegistry) -> None:
+    with pytest.raises(InvalidOptionError, match="did you mean 'llama_cpp'"):
+        registry.add_environment(DeploymentEnvironment("here", backend="llama.cpp"))
 
 
 def test_an_environment_is_added_once(registry: ModelRegistry) -> None:

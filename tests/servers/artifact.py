@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from attrs import frozen
 
 from customized_models import gguf as _gguf
-from customized_models.backends import Backend
+from customized_models.backends import AdapterBesideBase, Backend
 from customized_models.files.safetensors import Checkpoint, ModelSource
 from customized_models.gguf import GGUFFile
 from customized_models.models import (
@@ -42,8 +43,17 @@ class FileArtifact:
     quantization: Quantization = "no_quantization"
     template: DeploymentTemplate | None = TEMPLATE
 
+    def check_gguf(self) -> None:
+        """It has them."""
+
     def gguf(self, progress: Progress, *, chat_template: bool) -> GGUFFile:
         return self.files[chat_template]
+
+    def directory(self) -> AbstractContextManager[Path]:
+        raise AssertionError("it has no directory")
+
+    def adapter(self) -> AbstractContextManager[AdapterBesideBase]:
+        raise AssertionError("it has no adapter")
 
 
 def tiny_artifact(directory: Path) -> FileArtifact:

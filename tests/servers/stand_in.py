@@ -20,7 +20,7 @@ from typing import Any
 
 from attrs import define, field
 
-from servers.counting_proxy import running
+from tests.servers.counting_proxy import running
 
 BOMB = gzip.compress(b" " * (32 << 20))
 

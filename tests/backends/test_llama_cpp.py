@@ -15,7 +15,6 @@ from pathlib import Path
 import attrs
 import httpx
 import pytest
-from servers.artifact import FileArtifact, no_gguf, pushed
 
 from customized_models.backends import Backend, open_backend
 from customized_models.backends.llama_cpp import LlamaCppOptions
@@ -30,6 +29,7 @@ from customized_models.models import (
     Served,
     Status,
 )
+from tests.servers.artifact import FileArtifact, no_gguf, pushed
 
 TOKEN = "s3cr3t-t0k3n"
 
@@ -119,8 +119,8 @@ def test_a_model_whose_process_was_killed_is_absent_and_no_zombie_of_ours(
 ) -> None:
     with serving(here, artifact, "killed") as served:
         with pytest.raises(ChildProcessError):  # not ours to wait for
-            os.waitpid(served.details["pid"], os.WNOHANG)
-        os.kill(served.details["pid"], signal.SIGKILL)
+            os.waitpid(served.details["process"]["pid"], os.WNOHANG)
+        os.kill(served.details["process"]["pid"], signal.SIGKILL)
         while here.status(served) is not Status.ABSENT:
             pass
 
@@ -143,7 +143,7 @@ def test_a_server_that_does_not_end_when_asked_is_killed(
     here: Backend, artifact: FileArtifact
 ) -> None:
     with serving(here, artifact, "stopped") as served:
-        os.kill(served.details["pid"], signal.SIGSTOP)
+        os.kill(served.details["process"]["pid"], signal.SIGSTOP)
         here.undeploy(served)
         assert here.status(served) is Status.ABSENT
 

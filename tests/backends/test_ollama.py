@@ -7,9 +7,6 @@ from pathlib import Path
 import attrs
 import httpx
 import pytest
-from servers.artifact import TEMPLATE, FileArtifact, at, no_gguf, pushed
-from servers.counting_proxy import CountingProxy
-from servers.ollama_server import OllamaServer
 
 from customized_models.backends import open_backend
 from customized_models.backends.ollama import Ollama, OllamaOptions
@@ -25,6 +22,9 @@ from customized_models.models import (
     Served,
     Status,
 )
+from tests.servers.artifact import TEMPLATE, FileArtifact, at, no_gguf, pushed
+from tests.servers.counting_proxy import CountingProxy
+from tests.servers.ollama_server import OllamaServer
 
 
 @pytest.mark.parametrize(

@@ -12,29 +12,7 @@ import peft
 import pytest
 import torch
 import transformers
-from architectures import (
-    ARCHITECTURES,
-    ATTENTION,
-    LATENT_ATTENTION,
-    MIXTURE,
-    Adaptation,
-    adaptations,
-    everything_in,
-    lora,
-    make_adapter,
-    make_base,
-    make_old_adapter,
-    weights_of,
-)
 from attrs import evolve
-from parity import (
-    assert_architecture_parity,
-    merged_by_peft,
-    opened,
-    same_bits,
-    write_merged,
-    written,
-)
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers.core_model_loading import SplitModulelist
@@ -50,6 +28,28 @@ from customized_models.merging import execution as _merge
 from customized_models.merging.conversion import Loading, Unit
 from customized_models.merging.layers import Target
 from customized_models.merging.lora_blocks import Merging
+from tests.merging.architectures import (
+    ARCHITECTURES,
+    ATTENTION,
+    LATENT_ATTENTION,
+    MIXTURE,
+    Adaptation,
+    adaptations,
+    everything_in,
+    lora,
+    make_adapter,
+    make_base,
+    make_old_adapter,
+    weights_of,
+)
+from tests.merging.parity import (
+    assert_architecture_parity,
+    merged_by_peft,
+    opened,
+    same_bits,
+    write_merged,
+    written,
+)
 
 pytestmark = [
     # PEFT says that it does what is right for a GPT-2 and that it knows no class of norms

@@ -10,9 +10,6 @@ from pathlib import Path
 
 import attrs
 import pytest
-from servers import stand_in as faults
-from servers.artifact import TEMPLATE, FileArtifact, at, pushed
-from servers.stand_in import StandIn, stand_in
 
 from customized_models.backends import Backend, open_backend
 from customized_models.backends.ollama import OllamaOptions
@@ -28,6 +25,9 @@ from customized_models.models import (
     DeploymentEnvironment,
     Status,
 )
+from tests.servers import stand_in as faults
+from tests.servers.artifact import TEMPLATE, FileArtifact, at, pushed
+from tests.servers.stand_in import StandIn, stand_in
 
 TOKEN = "s3cr3t-t0k3n"
 Fault = Callable[[faults.Handler], None]

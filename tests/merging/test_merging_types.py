@@ -10,7 +10,6 @@ from typing import Any
 import peft
 import pytest
 import torch
-from parity import assert_parity, opened, tiny_model, written
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -27,6 +26,7 @@ from customized_models.files.safetensors import Checkpoint
 from customized_models.merging.refusals import MERGEABLE_TYPES, UNMERGEABLE_TYPES
 from customized_models.testing import tiny_llama, tiny_lora
 from customized_models.testing.tiny_models import tiny_adapter
+from tests.merging.parity import assert_parity, opened, tiny_model, written
 
 pytestmark = [  # PEFT warns of much that it does as it was told
     pytest.mark.filterwarnings("ignore::UserWarning:peft"),

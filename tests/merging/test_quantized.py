@@ -10,23 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from parity import assert_parity, opened, written
 from peft import LoraConfig
-from quantized import (
-    DEEPSEEK,
-    FP4,
-    GPT_OSS,
-    dequantized_reference,
-    fp8,
-    fp8_tensors,
-    loaded,
-    mxfp4,
-    quantized,
-    state_quantization,
-    tiny_deepseek,
-    tiny_gpt_oss,
-    tiny_qwen3_moe,
-)
 from safetensors.torch import load_file, save_file
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
@@ -43,6 +27,22 @@ from customized_models.merging.refusals import (
 )
 from customized_models.testing import tiny_llama, tiny_lora
 from customized_models.testing.tiny_models import tiny_adapter
+from tests.merging.parity import assert_parity, opened, written
+from tests.merging.quantized import (
+    DEEPSEEK,
+    FP4,
+    GPT_OSS,
+    dequantized_reference,
+    fp8,
+    fp8_tensors,
+    loaded,
+    mxfp4,
+    quantized,
+    state_quantization,
+    tiny_deepseek,
+    tiny_gpt_oss,
+    tiny_qwen3_moe,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
 

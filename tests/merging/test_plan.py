@@ -173,10 +173,10 @@ def test_a_plan_is_a_value_and_a_table_in_terminals_and_an_escaped_one_in_notebo
 
 PEAK = """
 import sys
-from customized_models import CustomizedModel, ModelRegistry
+from customized_models import BaseModel, CustomizedModel, ModelRegistry
 from customized_models.merging.plan import plan_merge
 from customized_models.merging.proof import prove
-from customized_models.sources import merged_source
+from customized_models.sources import merge_of
 from customized_models.merging.writing import write_checkpoint
 import torch, transformers, peft, peft.tuners.lora
 from customized_models.merging import Merge  # the imports are not counted
@@ -189,11 +189,13 @@ def peak():
 registry = ModelRegistry(sys.argv[1])
 customized = registry.get(CustomizedModel, sys.argv[2])
 before = peak()
-with merged_source(registry, customized) as merged, registry._storage.staging("peak") as out:
+base = registry.get(BaseModel, customized.base)
+directories = registry.local_path(base), registry.local_path(customized)
+with merge_of(*directories) as merged, registry.shelf.storage.staging("peak") as out:
     write_checkpoint(merged.merge, merged.layout, out, lambda *_: None, merged.merge.changed)
     prove(merged, out, "seed", lambda *_: None)
 taken = peak() - before
-print(plan_merge(registry, customized.name).memory, taken)
+print(plan_merge(registry.shelf, base, customized).memory, taken)
 """
 
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import uuid
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,7 @@ from customized_models import (
     UnsupportedAdapterError,
     UnsupportedQuantizationError,
 )
-from customized_models.base_models import hashed_beside, locate
+from customized_models.base_models import hash_base_model, hash_concurrently
 from customized_models.testing import MemoryStorage, tiny_llama, tiny_lora
 
 
@@ -106,8 +107,8 @@ def test_a_base_that_is_touched_while_it_is_merged_is_not_published(tmp_path: Pa
     path = tmp_path / "model.safetensors"
     save_file({"weight": torch.ones(2)}, path)
     (tmp_path / "config.json").write_text("{}")
-    location = locate(tmp_path, lambda *_: None)
-    with hashed_beside(location) as finish:
+    location = hash_base_model(tmp_path, lambda *_: None)
+    with hash_concurrently(tmp_path, location.digests, location.refuse_changed) as finish:
         finish(lambda *_: None)
         os.utime(path, (1, 1))
         with pytest.raises(BaseModelMismatch, match=re.escape(path.name)):
@@ -482,6 +483,12 @@ def stop_outside_a_transaction(worker: int, registry: ModelRegistry) -> None:
     raise AssertionError("the worker is always in a transaction")
 
 
+def age_leases(registry: ModelRegistry) -> None:
+    """As if nobody had renewed a lease for longer than one lasts."""
+    with closing(sqlite3.connect(registry.root / "registry.db")) as connection, connection:
+        connection.execute("UPDATE leases SET renewed = renewed - 1000")
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the worker through /proc")
 def test_a_worker_stopped_beyond_its_lease_publishes_nothing_and_disturbs_nobody(
     slow: tuple[ModelRegistry, CustomizedModel],
@@ -492,6 +499,7 @@ def test_a_worker_stopped_beyond_its_lease_publishes_nothing_and_disturbs_nobody
     worker = worker_of(job.id)
     stop_outside_a_transaction(worker, registry)
     try:
+        age_leases(registry)
         with pytest.raises(JobLost):
             job.result(timeout=60, progress=False)
         successor = Merger(registry).save(customized)  # takes over what is there

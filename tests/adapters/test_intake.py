@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from customized_models.adapters.intake import CONFIG, WEIGHTS, Adapter, check_fits, copy_adapter
+from customized_models.adapters.intake import CONFIG, WEIGHTS, Adapter, check_fits, take_in
 from customized_models.adapters.patterns import check_pattern
 from customized_models.errors import (
     BaseModelMismatch,
@@ -20,6 +20,7 @@ from customized_models.errors import (
     UnsafeFileError,
     UnsupportedAdapterError,
 )
+from customized_models.files.digests import hash_file
 from customized_models.files.safetensors import Checkpoint
 from customized_models.testing import tiny_llama, tiny_lora, tiny_tokenizer
 
@@ -56,16 +57,15 @@ def set_config(directory: Path, **values: Any) -> None:
 # Copying
 
 
-def test_a_copy_has_the_weights_tokenizer_and_template_and_nothing_else(
-    untrusted: Path, copy: Path
-) -> None:
+def test_a_copy_has_all_that_a_model_may_need_and_nothing_else(untrusted: Path, copy: Path) -> None:
     tiny_tokenizer().save_pretrained(untrusted)
-    for name in ("optimizer.pt", "training_args.bin", "README.md", "model.py", "config.json"):
+    for name in ("optimizer.pt", "training_args.bin", "README.md", "pytorch_model.bin", "notes"):
         (untrusted / name).write_text("x")
-    copy_adapter(untrusted, copy)
+    intake = take_in(untrusted, copy)
     kept = {CONFIG, WEIGHTS, "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    kept.add("notes")  # nobody knows whether a model needs it
     assert {path.name for path in copy.iterdir()} == kept
-    assert set(Adapter.open(copy).files) == kept
+    assert intake.content == {name: hash_file(copy / name) for name in kept}
     for name in kept - {CONFIG}:
         assert (copy / name).read_bytes() == (untrusted / name).read_bytes()
 
@@ -73,14 +73,14 @@ def test_a_copy_has_the_weights_tokenizer_and_template_and_nothing_else(
 def test_two_saves_of_one_adapter_have_one_canonical_configuration(
     untrusted: Path, copy: Path, tmp_path: Path
 ) -> None:
-    copy_adapter(untrusted, copy)
+    take_in(untrusted, copy)
     config = json.loads((untrusted / CONFIG).read_text())
     config["target_modules"].reverse()
     reordered = json.dumps(dict(reversed(config.items())))
     (untrusted / CONFIG).write_text(reordered)
     other = tmp_path / "other"
     other.mkdir()
-    copy_adapter(untrusted, other)
+    take_in(untrusted, other)
     assert (other / CONFIG).read_bytes() == (copy / CONFIG).read_bytes()
     assert json.loads((copy / CONFIG).read_text())["target_modules"] == ["down_proj", "q_proj"]
 
@@ -100,7 +100,7 @@ def test_only_a_hub_id_is_kept_as_the_name_of_the_base(
     stated: object, kept: str | None, untrusted: Path, copy: Path
 ) -> None:
     set_config(untrusted, base_model_name_or_path=stated)
-    copy_adapter(untrusted, copy)
+    take_in(untrusted, copy)
     assert json.loads((copy / CONFIG).read_text())["base_model_name_or_path"] == kept
 
 
@@ -110,21 +110,21 @@ def test_a_local_directory_that_reads_like_a_hub_id_is_not_kept(
     (untrusted / "org" / "model").mkdir(parents=True)
     monkeypatch.chdir(untrusted)
     set_config(untrusted, base_model_name_or_path="org/model")
-    copy_adapter(untrusted, copy)
+    take_in(untrusted, copy)
     assert json.loads((copy / CONFIG).read_text())["base_model_name_or_path"] is None
 
 
 def test_pickled_weights_are_refused_with_the_way_out(untrusted: Path, copy: Path) -> None:
     (untrusted / WEIGHTS).rename(untrusted / "adapter_model.bin")
     with pytest.raises(UnsupportedAdapterError, match="safe_serialization=True"):
-        copy_adapter(untrusted, copy)
+        take_in(untrusted, copy)
 
 
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
 def test_an_adapter_without_its_files_is_malformed(name: str, untrusted: Path, copy: Path) -> None:
     (untrusted / name).unlink()
     with pytest.raises(MalformedError, match=re.escape(name)):
-        copy_adapter(untrusted, copy)
+        take_in(untrusted, copy)
 
 
 def make_link(path: Path) -> None:
@@ -157,7 +157,7 @@ def test_what_is_no_plain_file_is_refused_without_waiting(
     (untrusted / name).unlink(missing_ok=True)
     make(untrusted / name)
     with pytest.raises(UnsafeFileError, match=re.escape(name)):
-        copy_adapter(untrusted, copy)
+        take_in(untrusted, copy)
 
 
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS, "tokenizer.json", "chat_template.jinja"])
@@ -167,7 +167,7 @@ def test_an_oversized_file_is_refused_before_it_is_read(
     with (untrusted / name).open("ab") as file:
         os.truncate(file.fileno(), 1 << 40)  # sparse: takes no space
     with pytest.raises(UnsafeFileError, match=re.escape(name)):
-        copy_adapter(untrusted, copy)
+        take_in(untrusted, copy)
     assert not (copy / name).exists() or (copy / name).stat().st_size == 0
 
 
@@ -183,7 +183,7 @@ def test_a_configuration_that_is_no_strict_json_object_is_refused(
 ) -> None:
     (untrusted / CONFIG).write_text(text, encoding="utf-8")
     with pytest.raises(MalformedError):
-        copy_adapter(untrusted, copy)
+        take_in(untrusted, copy)
 
 
 # Opening

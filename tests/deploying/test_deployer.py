@@ -222,7 +222,7 @@ def test_a_failed_deployment_leaves_no_file(
     with pytest.raises(MalformedError, match="tokenizer"):
         Deployer(registry).deploy(customized).result(progress=False)
 
-    assert list(registry._storage.keys("gguf/")) == []
+    assert list(registry.shelf.storage.keys("gguf/")) == []
     assert list(registry.live_models()) == []
 
 

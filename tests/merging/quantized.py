@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from parity import tiny_model
 from safetensors.torch import load_file, save_file
 
 from customized_models.files.safetensors import INDEX
+from tests.merging.parity import tiny_model
 
 Tensors = dict[str, torch.Tensor]
 

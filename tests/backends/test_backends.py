@@ -9,10 +9,6 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
-from servers import stand_in as faults
-from servers.artifact import at
-from servers.ollama_server import OllamaServer, free_port
-from servers.stand_in import stand_in
 
 from customized_models.backends import open_backend
 from customized_models.backends.llama_cpp import LlamaCpp
@@ -25,6 +21,10 @@ from customized_models.models import (
     Served,
 )
 from customized_models.testing import BackendContract
+from tests.servers import stand_in as faults
+from tests.servers.artifact import at
+from tests.servers.ollama_server import OllamaServer, free_port
+from tests.servers.stand_in import stand_in
 
 
 class TestOllama(BackendContract):
@@ -44,11 +44,11 @@ class TestLlamaCpp(BackendContract):
 
     @contextmanager
     def not_answering(self, served: Served) -> Iterator[None]:
-        os.kill(served.details["pid"], signal.SIGSTOP)
+        os.kill(served.details["process"]["pid"], signal.SIGSTOP)
         try:
             yield
         finally:
-            os.kill(served.details["pid"], signal.SIGCONT)
+            os.kill(served.details["process"]["pid"], signal.SIGCONT)
 
 
 class TestStandIn(BackendContract):

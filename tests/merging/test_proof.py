@@ -14,6 +14,7 @@ from attrs import evolve
 from peft.tuners.lora import Linear
 
 from customized_models import (
+    BaseModel,
     BaseModelMissingError,
     CompleteModel,
     CustomizedModel,
@@ -25,15 +26,16 @@ from customized_models import (
     NotReproducible,
 )
 from customized_models.adapters.intake import Adapter
-from customized_models.catalog.leases import Lease
 from customized_models.files.digests import hash_file
 from customized_models.files.manifest import MANIFEST, Manifest
 from customized_models.files.safetensors import Checkpoint
+from customized_models.jobs.work import Work
 from customized_models.merging import Merge, open_merge
 from customized_models.merging.merger import run_save
 from customized_models.merging.proof import different, prove
 from customized_models.merging.writing import write_checkpoint
-from customized_models.sources import merged_source
+from customized_models.naming import complete_name
+from customized_models.sources import merge_of
 from customized_models.testing import tiny_llama, tiny_lora
 
 
@@ -113,12 +115,22 @@ def test_bytes_that_change_behind_the_writer_are_found_and_nothing_is_published(
             for name in flipped:
                 flip(staging, name)
 
+    work = Work(
+        id=uuid.UUID(id),
+        name=complete_name(customized.name, uuid.UUID(id)),
+        arguments={"customized": customized.name},
+        catalog=registry.catalog,
+        shelf=registry.shelf,
+        lease=registry.catalog.lease(),
+        log=registry.root / "log",
+        progress=damage,
+    )
     with pytest.raises(MergeError, match="nothing was published") as caught:
-        run_save(registry, id, {"customized": customized.name}, damage, Lease(registry._database))
+        run_save(work)
 
     assert any(name in str(caught.value) for name in flipped)
     assert not staging.exists()
-    assert list(registry._storage.keys("complete/")) == [f"complete/{complete.name}"]
+    assert list(registry.shelf.storage.keys("complete/")) == [f"complete/{complete.name}"]
     assert list(registry.complete_models()) == [complete]
 
 
@@ -136,7 +148,8 @@ def test_peft_itself_computes_the_samples_again_one_of_each_shape(
         products.append(tuple(product.shape))
         return product
 
-    with merged_source(registry, customized) as merged:
+    base = registry.get(BaseModel, customized.base)
+    with merge_of(registry.local_path(base), registry.local_path(customized)) as merged:
         monkeypatch.setattr(Linear, "get_delta_weight", counted)
         prove(merged, registry.local_path(complete), "seed", no_progress)
     assert sorted(products) == [(64, 64), (64, 96)]

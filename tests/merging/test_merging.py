@@ -17,7 +17,6 @@ from typing import Any, NoReturn
 
 import pytest
 import torch
-from parity import assert_parity, opened
 from safetensors.torch import load_file, save_file
 
 from customized_models.adapters.intake import CONFIG, WEIGHTS
@@ -35,6 +34,7 @@ from customized_models.files.safetensors import INDEX, SINGLE, Checkpoint
 from customized_models.merging import layers as _target
 from customized_models.merging import lora_blocks as _fused
 from customized_models.testing import tiny_llama, tiny_lora
+from tests.merging.parity import assert_parity, opened
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning"),
@@ -261,7 +261,7 @@ def test_where_blocks_give_other_bits_peft_merges_every_layer(
 BOTH_WAYS = """
 import sys
 from pathlib import Path
-from parity import assert_parity
+from tests.merging.parity import assert_parity
 from customized_models.merging import layers as _target
 from customized_models.testing import tiny_llama, tiny_lora
 
@@ -289,7 +289,7 @@ def test_where_the_math_library_sums_by_the_number_of_rows_some_shapes_are_left_
     result = subprocess.run(
         [sys.executable, "-c", BOTH_WAYS, str(tmp_path), dtype],
         env={**os.environ, "MKL_CBWR": "COMPATIBLE"},
-        cwd=Path(__file__).parent,
+        cwd=Path(__file__).parents[2],
         stdout=subprocess.PIPE,
         text=True,
         check=True,
