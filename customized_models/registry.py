@@ -103,22 +103,27 @@ class ModelRegistry:
     def __reduce__(self) -> tuple[Any, ...]:
         return _reopened, (self.root, self._storage, self._database)
 
-    @functools.cached_property
+    @property
     def catalog(self) -> Catalog:
-        from .catalog.catalog import Catalog
+        return self._opened[0]
 
-        return Catalog(self._database)
-
-    @functools.cached_property
+    @property
     def shelf(self) -> Shelf:
-        shelf = Shelf(self._storage, self.catalog)
-        with suppress(CustomizedModelsError):  # `recover` says what cannot be done now
-            shelf.recover()
-        return shelf
+        return self._opened[1]
 
     @functools.cached_property
     def queue(self) -> JobQueue:
         return JobQueue(self.catalog, self.shelf, self.root / ".jobs")
+
+    @functools.cached_property
+    def _opened(self) -> tuple[Catalog, Shelf]:
+        from .catalog.catalog import Catalog
+
+        catalog = Catalog(self._database)
+        shelf = Shelf(self._storage, catalog)
+        with suppress(CustomizedModelsError):  # `recover` says what cannot be done now
+            shelf.recover()
+        return catalog, shelf
 
     # Base models
 

@@ -65,9 +65,7 @@ class _Registration:
         reserved = registry.catalog.reservations.reserve(
             train_name=train_name, training_id=training_id, base_model=base_model
         )
-        return cls(
-            registry, reserved.name, train_name, base_model, reserved.training_id, training
-        )
+        return cls(registry, reserved.name, train_name, base_model, reserved.training_id, training)
 
     def register(self, directory: Path, state: Mapping[str, Any]) -> CustomizedModel:
         """Register the adapter in `directory`.

@@ -21,7 +21,7 @@ from ..errors import (
 )
 from .database import Database
 from .leases import Leases
-from .rows import add_row, change_row, find_row
+from .rows import add_row, change_row, checked_row, find_row
 from .schema import complete_models, jobs, live_models
 
 RUNNING = ("queued", "running")
@@ -64,6 +64,9 @@ class Jobs:
                 state="queued",
                 arguments=json.dumps(arguments),
                 phase="starting",
+                done=0,
+                total=0,
+                cancel=0,
                 created=datetime.now(UTC).isoformat(),
             )
             keys = (f"job/{id}", *holds)
@@ -89,6 +92,7 @@ class Jobs:
             row = find_row(connection, jobs, id=id)
             if row is None:
                 raise NotFoundError(f"no job {id}")
+            checked_row(jobs, row)
             if row["state"] in RUNNING and not self._leases.holds(connection, id):
                 return dict(row) | {"state": "lost"}
         return dict(row)

@@ -87,7 +87,11 @@ class Levels:
 
     def in_transaction(self, connection: Connection, kind: type[T], name: str) -> T:
         """As `get`, in a transaction that is open already."""
-        return value_of(kind, required(connection, kind, name, **_visible(kind)))
+        row = required(connection, kind, name)
+        value = value_of(kind, row)
+        if row.get("stage", "visible") != "visible":
+            raise NotFoundError(f"{kind.__name__} {name} is being {_DOING[row['stage']]}")
+        return value
 
     def is_visible(self, value: Any) -> bool:
         """Whether that very value is there."""
@@ -100,13 +104,15 @@ class Levels:
     def listing(self, kind: type[T], **equals: Any) -> Listing[T]:
         """The visible values whose columns equal those that are not None, newest first."""
         given = {key: value for key, value in equals.items() if value is not None}
-        return Listing(kind, functools.partial(self._page, kind, given | _visible(kind)))
+        return Listing(kind, functools.partial(self._page, kind, given))
 
     def _page(
         self, kind: type[T], equals: dict[str, Any], before: int | None, count: int
     ) -> list[tuple[int, T | IntegrityError]]:
         table = TABLES[kind]
         query = select(table).where(*(table.c[key] == value for key, value in equals.items()))
+        if kind in STAGED:  # not `== "visible"`: a damaged row is to be seen
+            query = query.where(table.c.stage.not_in(_DOING))
         if before is not None:
             query = query.where(table.c.seq < before)
         rows = self._database.rows(query.order_by(table.c.seq.desc()).limit(count))
@@ -275,10 +281,6 @@ class Levels:
 
 
 _DOING = {"pending": "made", "deleting": "deleted"}
-
-
-def _visible(kind: type[Any]) -> dict[str, str]:
-    return {"stage": "visible"} if kind in STAGED else {}
 
 
 def _value_or_error(kind: type[T], row: Any) -> T | IntegrityError:

@@ -12,7 +12,7 @@ from ..errors import AlreadyExistsError, shown
 from ..models import BaseModel
 from ..naming import customized_name
 from .database import Database
-from .rows import add_row, find_row, required
+from .rows import add_row, checked_row, find_row, required
 from .schema import customized_models, reservations
 
 _DRAWS = 1000  # of 65,536 names a day: when all of these are taken, few are left
@@ -76,6 +76,7 @@ def _reserve(
 ) -> Reservation:
     row = find_row(connection, reservations, training_id=str(training_id))
     if row is not None:
+        checked_row(reservations, row)
         if (row["base"], row["train_name"]) != (base_model, train_name):
             raise AlreadyExistsError(f"training {training_id} is {shown(row['name'])}")
         created = datetime.fromisoformat(row["created"])

@@ -85,7 +85,7 @@ def checked_row(table: Table, row: Any) -> Any:
     if row["digest"] != _digest(table, row):
         raise IntegrityError(
             f"the row of {shown(row['name'])} in {table.name} is damaged: its digest differs; "
-            f"ModelRegistry.reindex() makes it again from what is stored"
+            f"ModelRegistry.reindex() makes rows of stored models again"
         )
     return row
 
@@ -119,13 +119,13 @@ def value_of(kind: type[T], row: Any) -> T:
         ) from error
 
 
-def required(connection: Connection, kind: type[Any], name: str, **equals: Any) -> Any:
-    """The row of that class and name, in which the columns have these values.
+def required(connection: Connection, kind: type[Any], name: str) -> Any:
+    """The row of that class and name.
 
     Raises:
         NotFoundError: There is none.
     """
-    row = find_row(connection, TABLES[kind], name=name, **equals)
+    row = find_row(connection, TABLES[kind], name=name)
     if row is None:
         raise NotFoundError(f"no {kind.__name__} is named {shown(name)}")
     return row

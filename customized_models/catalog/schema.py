@@ -84,6 +84,7 @@ reservations = Table(
     _text("base"),
     _text("train_name"),
     _text("created"),
+    _text("digest"),
 )
 jobs = Table(
     "jobs",
@@ -95,11 +96,12 @@ jobs = Table(
     _text("state", index=True),
     Column("arguments", Text, nullable=False),
     _text("phase"),
-    Column("done", Integer, nullable=False, default=0),
-    Column("total", Integer, nullable=False, default=0),
-    Column("cancel", Integer, nullable=False, default=0),
+    Column("done", Integer, nullable=False),
+    Column("total", Integer, nullable=False),
+    Column("cancel", Integer, nullable=False),  # 1 once it was asked to stop
     Column("error", Text),  # `errors.to_record` as JSON
     _text("created"),
+    _text("digest"),
     sqlite_autoincrement=True,
 )
 leases = Table(

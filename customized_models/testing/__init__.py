@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .backends import BackendContract
-    from .storage import MemoryStorage, StorageContract, publish_files
+    from .storage import CopyingStorage, MemoryStorage, StorageContract, publish_files
     from .tiny_models import tiny_adapter, tiny_llama, tiny_lora, tiny_tokenizer
 
 _HOMES = {
     "BackendContract": "backends",
+    "CopyingStorage": "storage",
     "MemoryStorage": "storage",
     "StorageContract": "storage",
     "publish_files": "storage",
@@ -27,6 +28,7 @@ _HOMES = {
 
 __all__ = [
     "BackendContract",
+    "CopyingStorage",
     "MemoryStorage",
     "StorageContract",
     "publish_files",

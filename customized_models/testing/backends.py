@@ -96,6 +96,24 @@ class BackendContract:
         other.undeploy(recalled)
         assert backend.status(served) is Status.ABSENT
 
+    def test_what_a_killed_push_has_left_is_removed_by_what_was_recorded_before_it(
+        self, environment: DeploymentEnvironment, backend: Backend, artifact: Artifact
+    ) -> None:
+        plan = backend.preflight(artifact, _NAME, backend.options())
+        details = json.loads(json.dumps(dict(plan.details)))
+        served = backend.push(plan, _ignore)
+        endpoint = environment.url if environment.address is not None else ""
+        self.build(environment).undeploy(
+            Served(plan.served_name, endpoint, "", served.digest, details=details)
+        )
+        assert backend.status(served) is Status.ABSENT
+
+    def test_taking_back_a_push_that_has_done_nothing_is_fine(
+        self, environment: DeploymentEnvironment, backend: Backend, artifact: Artifact
+    ) -> None:
+        plan = backend.preflight(artifact, _NAME, backend.options())
+        backend.undeploy(Served(plan.served_name, "", "", "", details=plan.details))
+
     def test_a_server_that_does_not_answer_is_unreachable(
         self, backend: Backend, served: Served
     ) -> None:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import io
+import shutil
 import tempfile
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 import pytest
 
-from ..errors import AlreadyExistsError, InvalidNameError, NotFoundError, shown
+from ..deploying.artifacts import RegistryArtifact
+from ..errors import AlreadyExistsError, InUseError, InvalidNameError, NotFoundError, shown
+from ..models import CustomizedModel
+from ..registry import ModelRegistry
 from ..storage import Storage
+from .tiny_models import tiny_llama, tiny_lora
 
 
 class MemoryStorage:
@@ -98,8 +103,53 @@ def publish_files(storage: Storage, key: str, **files: bytes) -> None:
         storage.publish(directory, key)
 
 
+class CopyingStorage:
+    """Another storage, but what it checks out are copies that are gone when the block ends.
+
+    So it is with a storage on another host; whatever works on this one works there.
+    """
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+
+    def __repr__(self) -> str:
+        return f"CopyingStorage({self._storage!r})"
+
+    def staging(self, name: str) -> AbstractContextManager[Path]:
+        """See `Storage.staging`."""
+        return self._storage.staging(name)
+
+    def publish(self, directory: Path, key: str) -> None:
+        """See `Storage.publish`."""
+        self._storage.publish(directory, key)
+
+    @contextmanager
+    def checkout(self, key: str) -> Iterator[Path]:
+        """See `Storage.checkout`."""
+        with (
+            self._storage.checkout(key) as directory,
+            tempfile.TemporaryDirectory() as scratch,
+        ):
+            yield Path(shutil.copytree(directory, Path(scratch, "copy")))
+
+    def open(self, key: str, file: str) -> BinaryIO:
+        """See `Storage.open`."""
+        return self._storage.open(key, file)
+
+    def delete(self, key: str) -> None:
+        """See `Storage.delete`."""
+        self._storage.delete(key)
+
+    def keys(self, prefix: str = "") -> Iterator[str]:
+        """See `Storage.keys`."""
+        return self._storage.keys(prefix)
+
+
 class StorageContract:
-    """Subclass as `TestMyStorage` with a `storage` fixture that starts empty."""
+    """Subclass as `TestMyStorage` with a `storage` fixture that starts empty.
+
+    The last tests take models through a registry on the storage; they need torch and peft.
+    """
 
     def test_a_published_directory_reads_back(self, storage: Storage) -> None:
         publish_files(storage, "customized/a", weights=b"123", config=b"{}")
@@ -196,7 +246,105 @@ class StorageContract:
         with storage.open("customized/a", "file") as file:
             assert file.read() == b"new"
 
+    def test_files_in_directories_are_kept(self, storage: Storage) -> None:
+        with storage.staging("contract") as directory:
+            (directory / "templates").mkdir()
+            (directory / "templates" / "tool.jinja").write_bytes(b"{{ x }}")
+            storage.publish(directory, "customized/a")
+
+        with storage.checkout("customized/a") as directory:
+            assert (directory / "templates" / "tool.jinja").read_bytes() == b"{{ x }}"
+        with storage.open("customized/a", "templates/tool.jinja") as file:
+            assert file.read() == b"{{ x }}"
+
+    def test_a_file_outside_of_the_directory_is_not_opened(self, storage: Storage) -> None:
+        publish_files(storage, "customized/a", file=b"1")
+        publish_files(storage, "customized/b", file=b"2")
+        with pytest.raises(NotFoundError):
+            storage.open("customized/a", "../b/file")
+
     @pytest.mark.parametrize("key", ["", "a", "../a", "a/../b", "/etc/passwd", "a/b/c", "a/"])
     def test_what_is_no_key_is_refused(self, storage: Storage, key: str) -> None:
         with pytest.raises(InvalidNameError):
             storage.delete(key)
+
+    # A registry on it
+
+    @pytest.fixture
+    def registered(self, storage: Storage, tmp_path: Path) -> tuple[ModelRegistry, CustomizedModel]:
+        """A registry on the storage, with a tiny model in it."""
+        base = tiny_llama(tmp_path / "contract-base")
+        registry = ModelRegistry(tmp_path / "contract-registry", storage=storage)
+        registry.add_base_model("tiny", base)
+        adapter = tiny_lora(tmp_path / "contract-adapter", base)
+        return registry, registry.register(adapter, train_name="contract")
+
+    def test_a_model_is_registered_read_and_deleted_through_it(
+        self, storage: Storage, registered: tuple[ModelRegistry, CustomizedModel]
+    ) -> None:
+        registry, model = registered
+        registry.verify(model)
+        with registry.checkout(model) as directory:
+            assert (directory / "adapter_model.safetensors").is_file()
+        registry.delete(model)
+        assert list(storage.keys()) == []
+
+    def test_the_database_is_made_again_from_it(
+        self, registered: tuple[ModelRegistry, CustomizedModel]
+    ) -> None:
+        registry, model = registered
+        (registry.root / "registry.db").unlink()
+        again = ModelRegistry(registry.root, storage=registry.shelf.storage)
+        assert again.reindex() == ["tiny", model.name]
+        assert list(again.customized_models()) == [model]
+
+    def test_what_a_deployment_asks_for_is_there_until_its_push_ends(
+        self, registered: tuple[ModelRegistry, CustomizedModel]
+    ) -> None:
+        registry, model = registered
+        for _ in range(2):  # made, and found again
+            with RegistryArtifact(
+                registry.catalog, registry.shelf, model, "live", "no_quantization", _hold_nothing
+            ) as artifact:
+                with artifact.gguf(_ignore, chat_template=True) as file:
+                    pass
+                assert file.path.stat().st_size == file.size
+                with artifact.adapter() as beside:
+                    assert (beside.adapter / "adapter_model.safetensors").is_file()
+                    assert (beside.base / "config.json").is_file()
+
+    def test_a_slow_publish_keeps_nobody_from_the_registry(
+        self, storage: Storage, registered: tuple[ModelRegistry, CustomizedModel], tmp_path: Path
+    ) -> None:
+        """While one process uploads, others register, list, check out and are refused."""
+        registry, model = registered
+        publishing, go_on = threading.Event(), threading.Event()
+
+        class Slow(CopyingStorage):
+            def publish(self, directory: Path, key: str) -> None:
+                publishing.set()
+                assert go_on.wait(60)
+                super().publish(directory, key)
+
+        slow = ModelRegistry(registry.root, storage=Slow(storage))
+        with ThreadPoolExecutor(1) as pool:
+            try:
+                adapter = tmp_path / "contract-adapter"
+                upload = pool.submit(slow.register, adapter, train_name="slow")
+                assert publishing.wait(60)
+                with registry.checkout(model), pytest.raises(InUseError):
+                    registry.delete(model)
+                assert list(registry.customized_models()) == [model]
+                other = registry.register(adapter, train_name="other")
+            finally:
+                go_on.set()
+            late = upload.result()
+        assert list(registry.customized_models()) == [other, late, model]
+
+
+def _hold_nothing(key: str) -> None:
+    """Nobody else removes anything here."""
+
+
+def _ignore(phase: str, done: int, total: int) -> None:
+    """Progress that nobody watches."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from attrs import frozen
 
-from customized_models.adapters.intake import Adapter, copy_adapter
+from customized_models.adapters.intake import Adapter, take_in
 from customized_models.files.safetensors import INDEX, SINGLE, Checkpoint
 from customized_models.merging import Merge, open_merge
 from customized_models.merging.writing import write_checkpoint
@@ -21,7 +21,7 @@ def opened(base: Path, adapter: Path, scratch: Path) -> Merge:
     """The merge of a checked copy of `adapter`."""
     copy = scratch / "copy"
     copy.mkdir(parents=True)
-    copy_adapter(adapter, copy)
+    take_in(adapter, copy)
     return open_merge(Checkpoint.open(base), Adapter.open(copy))
 
 

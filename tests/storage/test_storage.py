@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from customized_models.storage.local import LocalStorage
-from customized_models.testing import MemoryStorage, StorageContract, publish_files
+from customized_models.testing import CopyingStorage, MemoryStorage, StorageContract, publish_files
 
 
 class TestLocalStorage(StorageContract):
@@ -22,6 +22,14 @@ class TestMemoryStorage(StorageContract):
     @pytest.fixture
     def storage(self) -> MemoryStorage:
         return MemoryStorage()
+
+
+class TestCopyingStorage(StorageContract):
+    """Nothing relies on a stored directory being there once its checkout has ended."""
+
+    @pytest.fixture
+    def storage(self, tmp_path: Path) -> CopyingStorage:
+        return CopyingStorage(LocalStorage(tmp_path))
 
 
 def test_a_checkout_of_the_local_storage_is_the_stored_directory_itself(tmp_path: Path) -> None:
