@@ -9,7 +9,6 @@ someone is still about it. What a killed process left half-way is finished or un
 from __future__ import annotations
 
 import os
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -344,7 +343,8 @@ class Shelf:
             known = self._catalog.litter.known_keys(connection)
         for key in self.storage.keys():  # noqa: SIM118 -- a method, not a mapping
             if key not in known:
-                found.append(Litter(key, self._remove(key, grace_seconds, dry_run=dry_run)))
+                due = self._catalog.litter.age(key) >= grace_seconds and not dry_run
+                found.append(Litter(key, due and self._remove_unused(key)))
         self._catalog.litter.forget_all_but({litter.key for litter in found if not litter.removed})
         with self.storage.staging(f"gc-{uuid.uuid4().hex}"):
             pass  # a storage sweeps abandoned directories when it makes one
@@ -361,19 +361,16 @@ class Shelf:
             if even_held_by is not None:
                 with self._catalog.database.write() as connection:
                     self._catalog.leases.end(connection, even_held_by, key)
-            self._remove(key, 0.0, dry_run=False)
+            self._remove_unused(key)
 
-    def _remove(self, key: str, grace_seconds: float, *, dry_run: bool) -> bool:
-        now = time.time()
+    def _remove_unused(self, key: str) -> bool:
+        """Remove a key that no row names and nobody holds; False if it is needed after all."""
         with self._catalog.lease() as lease, suppress(InUseError):
             with self._catalog.database.write() as connection:
                 self._catalog.leases.refuse_if_held(connection, key)
                 if key in self._catalog.litter.known_keys(connection):
                     return False
-                first = self._catalog.litter.first_seen(connection, key, now)
-                if dry_run or now - first < grace_seconds:
-                    return False
-                lease.take(connection, [key], "the removal of litter")
+                lease.take(connection, [key], "the removal of what nobody needs")
             self.storage.delete(key)
             return True
         return False

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ast
 import graphlib
-import importlib
 import json
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+from attrs import frozen
 
 import customized_models
 
@@ -17,6 +20,12 @@ HEAVY = {
     "torch", "transformers", "peft", "huggingface_hub", "httpx", "sqlalchemy", "safetensors",
     "gguf", "numpy", "xllamacpp", "tqdm", "yaml",
 }  # fmt: skip
+THEIRS = {
+    "_exit",  # os
+    "_parameters", "_modules", "_buffers",  # torch.nn.Module
+    "_weight_conversions", "_keys_to_ignore_on_save", "_model_mapping", "_get_dtype_plan",
+}  # fmt: skip
+"""Private names of other packages that are used here."""
 
 
 def loaded_by(statement: str) -> set[str]:
@@ -54,33 +63,109 @@ def test_every_public_name_says_what_it_is() -> None:
     assert undocumented == []
 
 
+# Rooms
+
+
+@frozen
+class Import:
+    """An import of a module of the package, by a module of the package.
+
+    `inside`: the function that it stands in, or ""; `typing`: under `if TYPE_CHECKING`.
+    """
+
+    importer: str
+    imported: str
+    inside: str
+    typing: bool
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in PACKAGE.rglob("*.py")}
+
+
+def imports_of(name: str) -> Iterator[Import]:
+    path = MODULES[name]
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+
+    def visit(node: ast.AST, inside: str, typing: bool) -> Iterator[Import]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.ImportFrom) and child.level:
+                origin = package.split(".")[: len(package.split(".")) - child.level + 1]
+                module = ".".join((*origin, *filter(None, [child.module])))
+                for alias in child.names:
+                    inner = f"{module}.{alias.name}"
+                    yield Import(name, inner if inner in MODULES else module, inside, typing)
+            function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef)
+            checked = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)
+            yield from visit(child, child.name if function else inside, typing or checked)
+
+    return visit(ast.parse(path.read_text()), "", False)
+
+
+IMPORTS = [one for name in MODULES for one in imports_of(name) if one.importer != one.imported]
+
+
 def test_modules_import_each_other_in_one_direction() -> None:
-    graph = {}
-    for path in PACKAGE.rglob("*.py"):
-        parts = path.relative_to(PACKAGE).with_suffix("").parts
-        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-        if name and not name.startswith("testing"):
-            graph[name] = imported_at_the_top(path) - {name, ""}
+    """Counted with imports inside functions and under TYPE_CHECKING."""
+    graph: dict[str, set[str]] = {name: set() for name in MODULES if name != "customized_models"}
+    for one in IMPORTS:
+        if one.importer in graph:
+            graph[one.importer].add(one.imported)
     list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
 
 
-def imported_at_the_top(path: Path) -> set[str]:
-    """Modules of the package that `path` imports when it is imported itself."""
-    package = ".".join(("customized_models", *path.relative_to(PACKAGE).parts[:-1]))
-    names = set()
-    for node in ast.parse(path.read_text()).body:
-        if isinstance(node, ast.ImportFrom) and node.level:
-            origin = package.split(".")[: len(package.split(".")) - node.level + 1]
-            module = ".".join((*origin, *(node.module or "").split("."))).strip(".")
-            for alias in node.names:
-                inner = f"{module}.{alias.name}"
-                found = inner if is_module(inner) else module
-                names.add(found.removeprefix("customized_models").lstrip("."))
-    return names
+def heavy_modules() -> set[str]:
+    """Those of the package that import a heavy one at their top, or a module that does."""
+    heavy = set()
+    for name, path in MODULES.items():
+        for node in ast.parse(path.read_text()).body:
+            named = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                named = [str(node.module)]
+            if {module.partition(".")[0] for module in named} & HEAVY:
+                heavy.add(name)
+    while True:
+        more = {
+            i.importer for i in IMPORTS if not i.inside and not i.typing and i.imported in heavy
+        }
+        if more <= heavy:
+            return heavy
+        heavy |= more
 
 
-def is_module(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:
-        return False
+def test_an_import_inside_a_function_keeps_something_heavy_out_of_the_package() -> None:
+    heavy = heavy_modules()
+    assert "customized_models" not in heavy
+    needless = {i for i in IMPORTS if i.inside and i.imported not in heavy}
+    assert needless == set()
+
+
+def test_no_module_uses_what_is_private_to_another() -> None:
+    """A private name is used on `self` and `cls`, or within the module that has it."""
+    reached = []
+    for name, path in MODULES.items():
+        tree = ast.parse(path.read_text())
+        own = {node.name for node in ast.walk(tree) if hasattr(node, "name") and node.name}
+        own |= {node.attr for node in ast.walk(tree) if _is_own(node)}
+        own |= {n.target.id for n in ast.walk(tree) if _is_field(n)}
+        reached += [
+            f"{name}:{node.lineno} {ast.unparse(node)}"
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Attribute)
+            and re.fullmatch("_[a-z]+[a-z_]*", node.attr)
+            and node.attr not in own | THEIRS
+        ]
+    assert reached == []
+
+
+def _is_own(node: ast.AST) -> bool:
+    owner = node.value if isinstance(node, ast.Attribute) else None
+    return isinstance(owner, ast.Name) and owner.id in ("self", "cls")
+
+
+def _is_field(node: ast.AST) -> bool:
+    return isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)

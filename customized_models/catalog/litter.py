@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection
 
 from sqlalchemy import Connection, delete, insert, select
@@ -31,13 +32,14 @@ class LitterRows:
             *held,
         }
 
-    def first_seen(self, connection: Connection, key: str, now: float) -> float:
-        """When `key` was first asked for: `now` if it never was (seconds since the epoch)."""
-        seen = connection.execute(select(litter.c.seen).where(litter.c.key == key)).scalar()
-        if seen is None:
-            connection.execute(insert(litter).values(key=key, seen=now))
-            return now
-        return float(seen)
+    def age(self, key: str) -> float:
+        """For how many seconds `key` has been known as litter; noted now if it was not known."""
+        now = time.time()
+        with self._database.write() as connection:
+            seen = connection.execute(select(litter.c.seen).where(litter.c.key == key)).scalar()
+            if seen is None:
+                connection.execute(insert(litter).values(key=key, seen=now))
+        return 0.0 if seen is None else now - float(seen)
 
     def forget_all_but(self, keys: Collection[str]) -> None:
         """Forget the keys that are litter no more."""

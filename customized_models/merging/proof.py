@@ -17,6 +17,7 @@ from ..files.reading import opened, read_at
 from ..files.safetensors import Checkpoint, TensorInfo, tensor_bytes
 from ..models import BaseModel, CompleteModel, CustomizedModel, Progress
 from ..sources import MergedSource, proven_merge
+from . import open_merge
 from .writing import CHUNK
 
 if TYPE_CHECKING:
@@ -43,8 +44,6 @@ def prove(merged: MergedSource, directory: Path, seed: str, progress: Progress) 
     """
     base, merge = Checkpoint.open(merged.layout.directory), merged.merge
     if merge.keeps_values:
-        from . import open_merge
-
         merge = open_merge(base, Adapter.open(merged.adapter.directory))
     written = Checkpoint.open(directory)
     draw = random.Random(seed)

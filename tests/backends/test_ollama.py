@@ -12,9 +12,9 @@ from customized_models.backends import open_backend
 from customized_models.backends.ollama import Ollama, OllamaOptions
 from customized_models.errors import (
     AlreadyExistsError,
-    InUseError,
     InvalidOptionError,
     NoTemplateError,
+    ServedModelChangedError,
     ServerAnswerError,
 )
 from customized_models.models import (
@@ -166,7 +166,7 @@ def test_a_model_that_someone_else_changed_is_seen_and_not_removed(
     httpx.post(f"{served.endpoint}/api/create", json=body).raise_for_status()
 
     assert backend.status(served) is Status.CHANGED
-    with pytest.raises(InUseError, match="someone else"):
+    with pytest.raises(ServedModelChangedError, match="someone else"):
         backend.undeploy(served)
     assert "shared" in ollama.names
     httpx.request("DELETE", f"{served.endpoint}/api/delete", json={"model": "shared"})

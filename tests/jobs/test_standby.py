@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from customized_models import (
 from customized_models.jobs import queue as jobs
 from customized_models.jobs import standby as interpreters
 from customized_models.jobs.job import workers
+from tests.waiting import until
 
 
 @pytest.fixture(autouse=True)
@@ -183,8 +183,7 @@ def test_a_job_that_comes_before_all_is_imported_keeps_its_lease(
     merger = Merger(registry)
     merger.warm_up()
     job = merger.save(customized)
-    while job.state == "queued":
-        time.sleep(0.1)
+    until(lambda: job.state != "queued")
     assert job.state == "running"
     job.result(progress=False)
 
@@ -214,10 +213,7 @@ def test_it_ends_with_the_process_that_started_it(registry: ModelRegistry) -> No
         [sys.executable, "-c", code, str(registry.root)], stdout=subprocess.PIPE, text=True
     )
     assert ended.returncode == -9
-    deadline = time.monotonic() + 60
-    while _lives(int(ended.stdout)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not _lives(int(ended.stdout))
+    until(lambda: not _lives(int(ended.stdout)))
 
 
 def _lives(pid: int) -> bool:

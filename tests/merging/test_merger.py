@@ -41,6 +41,7 @@ from customized_models import (
 )
 from customized_models.base_models import hash_base_model, hash_concurrently
 from customized_models.testing import MemoryStorage, tiny_llama, tiny_lora
+from tests.waiting import until
 
 
 @pytest.fixture
@@ -366,11 +367,7 @@ def test_a_running_job_keeps_what_it_needs_from_being_deleted(
 
 def wait_for_merging(registry: ModelRegistry) -> None:
     """Until the worker has begun to write shards."""
-    for _ in range(600):
-        if list((registry.root / ".staging").glob("save-*/*.safetensors")):
-            return
-        time.sleep(0.05)
-    raise AssertionError("the save never began")
+    until(lambda: list((registry.root / ".staging").glob("save-*/*.safetensors")))
 
 
 def test_a_cancelled_save_leaves_nothing(
@@ -423,10 +420,7 @@ def test_a_save_after_a_kill_takes_over_the_shards_that_were_complete(
     job = Merger(registry).save(customized)
     staging = registry.root / ".staging" / f"save-{job.id}"
     journal = staging / "shards.jsonl"
-    for _ in range(600):
-        if journal.is_file() and journal.read_bytes().count(b"digest") >= 3:
-            break
-        time.sleep(0.05)
+    until(lambda: journal.is_file() and journal.read_bytes().count(b"digest") >= 3)
     os.kill(worker_of(job.id), signal.SIGKILL)
     with pytest.raises(JobLost):
         job.result(progress=False)
@@ -506,12 +500,7 @@ def test_a_worker_stopped_beyond_its_lease_publishes_nothing_and_disturbs_nobody
     finally:
         os.kill(worker, signal.SIGCONT)
     complete = successor.result(progress=False)
-    for _ in range(600):
-        if job.state == "lost" and not Path(f"/proc/{worker}").exists():  # asking reaps it
-            break
-        time.sleep(0.1)
-    else:
-        raise AssertionError("the worker goes on without its lease")
+    until(lambda: job.state == "lost" and not Path(f"/proc/{worker}").exists())  # asking reaps it
 
     assert list(registry.complete_models()) == [complete]
     registry.verify(complete)
@@ -524,7 +513,7 @@ def test_a_storage_of_one_process_cannot_run_jobs(
     registry = ModelRegistry(tmp_path / "models", storage=MemoryStorage())
     registry.add_base_model("llama-tiny", tiny_base)
     customized = registry.register(tiny_adapter, train_name="support")
-    with pytest.raises(JobFailed, match="pickles"):
+    with pytest.raises(JobFailed, match="pickle"):
         Merger(registry).save(customized)
     assert list(registry.jobs()) == []
 

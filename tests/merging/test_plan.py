@@ -225,5 +225,5 @@ def test_a_registry_of_one_process_cannot_be_planned_in_another(
     registry = ModelRegistry(tmp_path / "models", storage=MemoryStorage())
     registry.add_base_model("llama-tiny", tiny_base)
     customized = registry.register(tiny_adapter, train_name="support")
-    with pytest.raises(JobFailed, match="pickles"):
+    with pytest.raises(JobFailed, match="pickle"):
         Merger(registry).plan(customized)
