@@ -33,6 +33,7 @@ from .errors import (
 from .files.documents import from_document
 from .files.manifest import MANIFEST, Manifest
 from .files.reading import MAX_JSON, strict_json
+from .files.writing import disk_errors
 from .models import BaseModel, CompleteModel, CustomizedModel, Progress
 from .storage import Storage
 
@@ -125,16 +126,17 @@ class Shelf:
 
     def _put(self, staging: Path, key: str) -> None:
         """Whoever has the row owns the key: bytes under it are what a killed process left."""
-        try:
-            self.storage.publish(staging, key)
-        except AlreadyExistsError:
-            self.storage.delete(key)
-            self.storage.publish(staging, key)
+        with disk_errors(f"{shown(key)} cannot be published"):
+            try:
+                self.storage.publish(staging, key)
+            except AlreadyExistsError:
+                self.storage.delete(key)
+                self.storage.publish(staging, key)
 
     def _undo(self, model: Stored, lease: Lease) -> None:
         """Take back what was announced; where that fails, `recover` does it later."""
         with suppress(StorageError, DatabaseError):
-            self.storage.delete(model.key)
+            self._delete(model.key)
             with self._catalog.database.write() as connection:
                 self._catalog.levels.drop(connection, model, lease.owner)
                 lease.end(connection)
@@ -173,7 +175,9 @@ class Shelf:
                 location = self._catalog.bases.location(connection, model.name)
             yield verified_path(location)
         else:
-            with self.storage.checkout(model.key) as directory:
+            with ExitStack() as stack:
+                with disk_errors(f"{model.name} cannot be opened"):
+                    directory = stack.enter_context(self.storage.checkout(model.key))
                 yield directory
 
     @contextmanager
@@ -241,8 +245,12 @@ class Shelf:
                 lease.take(connection, [model.key], purpose)
             self._finish_deletion(model, lease)
 
+    def _delete(self, key: str) -> None:
+        with disk_errors(f"{shown(key)} cannot be deleted"):
+            self.storage.delete(key)
+
     def _finish_deletion(self, model: Stored, lease: Lease) -> None:
-        self.storage.delete(model.key)
+        self._delete(model.key)
         with self._catalog.database.write() as connection:
             self._catalog.levels.drop(connection, model, lease.owner)
             lease.end(connection)
@@ -371,7 +379,7 @@ class Shelf:
                 if key in self._catalog.litter.known_keys(connection):
                     return False
                 lease.take(connection, [key], "the removal of what nobody needs")
-            self.storage.delete(key)
+            self._delete(key)
             return True
         return False
 

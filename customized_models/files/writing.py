@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..errors import AlreadyExistsError, StorageError, shown
+from ..errors import AlreadyExistsError, CustomizedModelsError, StorageError, shown
 
 
 @contextmanager
@@ -18,12 +18,11 @@ def disk_errors(what: str) -> Iterator[None]:
     """Turn the system's errors in the block into `StorageError`; `what` failed."""
     try:
         yield
-    except AlreadyExistsError:  # it is an OSError too
-        raise
     except OSError as error:
-        if isinstance(error, StorageError) or error.errno is None:
-            raise  # one of ours
-        raise StorageError(f"{what}: {error.strerror} ({shown(error.filename)})") from error
+        if isinstance(error, CustomizedModelsError):
+            raise
+        where = f" ({shown(error.filename)})" if error.filename else ""
+        raise StorageError(f"{what}: {error.strerror or shown(error)}{where}") from error
 
 
 def write_file(path: Path, data: bytes) -> None:

@@ -15,7 +15,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from ..errors import CustomizedModelsError, JobFailed, shown
 from .queue import pickled
-from .standby import command, environment
+from .standby import add_search_path, command, environment, search_path
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -30,7 +30,7 @@ def run_isolated(task: Callable[P, T], *arguments: P.args, **named: P.kwargs) ->
     """
     ended = subprocess.run(  # kills it if the caller is interrupted
         command("isolated"),
-        input=pickled(task, arguments, named),
+        input=pickle.dumps(search_path()) + pickled(task, arguments, named),
         capture_output=True,
         env=environment(),
     )
@@ -48,6 +48,7 @@ def main() -> None:
     """Read the task from stdin, write the answer to what was stdout, exit."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # libraries may print
+    add_search_path(pickle.load(sys.stdin.buffer))
     task, arguments, named = pickle.load(sys.stdin.buffer)
     try:
         answer: tuple[Any, CustomizedModelsError | None] = task(*arguments, **named), None

@@ -13,7 +13,7 @@ from ..errors import JobFailed, shown
 from ..files.writing import disk_errors
 from ..shelf import Shelf
 from .job import Job, workers
-from .standby import command, start, start_ahead, take_started
+from .standby import command, search_path, start, start_ahead, take_started
 
 if TYPE_CHECKING:
     from ..catalog.catalog import Catalog
@@ -79,7 +79,7 @@ class JobQueue:
         log = self._log(id)
         with disk_errors("the job's output has no place"):
             log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        job = pickle.dumps((id, str(log), payload))
+        job = pickle.dumps((id, str(log), search_path(), payload))
         worker = take_started()
         if worker is None or not _handed_over(job, worker):
             with log.open("wb") as output:

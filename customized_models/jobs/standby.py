@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO
 
@@ -27,6 +28,16 @@ _taking = threading.Lock()
 def environment() -> dict[str, str]:
     """What is set here, and how tensors have their memory unless that says so."""
     return _MEMORY | os.environ
+
+
+def search_path() -> list[str]:
+    """Where modules are found here, such as a caller's storage beside its script."""
+    return [os.path.abspath(entry) for entry in sys.path]
+
+
+def add_search_path(entries: Iterable[str]) -> None:
+    """Find modules there as well, after all that is found already."""
+    sys.path += [entry for entry in entries if entry not in sys.path]
 
 
 def command(module: str, function: str = "main") -> list[str]:

@@ -18,6 +18,7 @@ from ..errors import CustomizedModelsError, JobCancelled, JobFailed, JobLost
 from ..merging import preload
 from ..merging.merger import run_save
 from ..shelf import Shelf
+from .standby import add_search_path
 from .work import Work
 
 REPORT_SECONDS = 0.5  # between two writes of the progress
@@ -86,12 +87,13 @@ _imports = threading.Thread(target=preload, name="imports")
 def main() -> None:
     """Read a job from stdin, do it, exit."""
     try:
-        id, log, payload = pickle.load(sys.stdin.buffer)  # from the process that started us
+        id, log, path, payload = pickle.load(sys.stdin.buffer)  # from who started us
     except EOFError:
         return  # it has no job for us, or has ended
     with open(log, "ab") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
+    add_search_path(path)
     catalog, shelf, *objects = pickle.loads(payload)
     run(catalog, shelf, id, log, *objects)
 
