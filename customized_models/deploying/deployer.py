@@ -144,6 +144,14 @@ class Deployer:
             self._shelf.drop_unused("gguf/")
         return live
 
+    def recover(self) -> list[str]:
+        """As `ModelRegistry.recover`, and with the backends that this deployer was given.
+
+        Raises:
+            DeploymentError: A tool cannot be asked now; the rest was done.
+        """
+        return recover_deployments(self._catalog, self._shelf, self._backends)
+
     def _backend_of(self, live: LiveModel) -> Backend:
         environment = self._catalog.levels.get(DeploymentEnvironment, live.environment)
         return open_backend(environment, self._backends)

@@ -1,0 +1,280 @@
+"""What a backend is given, and how it is told from damage; backends of others; killed pushes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from customized_models import (
+    BaseModelMismatch,
+    CompleteModel,
+    CustomizedModel,
+    Deployer,
+    DeploymentEnvironment,
+    IntegrityError,
+    InvalidOptionError,
+    JobLost,
+    LiveModel,
+    Merger,
+    ModelRegistry,
+    ServedModelChangedError,
+    Status,
+    UnsupportedError,
+    UnsupportedQuantizationError,
+)
+from customized_models.deploying.artifacts import RegistryArtifact
+from customized_models.gguf import GGUFFile
+from customized_models.testing import CopyingStorage, tiny_llama, tiny_lora
+from tests.deploying.third_party import Options, Shelf
+
+BACKENDS = {"shelf": Shelf}
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A base that may be damaged."""
+    return tiny_llama(tmp_path / "base")
+
+
+@pytest.fixture
+def registry(base: Path, tmp_path: Path) -> ModelRegistry:
+    registry = ModelRegistry(tmp_path / "models")
+    registry.add_base_model("tiny", base)
+    return registry
+
+
+@pytest.fixture
+def customized(registry: ModelRegistry, base: Path, tmp_path: Path) -> CustomizedModel:
+    return registry.register(tiny_lora(tmp_path / "adapter", base), train_name="support")
+
+
+@pytest.fixture
+def complete(registry: ModelRegistry, customized: CustomizedModel) -> CompleteModel:
+    return Merger(registry).save(customized).result(progress=False)
+
+
+def artifact(
+    registry: ModelRegistry, model: CustomizedModel | CompleteModel, mode: str = "no_quantization"
+) -> RegistryArtifact:
+    return RegistryArtifact(registry.catalog, registry.shelf, model, "live", mode, lambda key: None)
+
+
+def flip(path: Path, *, unnoticed: bool) -> None:
+    """Change a bit of a file; `unnoticed`: its times stay as they were."""
+    status = path.stat()
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 0x40
+    path.write_bytes(data)
+    if unnoticed:
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def files(registry: ModelRegistry) -> list[str]:
+    return list(registry.shelf.storage.keys("gguf/"))
+
+
+# Digests are checked before use
+
+
+def test_a_damaged_complete_model_does_not_go_live(
+    registry: ModelRegistry, complete: CompleteModel
+) -> None:
+    weights = max(registry.local_path(complete).glob("*.safetensors"))
+    flip(weights, unnoticed=True)
+    with (
+        artifact(registry, complete) as damaged,
+        pytest.raises(IntegrityError, match=weights.name),
+    ):
+        damaged.gguf(lambda *_: None, chat_template=True)
+    assert files(registry) == []
+    with (
+        artifact(registry, complete) as damaged,
+        pytest.raises(IntegrityError, match=weights.name),
+        damaged.directory(),
+    ):
+        pass
+    flip(weights, unnoticed=True)
+    with artifact(registry, complete) as repaired:
+        repaired.gguf(lambda *_: None, chat_template=True)
+
+
+def test_a_rotten_base_does_not_go_live(
+    registry: ModelRegistry, customized: CustomizedModel, base: Path
+) -> None:
+    weights = max(base.glob("*.safetensors"))
+    flip(weights, unnoticed=True)
+    with artifact(registry, customized) as rotten:
+        with pytest.raises(BaseModelMismatch, match=weights.name):
+            rotten.gguf(lambda *_: None, chat_template=True)
+        with pytest.raises(BaseModelMismatch, match=weights.name), rotten.adapter():
+            pass
+    assert files(registry) == []
+
+
+def damage_the_file(directory: Path) -> None:
+    flip(directory / "model.gguf", unnoticed=True)
+
+
+def damage_the_manifest(directory: Path) -> None:
+    manifest = directory / "manifest.json"
+    manifest.write_text(manifest.read_text().replace("no_quantization", "q8_0"))
+
+
+def empty_it(directory: Path) -> None:
+    for path in directory.iterdir():
+        path.unlink()
+
+
+@pytest.mark.parametrize("damage", [damage_the_file, damage_the_manifest, empty_it])
+def test_a_damaged_file_of_the_cache_is_made_again(
+    registry: ModelRegistry, complete: CompleteModel, damage: Callable[[Path], None]
+) -> None:
+    def made() -> GGUFFile:
+        with artifact(registry, complete) as form:
+            return form.gguf(lambda *_: None, chat_template=True)
+
+    first = made()
+    damage(first.path.parent)
+    second = made()
+    assert second == first
+    assert made() == first
+    assert len(files(registry)) == 1
+
+
+# Forms
+
+
+def test_each_form_says_what_it_cannot_be(
+    registry: ModelRegistry, customized: CustomizedModel, complete: CompleteModel
+) -> None:
+    with artifact(registry, customized) as form:
+        with pytest.raises(UnsupportedError, match=r"Merger\(registry\)\.save"), form.directory():
+            pass
+        with form.adapter() as beside:
+            assert (beside.base / "config.json").is_file()
+    with artifact(registry, complete) as form:
+        with pytest.raises(UnsupportedError, match="complete"), form.adapter():
+            pass
+        with form.directory() as directory:
+            assert (directory / "config.json").is_file()
+    with (
+        artifact(registry, complete, "q8_0") as form,
+        pytest.raises(UnsupportedQuantizationError, match="q8_0"),
+        form.directory(),
+    ):
+        pass
+
+
+# Backends of others
+
+
+@pytest.fixture
+def there(registry: ModelRegistry, tmp_path: Path) -> DeploymentEnvironment:
+    (tmp_path / "served").mkdir()
+    settings = {"directory": str(tmp_path / "served")}
+    return registry.add_environment(DeploymentEnvironment("there", "shelf", settings=settings))
+
+
+@pytest.mark.parametrize("form", ["gguf", "directory", "adapter"])
+def test_a_backend_of_somebody_elses_gets_any_form_and_names_its_own_api(
+    registry: ModelRegistry,
+    customized: CustomizedModel,
+    complete: CompleteModel,
+    there: DeploymentEnvironment,
+    form: str,
+) -> None:
+    deployer = Deployer(registry, backends=BACKENDS)
+    model = customized if form == "adapter" else complete
+    live = deployer.deploy(model, options=Options(form)).result(progress=False)
+    assert live.served.api == "shelf/1"
+    assert deployer.status(live) is Status.LIVE
+    assert list(registry.live_models()) == [live]
+    assert registry.add_third_party(live).api == "shelf/1"
+    deployer.undeploy(live)
+    assert deployer.status(live) is Status.ABSENT
+
+
+def test_what_somebody_changed_is_left_alone(
+    registry: ModelRegistry, customized: CustomizedModel, there: DeploymentEnvironment
+) -> None:
+    deployer = Deployer(registry, backends=BACKENDS)
+    live = deployer.deploy(customized, options=Options("adapter")).result(progress=False)
+    Path(live.served.details["place"], "changed").touch()
+    with pytest.raises(ServedModelChangedError):
+        deployer.undeploy(live)
+    assert registry.get(LiveModel, live.name).state == "live"
+
+
+def test_a_backend_that_is_not_given_is_named(
+    registry: ModelRegistry, customized: CustomizedModel, there: DeploymentEnvironment
+) -> None:
+    with pytest.raises(InvalidOptionError, match=r"backends=\.\.\."):
+        Deployer(registry).deploy(customized)
+
+
+def test_a_deployment_works_from_a_storage_on_another_host(
+    customized: CustomizedModel,
+    registry: ModelRegistry,
+    there: DeploymentEnvironment,
+) -> None:
+    away = ModelRegistry(registry.root, storage=CopyingStorage(registry.shelf.storage))
+    deployer = Deployer(away, backends=BACKENDS)
+    live = deployer.deploy(customized, quantization="q8_0").result(progress=False)
+    place = Path(live.served.details["place"], "model.gguf")
+    assert place.stat().st_size > 0
+    deployer.undeploy(live)
+
+
+def test_what_others_write_passes_mypy() -> None:
+    command = [sys.executable, "-m", "mypy", "--strict", "--no-incremental"]
+    script = Path(__file__).with_name("third_party.py")
+    done = subprocess.run([*command, str(script)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+# Killed on the way
+
+
+def test_what_a_killed_deployment_left_is_taken_back(
+    registry: ModelRegistry, customized: CustomizedModel, tmp_path: Path
+) -> None:
+    served = tmp_path / "served"
+    served.mkdir()
+    settings = {"directory": str(served), "kill": True}
+    registry.add_environment(DeploymentEnvironment("there", "shelf", settings=settings))
+    job = Deployer(registry, backends=BACKENDS).deploy(customized)
+    with pytest.raises(JobLost, match=r"'there'.*recover"):
+        job.result(progress=False)
+    assert [path.name for path in served.iterdir()] == [job.name]
+    assert list(registry.live_models()) == []
+
+    with pytest.raises(InvalidOptionError, match="shelf"):
+        registry.recover()  # which does not know the backend
+    assert Deployer(registry, backends=BACKENDS).recover() == [
+        f"undid the deployment of {job.name} at there"
+    ]
+    assert list(served.iterdir()) == []
+    assert files(registry) == []
+    assert registry.recover() == []
+
+
+def test_the_next_deployment_there_takes_back_what_a_killed_one_left(
+    registry: ModelRegistry, customized: CustomizedModel, tmp_path: Path
+) -> None:
+    served = tmp_path / "served"
+    served.mkdir()
+    settings = {"directory": str(served), "kill": True}
+    killing = registry.add_environment(DeploymentEnvironment("there", "shelf", settings=settings))
+    deployer = Deployer(registry, backends=BACKENDS)
+    with pytest.raises(JobLost):
+        deployer.deploy(customized).result(progress=False)
+    with pytest.raises(JobLost):
+        deployer.deploy(customized).result(progress=False)
+    assert len(list(served.iterdir())) == 1
+    deployer.recover()
+    registry.delete(killing)
