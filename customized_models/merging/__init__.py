@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 from ..adapters.intake import Adapter
 from ..files.reading import json_object
 from ..files.safetensors import Checkpoint
-from .refusals import refuse_adapter, refuse_base, refuse_codes
+from .adapter_refusals import refuse_adapter
+from .base_formats import refuse_base, refuse_unreadable_codes
 
 if TYPE_CHECKING:
     from .execution import Merge
@@ -38,6 +39,7 @@ def open_merge(base: Checkpoint, adapter: Adapter) -> Merge:
         UnsupportedAdapterError: a type or option that cannot be merged exactly, or an adapter
             that changes tensors that are tied in another way; the message names it.
         MalformedError: the configuration states sizes that the adapter's tensors do not have.
+        UnsupportedBaseError: the base is quantized in a way that cannot be undone.
         UnsupportedArchitectureError: transformers has no model of that class, or does not save
             tensors that the adapter changes as it loads them.
         UnsupportedVersionError: an installed package lacks what this builds on.
@@ -47,7 +49,7 @@ def open_merge(base: Checkpoint, adapter: Adapter) -> Merge:
     """
     refuse_adapter(adapter.config)
     refuse_base(base.directory)
-    refuse_codes(json_object(base.directory / "config.json"), base.infos)
+    refuse_unreadable_codes(json_object(base.directory / "config.json"), base.infos)
     preload()
     from .execution import plan
 

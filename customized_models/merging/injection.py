@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from peft.utils import AuxiliaryTrainingWrapper
 
 from ..adapters.intake import Adapter
+from ..adapters.peft_types import adapter_type
 from ..errors import (
     CustomizedModelsError,
     MalformedError,
@@ -31,7 +32,6 @@ from .adapter_tensors import StoredAdapter
 from .layers import WRAPPERS, Target, base_of, each_wrapper
 from .materialize import Placeholders, has_memory, place_on_cpu, values_while_injecting
 from .private_apis import installed
-from .refusals import reads_values
 from .skeleton import Skeleton, base_parameter
 
 _NAME = "default"
@@ -47,7 +47,8 @@ def inject(skeleton: Skeleton, adapter: Adapter) -> Injected:
         UnsupportedAdapterError: PEFT cannot build it, or it targets layers of an unsupported kind.
         MalformedError: it states a rank that none of its tensors can have.
     """
-    on_cpu = reads_values(adapter.config)
+    kind = adapter_type(adapter.config)
+    on_cpu = kind.reads_base(adapter.config)
     if on_cpu:
         _refuse_unheld_rank(adapter)
         place_on_cpu(skeleton.model)
@@ -55,7 +56,9 @@ def inject(skeleton: Skeleton, adapter: Adapter) -> Injected:
     try:
         config = PeftConfig.from_pretrained(str(adapter.directory))
         config.inference_mode = True
-        values = values_while_injecting(skeleton, placeholders, config) if on_cpu else nullcontext()
+        values: AbstractContextManager[None] = nullcontext()
+        if on_cpu:
+            values = values_while_injecting(skeleton, placeholders, config, kind)
         with torch.random.fork_rng(devices=[]), _quiet(), values:
             model = PeftModel(skeleton.model, config, _NAME)
     except CustomizedModelsError:
@@ -103,7 +106,7 @@ class Injected:
 
     def targets(self) -> list[Target]:
         """What the adapter changes, once it is loaded."""
-        kind, found = str(self.adapter.config["peft_type"]), []
+        kind, found = adapter_type(self.adapter.config), []
         for path, module in _wrapped(self.skeleton.model):
             own = self._own(base_of(module), recurse=True)
             for place, wrapper in each_wrapper(path, module):

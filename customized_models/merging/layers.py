@@ -15,12 +15,11 @@ from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 
+from ..adapters.peft_types import AdapterType
 from ..errors import MergeError, shown
 from .materialize import filled
 
 WRAPPERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-
-_WEIGHT_AND_BIAS = ("ADAMSS", "GLORA", "LN_TUNING", "ROAD")
 
 
 @frozen
@@ -36,7 +35,7 @@ class Target:
 
     path: str
     place: str
-    kind: str
+    kind: AdapterType
     module: Any = field(repr=False)
     own: Mapping[str, torch.Tensor] = field(repr=False)
     stored: Mapping[str, Callable[[], torch.Tensor]] = field(factory=dict, repr=False)
@@ -79,12 +78,7 @@ class Target:
             return ("in_proj_weight", "out_proj.weight")
         if not isinstance(module, BaseTunerLayer):
             return ()
-        if self.kind == "BEFT":
-            return ("bias",)
-        with_bias = any(getattr(module, "lora_bias", {}).values())
-        if self.kind == "IA3":
-            with_bias = not getattr(module, "is_feedforward")  # noqa: B009
-        return ("weight", "bias") if with_bias or self.kind in _WEIGHT_AND_BIAS else ("weight",)
+        return self.kind.changed(module)
 
     def merge(self, values: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
         """The merged parameters. `values`: all of them as they were; they may be written to.
@@ -177,11 +171,8 @@ class Target:
                 unloaded = module.unload_and_optionally_merge_module(
                     merge=True, safe_merge=False, adapter_names=None
                 )
-            elif self.kind == "LN_TUNING":  # takes no other argument
-                module.merge(None)
-                unloaded = module.get_base_layer()
             else:
-                module.merge(safe_merge=False, adapter_names=None)
+                module.merge(**self.kind.merge_arguments)
                 unloaded = module.get_base_layer()
             merged = {name: tensor.detach() for name, tensor in unloaded.state_dict().items()}
         for inner in inside:

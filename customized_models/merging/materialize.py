@@ -18,6 +18,7 @@ from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from transformers.pytorch_utils import Conv1D
 
+from ..adapters.peft_types import AdapterType
 from ..errors import UnsupportedAdapterError, UnsupportedVersionError
 from .private_apis import installed
 from .skeleton import Skeleton
@@ -71,7 +72,7 @@ def filled(module: torch.nn.Module, values: Mapping[str, torch.Tensor]) -> Itera
 
 @contextmanager
 def values_while_injecting(
-    skeleton: Skeleton, placeholders: Placeholders, config: PeftConfig
+    skeleton: Skeleton, placeholders: Placeholders, config: PeftConfig, kind: AdapterType
 ) -> Iterator[None]:
     """While the block lasts, every module that PEFT wraps has the base's values when it does.
 
@@ -105,7 +106,7 @@ def values_while_injecting(
             prepare(self, model, config, name)
 
     hooks: dict[str, Any] = {"_create_and_replace": create_with_values}
-    if config.peft_type == "FROD":  # it factors the weights of all layers at once
+    if kind.prepares_all_layers:
         hooks["_pre_injection_hook"] = prepare_with_values
     inherited = {name: vars(tuner).get(name) for name in hooks}
     try:

@@ -9,11 +9,11 @@ from typing import Any
 
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from ..errors import UnsupportedAdapterError, listed
+from ..errors import UnsupportedBaseError, listed
 from ..files.reading import json_object
 from ..files.safetensors import Checkpoint
+from .base_formats import CODES, HINT, dequantized_from
 from .conversion import Loading, Unit
-from .refusals import CODES, dequantizes
 
 _KEY = "quantization_config"
 
@@ -32,7 +32,7 @@ def take_quantizer(config: Any) -> Any:
 
 def treatment_of(base: Checkpoint) -> str:
     """What a recipe says of the base."""
-    method = dequantizes(json_object(base.directory / "config.json"))
+    method = dequantized_from(json_object(base.directory / "config.json"))
     return f"dequantized from {method}" if method else "as stored"
 
 
@@ -40,14 +40,13 @@ def dequantized_units(base: Checkpoint, loading: Loading) -> tuple[Unit, ...]:
     """All that is dequantized.
 
     Raises:
-        UnsupportedAdapterError: transformers would leave codes or scales as they are.
+        UnsupportedBaseError: transformers would leave codes or scales as they are.
     """
     every = (*loading.units.values(), *loading.ignored)
     units = tuple(dict.fromkeys(unit for unit in every if unit.quantized))
     used = {name for unit in units for name in unit.tensors if not unit.flaw}
     if left := {name for name, info in base.infos.items() if info.dtype in CODES} - used:
-        raise UnsupportedAdapterError(
-            f"the base is quantized, and transformers does not dequantize {listed(left)}; use the "
-            f"model it was made from"
+        raise UnsupportedBaseError(
+            f"the base is quantized, and transformers does not dequantize {listed(left)}; {HINT}"
         )
     return units

@@ -18,12 +18,13 @@ from ..errors import (
     BaseModelMismatch,
     CustomizedModelsError,
     MalformedError,
-    UnsupportedAdapterError,
     UnsupportedArchitectureError,
+    UnsupportedBaseError,
     shown,
 )
 from ..files.reading import json_object
 from ..files.safetensors import FLOATS, INDEX, Checkpoint
+from .base_formats import HINT
 from .conversion import Loading, Unit
 from .private_apis import private
 from .quantized_bases import dequantized_units, take_quantizer, treatment_of
@@ -72,7 +73,7 @@ class Skeleton:
         """The checkpoint's tensors that `parameter` is loaded from.
 
         Raises:
-            UnsupportedAdapterError: it is quantized.
+            UnsupportedBaseError: it is quantized.
             UnsupportedArchitectureError: it is not known how transformers makes it of them.
             BaseModelMismatch: the base's files lack it, or have another shape.
         """
@@ -92,9 +93,8 @@ class Skeleton:
                     f"{self.shapes[parameter]} by its config.json"
                 )
             if info.dtype not in FLOATS and not unit.quantized:
-                raise UnsupportedAdapterError(
-                    f"{shown(info.name)} is quantized to {info.dtype}; use the model it was made "
-                    f"from"
+                raise UnsupportedBaseError(
+                    f"{shown(info.name)} is quantized to {info.dtype}; {HINT}"
                 )
         return unit
 
@@ -108,7 +108,7 @@ class Skeleton:
         """A fresh copy of the parameter's values, as transformers would load them.
 
         Raises:
-            UnsupportedAdapterError, UnsupportedArchitectureError, BaseModelMismatch: as `unit`.
+            UnsupportedBaseError, UnsupportedArchitectureError, BaseModelMismatch: as `unit`.
         """
         return self.loading.read(self.unit(parameter))[self.tied.get(parameter, parameter)]
 

@@ -28,6 +28,7 @@ from customized_models.errors import (
     UnmergedTensorsError,
     UnsupportedAdapterError,
     UnsupportedArchitectureError,
+    UnsupportedBaseError,
     UnsupportedVersionError,
 )
 from customized_models.files.safetensors import INDEX, SINGLE, Checkpoint
@@ -651,7 +652,7 @@ def test_a_quantized_base_is_refused(key: str, base: Path, adapter: Path, tmp_pa
     config = json.loads((quantized / "config.json").read_text())
     config[key] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (quantized / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UnsupportedAdapterError, match=key):
+    with pytest.raises(UnsupportedBaseError, match=key):
         opened(quantized, adapter, tmp_path)
 
 
@@ -659,7 +660,7 @@ def test_a_base_whose_targets_are_in_eight_bits_is_refused(
     base: Path, adapter: Path, tmp_path: Path
 ) -> None:
     quantized = recast(base, tmp_path / "quantized", {Q_PROJ: torch.float8_e4m3fn})
-    with pytest.raises(UnsupportedAdapterError, match="F8_E4M3"):
+    with pytest.raises(UnsupportedBaseError, match="F8_E4M3"):
         opened(quantized, adapter, tmp_path)
 
 
