@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from attrs import evolve
 from safetensors.torch import load_file, save_file
 
 from customized_models.errors import JobCancelled, MalformedError, MergeError, UnsafeFileError
+from customized_models.files.manifest import hash_file
 from customized_models.files.safetensors import (
     INDEX,
     SINGLE,
@@ -38,7 +40,7 @@ def no_progress(phase: str, done: int, total: int) -> None:
 class Doubled:
     """A checkpoint some of whose tensors are twice as large in value."""
 
-    at_once = None
+    max_parallel_files = None
 
     def __init__(self, base: Checkpoint, names: set[str], dtypes: Mapping[str, str] = {}) -> None:
         self.base, self.names = base, names
@@ -299,6 +301,39 @@ def test_shards_that_a_killed_writer_completed_are_taken_over_and_not_read_again
     assert {p.name: p.read_bytes() for p in again.iterdir()} == {
         p.name: p.read_bytes() for p in whole.iterdir()
     }
+
+
+def test_a_journal_that_a_kill_cut_at_any_byte_gives_what_was_noted_before(tmp_path: Path) -> None:
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    journal = Journal(killed, "key")
+    for file in ("a", "b"):
+        (killed / file).write_bytes(file.encode())
+        journal.add(file, hash_file(killed / file))
+    whole = (killed / JOURNAL).read_bytes()
+    first, *noted = whole.splitlines(keepends=True)
+
+    for end in range(len(whole) + 1):
+        left, again = tmp_path / f"left-{end}", tmp_path / f"again-{end}"
+        shutil.copytree(killed, left)
+        again.mkdir()
+        (left / JOURNAL).write_bytes(whole[:end])
+        journal = Journal(again, "key")
+        journal.take_over(left, {"a", "b"}, no_progress)
+        # A line counts once all of it but its line feed is there.
+        lines = [len(first) + sum(map(len, noted[: i + 1])) for i in range(len(noted))]
+        assert [*journal.shards] == ["a", "b"][: sum(end + 1 >= line for line in lines)]
+
+
+@pytest.mark.parametrize(
+    "left", [b"\0" * 64, b"\n", b"[]\n", b"\xff\n{}\n", b'{"key":"key"}\n[1]\n']
+)
+def test_a_journal_that_holds_anything_else_gives_nothing(left: bytes, tmp_path: Path) -> None:
+    (tmp_path / "left").mkdir()
+    (tmp_path / "left" / JOURNAL).write_bytes(left)
+    journal = Journal(tmp_path, "key")
+    journal.take_over(tmp_path / "left", {"a"}, no_progress)
+    assert journal.shards == {}
 
 
 # Reading
