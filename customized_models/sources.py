@@ -20,7 +20,7 @@ from .models import BaseModel, CompleteModel, CustomizedModel
 from .shelf import Finish, Shelf
 
 if TYPE_CHECKING:
-    from .merging.execution import Merge
+    from .merging import MergeExecution
 
 _OF_TOKENIZER = (Role.VOCABULARY, Role.TOKENIZER)
 
@@ -47,7 +47,7 @@ class MergedSource:
     source: ModelSource
     layout: Checkpoint
     adapter: Adapter
-    merge: Merge
+    merge: MergeExecution
 
 
 @contextmanager

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..shelf import Shelf
-    from . import Merge
+    from . import MergeExecution
 
 SAMPLES = 8  # tensors of each kind
 
@@ -43,21 +43,21 @@ def prove(merged: MergedSource, directory: Path, seed: str, progress: Progress) 
         MergeError: naming the tensors that differ.
     """
     base, merge = Checkpoint.open(merged.layout.directory), merged.merge
-    if merge.keeps_values:
+    if merge.adapter_in_memory:
         merge = open_merge(base, Adapter.open(merged.adapter.directory))
     written = Checkpoint.open(directory)
     draw = random.Random(seed)
     names = _one_of_each_shape(merge, draw)[:SAMPLES]
     others = sorted(merge.infos.keys() - merge.changed)
     names += draw.sample(others, min(SAMPLES, len(others)))
-    if wrong := different(written, base, merge, names, progress, merge.blocks_by_peft):
+    if wrong := different(written, base, merge, names, progress, merge.reference_blocks):
         raise MergeError(
             f"what was written is not what base and adapter give: {listed(wrong)}; "
             f"nothing was published. If it happens again, suspect this machine's disk or memory"
         )
 
 
-def _one_of_each_shape(merge: Merge, draw: random.Random) -> list[str]:
+def _one_of_each_shape(merge: MergeExecution, draw: random.Random) -> list[str]:
     by_shape: dict[object, list[str]] = {}
     for name in sorted(merge.changed):
         by_shape.setdefault(merge.infos[name].shape, []).append(name)
@@ -69,7 +69,7 @@ def _one_of_each_shape(merge: Merge, draw: random.Random) -> list[str]:
 def different(
     written: Checkpoint,
     base: Checkpoint,
-    merge: Merge,
+    merge: MergeExecution,
     names: Collection[str],
     progress: Progress,
     blocks: Callable[[str], Iterable[torch.Tensor]],

@@ -52,7 +52,7 @@ class ShardedSource(TensorSource, Protocol):
         """The names of every tensor, in the order they have in a file, by the file's name."""
 
     @property
-    def at_once(self) -> int | None:
+    def max_parallel_files(self) -> int | None:
         """How many files may be written side by side, if it matters to the source."""
 
     def blocks(self, name: str) -> Iterator[torch.Tensor]:
@@ -92,7 +92,7 @@ def write_checkpoint(
         for file in infos
         if file not in digests
     }
-    with closing(_write_all(todo, source.at_once or files_at_once())) as events:
+    with closing(_write_all(todo, source.max_parallel_files or files_at_once())) as events:
         for event in events:
             if isinstance(event, int):
                 done += event

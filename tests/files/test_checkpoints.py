@@ -16,14 +16,8 @@ from attrs import evolve
 from safetensors.torch import load_file, save_file
 
 from customized_models.errors import JobCancelled, MalformedError, MergeError, UnsafeFileError
-from customized_models.files.manifest import hash_file
-from customized_models.files.safetensors import (
-    INDEX,
-    SINGLE,
-    Checkpoint,
-    TensorInfo,
-    read_header,
-)
+from customized_models.files.digests import hash_file
+from customized_models.files.safetensors import INDEX, SINGLE, Checkpoint, TensorInfo, read_header
 from customized_models.merging import writing as _writer
 from customized_models.merging.journal import JOURNAL, Journal
 from customized_models.merging.writing import write_checkpoint
