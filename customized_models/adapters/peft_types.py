@@ -108,20 +108,20 @@ class AdapterType:
 
     Attributes:
         name: `peft_type` in `adapter_config.json`.
-        method: what people call it.
-        unmergeable: why its effect is not a change of the base's weights; empty if it is.
-        options: keys of `adapter_config.json` that PEFT acts on when it builds and merges the
+        method: What people call it.
+        unmergeable: Why its effect is not a change of the base's weights; empty if it is.
+        options: Keys of `adapter_config.json` that PEFT acts on when it builds and merges the
             layers, or that only matter during training, besides `COMMON_OPTIONS`.
-        refused: keys that make the merge inexact, and why.
-        requires_rank: whether `r` is at least 1, and `lora_alpha` a number; elsewhere both may be
+        refused: Keys that make the merge inexact, and why.
+        requires_rank: Whether `r` is at least 1, and `lora_alpha` a number; elsewhere both may be
             null, and `r` may be 0.
-        rank_masks: whether `rank_pattern` says which ranks are left instead of how many.
-        saves_indices: whether its file says which elements it changes, in integers.
-        shared: whether all that it trains is one vector for all modules.
-        changed: the parameters of the wrapped layer that a merge writes to.
-        reads_base: whether PEFT may look at the base's weights when it builds the layers.
-        prepares_all_layers: whether PEFT looks at all targeted weights before the first layer.
-        merge_arguments: what PEFT's `merge` of a layer is called with.
+        rank_masks: Whether `rank_pattern` says which ranks are left instead of how many.
+        saves_indices: Whether its file says which elements it changes, in integers.
+        shared: Whether all that it trains is one vector for all modules.
+        changed: The parameters of the wrapped layer that a merge writes to.
+        reads_base: Whether PEFT may look at the base's weights when it builds the layers.
+        prepares_all_layers: Whether PEFT looks at all targeted weights before the first layer.
+        merge_arguments: What PEFT's `merge` of a layer is called with.
     """
 
     name: str

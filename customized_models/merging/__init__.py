@@ -36,15 +36,15 @@ def open_merge(base: Checkpoint, adapter: Adapter) -> MergeExecution:
     are both in the files, and copies of the base's tensors in the adapter, are compared.
 
     Raises:
-        UnsupportedAdapterError: a type or option that cannot be merged exactly, or an adapter
+        UnsupportedAdapterError: A type or option that cannot be merged exactly, or an adapter
             that changes tensors that are tied in another way; the message names it.
-        MalformedError: the configuration states sizes that the adapter's tensors do not have.
-        UnsupportedBaseError: the base is quantized in a way that cannot be undone.
+        MalformedError: The configuration states sizes that the adapter's tensors do not have.
+        UnsupportedBaseError: The base is quantized in a way that cannot be undone.
         UnsupportedArchitectureError: transformers has no model of that class, or does not save
             tensors that the adapter changes as it loads them.
-        UnsupportedVersionError: an installed package lacks what this builds on.
-        BaseModelMismatch: the adapter changes modules that the base lacks, or of another shape.
-        UnmergedTensorsError: the adapter holds tensors that its configuration does not call for,
+        UnsupportedVersionError: An installed package lacks what this builds on.
+        BaseModelMismatch: The adapter changes modules that the base lacks, or of another shape.
+        UnmergedTensorsError: The adapter holds tensors that its configuration does not call for,
             or lacks some that it does.
     """
     refuse_adapter(adapter.config)

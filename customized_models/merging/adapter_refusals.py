@@ -17,10 +17,10 @@ def refuse_adapter(config: Mapping[str, Any]) -> None:
     """Refuse a PEFT configuration unless every option that is set is known to be merged exactly.
 
     Args:
-        config: the JSON object of an `adapter_config.json` that `Adapter.open` accepts.
+        config: The JSON object of an `adapter_config.json` that `Adapter.open` accepts.
 
     Raises:
-        UnsupportedAdapterError: naming the option and the reason.
+        UnsupportedAdapterError: Naming the option and the reason.
     """
     kind = adapter_type(config)
     if kind.unmergeable:

@@ -23,8 +23,8 @@ class AdapterStateDict:
     PEFT renames, and for experts stacks, what was saved for layers of an earlier transformers.
 
     Attributes:
-        tensors: by the names of today's layers, on the meta device.
-        origins: for each of them, the names in the file of what it is made of. If it is stacked,
+        tensors: By the names of today's layers, on the meta device.
+        origins: For each of them, the names in the file of what it is made of. If it is stacked,
             these are all of its layer that are stacked.
     """
 
@@ -32,9 +32,9 @@ class AdapterStateDict:
         """Convert the names and shapes in the adapter's header.
 
         Args:
-            adapter: the adapter.
-            model: the PEFT model that it belongs to.
-            name: of the adapter in that model.
+            adapter: The adapter.
+            model: The PEFT model that it belongs to.
+            name: Of the adapter in that model.
 
         Raises:
             UnmergedTensorsError: PEFT cannot convert them.
@@ -69,8 +69,8 @@ class AdapterStateDict:
         """The names in the file of what each layer is merged with.
 
         Args:
-            paths: of the layers' wrappers.
-            unused: names that no layer is merged with.
+            paths: Of the layers' wrappers.
+            unused: Names that no layer is merged with.
 
         Returns:
             Sorted names by path.

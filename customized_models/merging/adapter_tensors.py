@@ -28,7 +28,7 @@ def check_tensors(
         The names of copies of the base's tensors, which are not used.
 
     Raises:
-        UnmergedTensorsError, MalformedError: see `Injected.load`.
+        UnmergedTensorsError, MalformedError: See `Injected.load`.
     """
     copies = stated.keys() - expected.keys()
     if extra := {name for name in copies if not _is_copy(name, skeleton, adapter)}:

@@ -33,11 +33,11 @@ class QuantizationMethod:
     """A `quant_method` of a `config.json`.
 
     Attributes:
-        name: as the configuration has it; `bitsandbytes` has one row for each number of bits.
-        label: what people call it.
-        refused: why a base with it is refused; empty if transformers turns its weights into 16-bit
+        name: As the configuration has it; `bitsandbytes` has one row for each number of bits.
+        label: What people call it.
+        refused: Why a base with it is refused; empty if transformers turns its weights into 16-bit
             ones on any machine, with the same bits.
-        options: keys of the `quantization_config` that do not change which weights it stands for.
+        options: Keys of the `quantization_config` that do not change which weights it stands for.
     """
 
     name: str
@@ -108,8 +108,8 @@ def refuse_base(directory: Path) -> None:
     """Refuse a base whose tensors are not, and do not become, what the model computes with.
 
     Raises:
-        UnsupportedBaseError: naming the key of its `config.json` and the reason.
-        MalformedError: its `config.json` states no model type, or a quantization that is none.
+        UnsupportedBaseError: Naming the key of its `config.json` and the reason.
+        MalformedError: Its `config.json` states no model type, or a quantization that is none.
     """
     config = json_object(directory / "config.json")
     for key, reason in _REFUSED_KEYS.items():
@@ -127,13 +127,13 @@ def dequantized_from(config: Mapping[str, Any]) -> str | None:
     """The quantization method that transformers turns into 16-bit weights.
 
     Args:
-        config: the JSON object of the base's `config.json`.
+        config: The JSON object of the base's `config.json`.
 
     Returns:
         The `quant_method`; None if the base is not quantized.
 
     Raises:
-        UnsupportedBaseError: another method, or an option that this version does not know.
+        UnsupportedBaseError: Another method, or an option that this version does not know.
         MalformedError: `quantization_config` is not an object.
     """
     if _stated(config.get("text_config") or {}):
@@ -205,11 +205,11 @@ def refuse_unreadable_codes(config: Mapping[str, Any], infos: Mapping[str, Tenso
     """Refuse quantized tensors to which transformers would give other values than they stand for.
 
     Args:
-        config: the JSON object of the base's `config.json`.
-        infos: all tensors of its checkpoint.
+        config: The JSON object of the base's `config.json`.
+        infos: All tensors of its checkpoint.
 
     Raises:
-        UnsupportedBaseError: naming a tensor and what is missing or odd about it; or as
+        UnsupportedBaseError: Naming a tensor and what is missing or odd about it; or as
             `dequantized_from`.
     """
     method, stated = dequantized_from(config), _stated(config)

@@ -36,13 +36,13 @@ class Conversion:
     """Parameters of the model, and the checkpoint's tensors that they and no others come from.
 
     Attributes:
-        parameters: names in the model.
-        tensors: names in the checkpoint, in the order in which they are loaded.
-        patterns: the part of transformers' rule that each tensor matches; None if it is a single
+        parameters: Names in the model.
+        tensors: Names in the checkpoint, in the order in which they are loaded.
+        patterns: The part of transformers' rule that each tensor matches; None if it is a single
             tensor that is loaded as it is.
-        quantized: whether the conversion turns codes and scales into numbers.
-        unsupported_reason: why it is not known what transformers makes of the tensors; else empty.
-        names: pairs of names, if this is a subset of a stack: transformers takes its tensors for
+        quantized: Whether the conversion turns codes and scales into numbers.
+        unsupported_reason: Why it is not known what transformers makes of the tensors; else empty.
+        names: Pairs of names, if this is a subset of a stack: transformers takes its tensors for
             the first of the stack, so the first name is one of those, the second the tensor's own.
     """
 
@@ -58,9 +58,9 @@ class Conversions:
     """How the parameters of a model come from a checkpoint and go back, by transformers' rules.
 
     Attributes:
-        by_parameter: the conversion of each parameter and saved buffer that the checkpoint has.
-        parameters: names of the model's parameters, without its buffers.
-        ignored: conversions of quantized tensors that the model has no parameter for; they go by
+        by_parameter: The conversion of each parameter and saved buffer that the checkpoint has.
+        parameters: Names of the model's parameters, without its buffers.
+        ignored: Conversions of quantized tensors that the model has no parameter for; they go by
             their own names.
     """
 
@@ -74,9 +74,9 @@ class Conversions:
         """Match every tensor of `base` with the parameters of `model`.
 
         Args:
-            model: on the meta device.
-            base: the checkpoint.
-            dtypes: what each parameter has once it is loaded.
+            model: On the meta device.
+            base: The checkpoint.
+            dtypes: What each parameter has once it is loaded.
             quantizer: transformers' own, told to dequantize; None if the base is not quantized.
         """
         mapping = private("transformers.conversion_mapping", "get_model_conversion_mapping")
@@ -99,7 +99,7 @@ class Conversions:
         """Fresh values of the conversion's parameters, as transformers would load them.
 
         Raises:
-            UnsupportedArchitectureError: saving them would not give back what was loaded. This is
+            UnsupportedArchitectureError: Saving them would not give back what was loaded. This is
                 checked for the first conversion of each kind.
         """
         values = self._convert(conversion, map(self._base.read, conversion.tensors))
@@ -135,7 +135,7 @@ class Conversions:
         """Dtype and shape of each tensor that `save` gives; the place of one that it replaces.
 
         Raises:
-            UnsupportedArchitectureError: these are not the tensors that it was loaded from.
+            UnsupportedArchitectureError: These are not the tensors that it was loaded from.
         """
         tensors = self.save(conversion, self._empty(conversion))
         before = {name: self._base.infos[name] for name in conversion.tensors}
@@ -202,8 +202,8 @@ class Conversions:
         """The conversion of some tensors of a stack.
 
         Args:
-            conversion: one that `stack_positions` knows the positions of.
-            chosen: the wanted tensors, by the names of as many at the start of the stack.
+            conversion: One that `stack_positions` knows the positions of.
+            chosen: The wanted tensors, by the names of as many at the start of the stack.
         """
         own = {*chosen.values()}
         kept = [name in own for name in conversion.tensors]
@@ -222,11 +222,11 @@ class Conversions:
         This is done for the first conversion of each kind.
 
         Args:
-            conversion: a stack, or a subset of one.
-            positions: of its tensors, counted from its first expert.
+            conversion: A stack, or a subset of one.
+            positions: Of its tensors, counted from its first expert.
 
         Raises:
-            UnsupportedArchitectureError: one is somewhere else.
+            UnsupportedArchitectureError: One is somewhere else.
         """
         assert conversion.patterns is not None
         kind = tuple(dict.fromkeys(conversion.patterns))

@@ -64,19 +64,19 @@ class MergeExecution:
     """An adapter merged into its base, seen as a checkpoint; a `TensorSource`.
 
     Attributes:
-        infos: every tensor; one that is not as in the base's file has no meaningful offsets.
-        shards: names by file, in the base's order. What replaces a tensor takes its place; new
+        infos: Every tensor; one that is not as in the base's file has no meaningful offsets.
+        shards: Names by file, in the base's order. What replaces a tensor takes its place; new
             tensors come last in the last file.
-        changed: names of tensors that the adapter changes, that are dequantized, or that the base
+        changed: Names of tensors that the adapter changes, that are dequantized, or that the base
             does not have.
-        recipe: what the merged bits depend on.
-        config: what must stand in `config.json` in place of the base's values, because the adapter
+        recipe: What the merged bits depend on.
+        config: What must stand in `config.json` in place of the base's values, because the adapter
             unties the output layer, or has another vocabulary or head, or the base is quantized.
-        adapter_in_memory: whether the adapter's values stay in memory; else they are read for each
+        adapter_in_memory: Whether the adapter's values stay in memory; else they are read for each
             tensor.
-        max_parallel_files: how many files may be written side by side without more results waiting
+        max_parallel_files: How many files may be written side by side without more results waiting
             in memory; None if it does not matter.
-        probe_elements: of the largest product that was computed as a whole to choose a strategy.
+        probe_elements: Of the largest product that was computed as a whole to choose a strategy.
     """
 
     def __init__(
@@ -152,12 +152,12 @@ class MergeExecution:
         the same time; torch has one thread in each of them from then on.
 
         Args:
-            name: of the tensor.
-            read_next: reads its bytes in the base; None opens the file for it.
+            name: Of the tensor.
+            read_next: Reads its bytes in the base; None opens the file for it.
 
         Raises:
-            NonFiniteError: the merged tensor holds NaN or infinity.
-            UnchangedTargetsError: it, or the stack of experts it belongs to, equals the base's.
+            NonFiniteError: The merged tensor holds NaN or infinity.
+            UnchangedTargetsError: It, or the stack of experts it belongs to, equals the base's.
             MergeError: PEFT cannot merge these values, or changes what the adapter does not target.
             UnsupportedArchitectureError: transformers does not save what it loads.
         """
@@ -193,7 +193,7 @@ class MergeExecution:
         """State that every tensor has been taken.
 
         Raises:
-            UnmergedTensorsError: some that change were never read.
+            UnmergedTensorsError: Some that change were never read.
         """
         if self._unread:
             raise UnmergedTensorsError(f"never merged: {listed(self._unread)}", self._unread)

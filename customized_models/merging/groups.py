@@ -26,7 +26,7 @@ def group_tensors(injected: Injected) -> tuple[list[TensorGroup], dict[str, str]
         it starts from.
 
     Raises:
-        UnsupportedAdapterError, UnsupportedArchitectureError, BaseModelMismatch: as `open_merge`.
+        UnsupportedAdapterError, UnsupportedArchitectureError, BaseModelMismatch: As `open_merge`.
     """
     skeleton = injected.skeleton
     adapted = {layer.wrapper_path: layer for layer in injected.layers()}
@@ -47,11 +47,11 @@ class PlannedLayer:
     """A layer to merge, and the names of everything it takes and gives.
 
     Attributes:
-        adapted: the layer.
-        adapter_tensors: names in the adapter's file of what it is merged with.
-        sources: the parameter of the model that each of the layer's parameters has its values
+        adapted: The layer.
+        adapter_tensors: Names in the adapter's file of what it is merged with.
+        sources: The parameter of the model that each of the layer's parameters has its values
             from; a head that the base lacks has none.
-        outputs: the parameter that it is afterwards.
+        outputs: The parameter that it is afterwards.
     """
 
     adapted: AdaptedLayer
@@ -70,9 +70,9 @@ class TensorGroup:
     """Tensors that change together, because the layers of each depend on several of them.
 
     Attributes:
-        layers: what changes them; none if they are only dequantized.
-        conversions: of those tensors that transformers does not load as they are.
-        infos: the tensors that come out.
+        layers: What changes them; none if they are only dequantized.
+        conversions: Of those tensors that transformers does not load as they are.
+        infos: The tensors that come out.
     """
 
     layers: tuple[PlannedLayer, ...]

@@ -46,7 +46,7 @@ def inject(skeleton: Skeleton, adapter: Adapter) -> Injected:
 
     Raises:
         UnsupportedAdapterError: PEFT cannot build it, or it targets layers of an unsupported kind.
-        MalformedError: it states a rank that none of its tensors can have.
+        MalformedError: It states a rank that none of its tensors can have.
     """
     kind = adapter_type(adapter.config)
     on_cpu = kind.reads_base(adapter.config)
@@ -90,10 +90,10 @@ class Injected:
     """A skeleton with an adapter's layers in it.
 
     Attributes:
-        skeleton: the base model, which PEFT has changed.
-        adapter: the adapter.
-        model: what PEFT made of both.
-        placeholders: the base's parameters that hold no values.
+        skeleton: The base model, which PEFT has changed.
+        adapter: The adapter.
+        model: What PEFT made of both.
+        placeholders: The base's parameters that hold no values.
     """
 
     skeleton: Skeleton = field(repr=False)
@@ -148,8 +148,8 @@ class Injected:
         its layer is merged.
 
         Raises:
-            UnmergedTensorsError: the adapter holds other tensors than its configuration calls for.
-            MalformedError: one of its tensors has a shape its configuration does not call for.
+            UnmergedTensorsError: The adapter holds other tensors than its configuration calls for.
+            MalformedError: One of its tensors has a shape its configuration does not call for.
         """
         expected = get_peft_model_state_dict(
             self.model,

@@ -25,15 +25,15 @@ class Journal:
     """The journal of one save.
 
     Attributes:
-        shards: digests of the complete shards, by file name.
+        shards: Digests of the complete shards, by file name.
     """
 
     def __init__(self, directory: Path, key: str) -> None:
         """Begin a journal.
 
         Args:
-            directory: where the shards are written.
-            key: what their bytes depend on; shards are only taken over from a save of this key.
+            directory: Where the shards are written.
+            key: What their bytes depend on; shards are only taken over from a save of this key.
         """
         self.shards: dict[str, FileDigest] = {}
         self._directory = directory
@@ -52,9 +52,9 @@ class Journal:
         shard again.
 
         Args:
-            abandoned: the killed save's directory.
-            files: the names of the shards that this save will have.
-            progress: told how many bytes have been checked.
+            abandoned: The killed save's directory.
+            files: The names of the shards that this save will have.
+            progress: Told how many bytes have been checked.
         """
         noted = {file: digest for file, digest in _read(abandoned, self._key) if file in files}
         total, done = sum(digest.size for digest in noted.values()), 0

@@ -28,14 +28,14 @@ class AdaptedLayer:
     """A layer that PEFT wrapped, or a plain one whose bias came with the adapter.
 
     Attributes:
-        path: the layer's name in the model.
-        wrapper_path: the name of its wrapper. PEFT puts one wrapper inside another where it adapts
+        path: The layer's name in the model.
+        wrapper_path: The name of its wrapper. PEFT puts one wrapper inside another where it adapts
             several parameters of one layer.
-        kind: the adapter's type.
-        module: the wrapper, or the plain layer.
-        trained_values: values of the layer's parameters that came with the adapter, or that PEFT
+        kind: The adapter's type.
+        module: The wrapper, or the plain layer.
+        trained_values: Values of the layer's parameters that came with the adapter, or that PEFT
             computed when it built the wrapper; they replace the base's before the merge.
-        readers: functions that read the wrapper's own parameters, by name, if those have no memory.
+        readers: Functions that read the wrapper's own parameters, by name, if those have no memory.
     """
 
     path: str
@@ -85,7 +85,7 @@ class AdaptedLayer:
         """The merged parameters: what PEFT's `merge_and_unload` does with one module.
 
         Args:
-            values: all of `parameters` before the merge; they may be written to.
+            values: All of `parameters` before the merge; they may be written to.
 
         Returns:
             All of `parameters` after it.
@@ -158,11 +158,11 @@ class AdaptedLayer:
         """What PEFT adds to some of the experts.
 
         Args:
-            up: factor of all experts, (out, rank x experts).
-            down: factor of all experts, (experts x rank, in).
-            start: the first expert.
-            end: the end, exclusive; at least two experts after `start`.
-            dtype: of the parameter.
+            up: Factor of all experts, (out, rank x experts).
+            down: Factor of all experts, (experts x rank, in).
+            start: The first expert.
+            end: The end, exclusive; at least two experts after `start`.
+            dtype: Of the parameter.
 
         Returns:
             The change, shaped like that part of the parameter.

@@ -61,8 +61,8 @@ def materialized(module: torch.nn.Module, values: Mapping[str, torch.Tensor]) ->
     Afterwards the module and everything inside it is as it was before, whatever the block did.
 
     Args:
-        module: the module.
-        values: by the parameter's name below `module`.
+        module: The module.
+        values: By the parameter's name below `module`.
     """
     before = [
         (m, dict(m._modules), dict(m._parameters), dict(m._buffers)) for m in module.modules()

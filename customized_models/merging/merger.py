@@ -68,7 +68,7 @@ class Merger:
 
         Raises:
             UnsupportedQuantizationError: `quantization` was given. It belongs to deployment.
-            NotFoundError: the customized model has been deleted.
+            NotFoundError: The customized model has been deleted.
         """
         if quantization is not None:
             raise UnsupportedQuantizationError(
@@ -111,8 +111,8 @@ class Merger:
 
         Raises:
             UnsupportedError, BaseModelMismatch, MergeError: `save` would end with the same error.
-            BaseModelMissingError: the base model's files are gone.
-            NotFoundError: the customized model has been deleted.
+            BaseModelMissingError: The base model's files are gone.
+            NotFoundError: The customized model has been deleted.
         """
         base = self._catalog.levels.get(BaseModel, customized.base)
         with self._shelf.checkout(customized), self._shelf.checkout(base):
@@ -125,11 +125,11 @@ class Merger:
         with the manifest alone and needs no parents.
 
         Raises:
-            IntegrityError: the bytes are not those of the manifest, or not what base and adapter
+            IntegrityError: The bytes are not those of the manifest, or not what base and adapter
                 give; the message names tensors and files.
-            NotReproducible: they are not, but versions, threads or processor differ as well.
-            NotFoundError: the complete model or one of its parents has been deleted.
-            BaseModelMissingError, BaseModelMismatch: the base model's files are gone or changed.
+            NotReproducible: They are not, but versions, threads or processor differ as well.
+            NotFoundError: The complete model or one of its parents has been deleted.
+            BaseModelMissingError, BaseModelMismatch: The base model's files are gone or changed.
         """
         with self._parents(complete) as (base, customized), self._shelf.checkout(complete):
             run_isolated(derive_again, self._shelf, base, customized, complete)
@@ -140,8 +140,8 @@ class Merger:
         The job ends with `NotReproducible` if other bytes come out; nothing is published then.
 
         Raises:
-            NotFoundError: the customized model or the base model has been deleted.
-            BaseModelMissingError, BaseModelMismatch: the base model's files are gone or changed.
+            NotFoundError: The customized model or the base model has been deleted.
+            BaseModelMissingError, BaseModelMismatch: The base model's files are gone or changed.
         """
         with self._parents(complete) as (_, customized):
             expected = {"digest": complete.digest, "recipe": dict(complete.recipe)}

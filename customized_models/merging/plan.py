@@ -34,16 +34,16 @@ class Change:
     """A tensor of the complete model that differs from the base's.
 
     Attributes:
-        tensor: its name in the checkpoint.
-        dtype: by its name in a safetensors header.
-        shape: of the tensor.
-        size: in bytes.
-        merged_by: the strategy: `lora_blocks` and `expert_blocks` take a block of rows at a time,
+        tensor: Its name in the checkpoint.
+        dtype: By its name in a safetensors header.
+        shape: Of the tensor.
+        size: In bytes.
+        merged_by: The strategy: `lora_blocks` and `expert_blocks` take a block of rows at a time,
             `expert_pairs` two experts of a stack, all with the bits of PEFT's whole product;
             `peft_module` is PEFT's own merge of the module; `dequantize` is transformers', of
             tensors that the adapter does not change; `copy` is that of the embedding to an output
             layer that was tied to it.
-        adapter_tensors: names in the adapter's file of what it is computed from; none if it is
+        adapter_tensors: Names in the adapter's file of what it is computed from; none if it is
             only dequantized or copied.
     """
 
@@ -64,16 +64,16 @@ class MergePlan:
     differ, PEFT merges the whole, which takes more memory.
 
     Attributes:
-        customized: name of the customized model.
-        base: name of its base model.
-        changes: the tensors that change, in the checkpoint's order.
-        unused_adapter_tensors: names of adapter tensors that belong to no single change: copies of
+        customized: Name of the customized model.
+        base: Name of its base model.
+        changes: The tensors that change, in the checkpoint's order.
+        unused_adapter_tensors: Names of adapter tensors that belong to no single change: copies of
             the base's own, which PEFT saves along, and what all layers share.
-        tensors: how many the complete model has.
-        size: bytes of all its tensors: what a save writes, but for headers and small files.
-        memory: an upper estimate of the worker's peak in bytes, over what it takes to import torch,
+        tensors: How many the complete model has.
+        size: Bytes of all its tensors: what a save writes, but for headers and small files.
+        memory: An upper estimate of the worker's peak in bytes, over what it takes to import torch,
             transformers and PEFT.
-        recipe: what the merged bits will depend on here.
+        recipe: What the merged bits will depend on here.
     """
 
     customized: str

@@ -15,7 +15,7 @@ def private(module: str, name: str) -> Any:
     """The attribute `name` of `module`, which its package does not document.
 
     Raises:
-        UnsupportedVersionError: the installed version does not have it.
+        UnsupportedVersionError: The installed version does not have it.
     """
     package = module.partition(".")[0]
     try:

@@ -1,4 +1,4 @@
-"""What lies on the disk, compared with what base and adapter give when they are opened afresh."""
+"""What is on the disk, compared with what base and adapter give when they are opened again."""
 
 from __future__ import annotations
 
@@ -28,19 +28,28 @@ if TYPE_CHECKING:
     from ..shelf import Shelf
     from . import MergeExecution
 
-SAMPLES = 8  # tensors of each kind
+SAMPLES = 8
+"""Changed tensors that are merged once more, and unchanged ones that are read once more.
+
+A model has three to seven shapes of changed tensors, so that there is one of each."""
 
 
 def prove(merged: MergedSource, directory: Path, seed: str, progress: Progress) -> None:
-    """Sample what was written into `directory` and compare it with base and adapter.
+    """Compare a sample of what was written with base and adapter.
 
     All names, dtypes and shapes are compared. Of the changed tensors one of each shape, at most
-    `SAMPLES`, is merged once more, by PEFT itself and out of values that are read again; of the
-    others `SAMPLES` are compared with the base's bytes. `seed` decides which. Files are opened
-    again, but what they hold may still come from the system's cache.
+    `SAMPLES`, is merged once more, by PEFT itself and from values that are read again. Of the
+    others `SAMPLES` are compared with the base's bytes. Files are opened again, but what they hold
+    may still come from the system's cache.
+
+    Args:
+        merged: What was written.
+        directory: Where.
+        seed: Decides which tensors are sampled.
+        progress: Told how many bytes have been compared.
 
     Raises:
-        MergeError: naming the tensors that differ.
+        MergeError: Naming the tensors that differ.
     """
     base, merge = Checkpoint.open(merged.layout.directory), merged.merge
     if merge.adapter_in_memory:
@@ -74,10 +83,16 @@ def different(
     progress: Progress,
     blocks: Callable[[str], Iterable[torch.Tensor]],
 ) -> set[str]:
-    """Those of `names` whose bytes in `written` are not `blocks`, or the base's if unchanged.
+    """The names of tensors whose bytes differ.
 
-    Any tensor of another dtype or shape than the merge states, missing or additional is among
-    them, whether it was asked for or not.
+    Args:
+        written: What is compared.
+        base: Its unchanged tensors must be in `written`.
+        merge: Which tensors there must be.
+        names: Whose bytes are compared. A missing tensor, an additional one, or one of another
+            dtype or shape than the merge states is found in any case.
+        progress: Told how many bytes have been compared.
+        blocks: Gives the bytes of a changed tensor.
     """
     wrong = set(written.infos.keys() ^ merge.infos.keys())
     wrong |= {
@@ -140,7 +155,10 @@ def _part(fd: int, info: TensorInfo, at: int) -> bytearray:
 def derive_again(
     shelf: Shelf, base: BaseModel, customized: CustomizedModel, complete: CompleteModel
 ) -> None:
-    """See `Merger.verify`; imports torch and PEFT, so for an own process."""
+    """See `Merger.verify`.
+
+    Imports torch and PEFT, so it is for a process of its own.
+    """
     shelf.verify(complete)
     with (
         shelf.opened(complete) as directory,
@@ -160,13 +178,19 @@ def _other_files(manifest: Manifest, files: Mapping[str, Path]) -> set[str]:
 
 
 def check_rebuilt(expected: Mapping[str, Any], manifest: Manifest) -> Manifest:
-    """The manifest of a rebuilt model, under the recipe of the first, if it has its digest.
+    """Check that a rebuilt model is the first one.
 
-    `expected`: `digest` and `recipe` of the first. A recipe that differs in what turns out not to
-    matter here is as good: the content is the same.
+    A recipe that differs only in what turns out not to matter is as good: the content is the same.
+
+    Args:
+        expected: `digest` and `recipe` of the first.
+        manifest: Of the rebuilt one.
+
+    Returns:
+        The manifest under the recipe of the first.
 
     Raises:
-        NotReproducible: the content is not the same.
+        NotReproducible: The content is not the same.
     """
     again = evolve(manifest, recipe=expected["recipe"])
     if again.digest != expected["digest"]:

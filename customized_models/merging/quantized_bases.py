@@ -22,7 +22,7 @@ def take_quantizer(config: Any) -> Any:
     """Remove the quantization from a transformers configuration.
 
     Returns:
-        transformers' quantizer that dequantizes a model of that configuration; None if it is not
+        Transformers' quantizer that dequantizes a model of that configuration; None if it is not
         quantized.
     """
     quantizer = None

@@ -47,18 +47,18 @@ class Skeleton:
     """A model without values, and where its parameters come from.
 
     Attributes:
-        model: on the meta device.
-        base: the checkpoint that it is loaded from.
-        dtypes: of all parameters and saved buffers, by name.
-        shapes: likewise.
-        conversions: which of the checkpoint's tensors each parameter is loaded from.
-        tied: parameters that share the weights of another one, which the files have.
-        head: the output layer's weight, if it shares that of the embedding and of nothing else.
-        embeddings: the weights of the output layer and of the embedding.
-        vocabulary: how many rows those have, if the adapter came with a resized vocabulary.
-        quantized: conversions that dequantize.
-        base_description: what a recipe says about how the base was read.
-        config: values of the merged model's `config.json` that differ from the base's.
+        model: On the meta device.
+        base: The checkpoint that it is loaded from.
+        dtypes: Of all parameters and saved buffers, by name.
+        shapes: Likewise.
+        conversions: Which of the checkpoint's tensors each parameter is loaded from.
+        tied: Parameters that share the weights of another one, which the files have.
+        head: The output layer's weight, if it shares that of the embedding and of nothing else.
+        embeddings: The weights of the output layer and of the embedding.
+        vocabulary: How many rows those have, if the adapter came with a resized vocabulary.
+        quantized: Conversions that dequantize.
+        base_description: What a recipe says about how the base was read.
+        config: Values of the merged model's `config.json` that differ from the base's.
     """
 
     model: PreTrainedModel = field(repr=False)
@@ -78,9 +78,9 @@ class Skeleton:
         """The checkpoint's tensors that `parameter`, or the one it is tied to, is loaded from.
 
         Raises:
-            UnsupportedBaseError: it is quantized.
-            UnsupportedArchitectureError: it is not known how transformers makes it of them.
-            BaseModelMismatch: the base's files lack it, or have another shape.
+            UnsupportedBaseError: It is quantized.
+            UnsupportedArchitectureError: It is not known how transformers makes it of them.
+            BaseModelMismatch: The base's files lack it, or have another shape.
         """
         parameter = self.tied.get(parameter, parameter)
         found = self.conversions.by_parameter.get(parameter)
@@ -114,7 +114,7 @@ class Skeleton:
         """A fresh copy of the parameter's values, as transformers would load them.
 
         Raises:
-            UnsupportedBaseError, UnsupportedArchitectureError, BaseModelMismatch: as
+            UnsupportedBaseError, UnsupportedArchitectureError, BaseModelMismatch: As
                 `conversion`.
         """
         values = self.conversions.load(self.conversion(parameter))

@@ -26,7 +26,7 @@ class MergeThreads:
     """A thread for PEFT, a thread for blocks, and a workspace for every thread that merges blocks.
 
     Attributes:
-        one_group: held while tensors are computed that only come all at once.
+        one_group: Held while tensors are computed that only come all at once.
     """
 
     def __init__(self) -> None:

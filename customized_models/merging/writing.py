@@ -79,7 +79,7 @@ def write_checkpoint(
     all others. `progress` is called from this thread alone.
 
     Raises:
-        MergeError: a tensor of `source` stands in no shard or in several, is neither changed nor
+        MergeError: A tensor of `source` stands in no shard or in several, is neither changed nor
             the layout's, or comes other than it said.
     """
     _check(source, layout, changed)

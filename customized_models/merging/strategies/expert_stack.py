@@ -100,7 +100,7 @@ class ExpertPairs:
     """Merges two experts at a time by PEFT's own product.
 
     Attributes:
-        dtype: of the parameter.
+        dtype: Of the parameter.
     """
 
     name = "expert_pairs"
@@ -212,10 +212,10 @@ def matrix_factors(
     Source: `peft/tuners/lora/layer.py`, `ParamWrapper.get_delta_weight`.
 
     Args:
-        layer: the stack's.
-        factors: of all experts.
-        position: the expert, and the first of its rows.
-        rows: how many.
+        layer: The stack's.
+        factors: Of all experts.
+        position: The expert, and the first of its rows.
+        rows: How many.
     """
     (expert, row), (up, down) = position, factors
     up = up.reshape(len(up), -1, layer.experts)[row : row + rows, :, expert]
@@ -234,9 +234,9 @@ def chunking_for(layer: AdaptedLayer, rows: int, context: MergeContext) -> Chunk
     takes as much memory as all experts in float32, so it is done before any values are read.
 
     Args:
-        layer: a stack's.
-        rows: of each matrix in the checkpoint; 0 if it does not have them singly.
-        context: of the merge.
+        layer: A stack's.
+        rows: Of each matrix in the checkpoint; 0 if it does not have them singly.
+        context: Of the merge.
     """
     shapes = _shapes(layer)
     if shapes is None:
@@ -293,7 +293,7 @@ def _recent_factors(layer: AdaptedLayer, context: MergeContext) -> Factors:
     """The factors of all experts, read once while a thread merges two stacks, as of one layer.
 
     Raises:
-        UnchangedTargetsError: they change no expert.
+        UnchangedTargetsError: They change no expert.
     """
 
     def read() -> Factors:

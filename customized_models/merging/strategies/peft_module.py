@@ -112,13 +112,13 @@ def merge_group(
     """The merged tensors of a group: loaded by transformers, merged, and saved by transformers.
 
     Args:
-        group: what to merge.
-        context: of the merge.
-        merge: merges one layer; it is called in PEFT's thread.
-        unchanged: where the group is a part of a stack, told if nothing changes in it.
+        group: What to merge.
+        context: Of the merge.
+        merge: Merges one layer; it is called in PEFT's thread.
+        unchanged: Where the group is a part of a stack, told if nothing changes in it.
 
     Raises:
-        NonFiniteError, UnchangedTargetsError, MergeError, UnsupportedArchitectureError: as
+        NonFiniteError, UnchangedTargetsError, MergeError, UnsupportedArchitectureError: As
             `Strategy.blocks`.
     """
     conversions, skeleton = context.skeleton.conversions, context.skeleton

@@ -26,9 +26,9 @@ class Cost:
     """Memory that a strategy takes, in bytes, besides the blocks that it gives.
 
     Attributes:
-        working: at most, while it computes.
-        waiting: results that wait for their place in a file.
-        together: whether several tensors are computed at once. Files are then written one after
+        working: At most, while it computes.
+        waiting: Results that wait for their place in a file.
+        together: Whether several tensors are computed at once. Files are then written one after
             another, so that no more than one such group waits.
     """
 
@@ -41,8 +41,8 @@ class Cost:
         """For tensors that are computed as a whole.
 
         Args:
-            infos: what comes out.
-            before: what is read for it.
+            infos: What comes out.
+            before: What is read for it.
         """
         infos = tuple(infos)
         elements = sum(math.prod(info.shape) for info in infos)
@@ -72,8 +72,8 @@ class Strategy(Protocol):
         bytes of the tensor in the base, or of the one that a new tensor starts from; or none.
 
         Raises:
-            NonFiniteError: the merged tensor holds NaN or infinity.
-            UnchangedTargetsError: it, or the stack of experts it belongs to, equals the base's.
+            NonFiniteError: The merged tensor holds NaN or infinity.
+            UnchangedTargetsError: It, or the stack of experts it belongs to, equals the base's.
             MergeError, UnsupportedArchitectureError: PEFT or transformers cannot handle the values.
         """
 
@@ -86,7 +86,7 @@ class Decisions:
     """Answers that hold for every layer of one shape, each found out once.
 
     Attributes:
-        probe_elements: of the largest product that was computed as a whole to find one out.
+        probe_elements: Of the largest product that was computed as a whole to find one out.
     """
 
     def __init__(self) -> None:
@@ -112,9 +112,9 @@ class MergeContext:
     """What the strategies of one merge share.
 
     Attributes:
-        skeleton: the base.
-        threads: where they compute.
-        decisions: what was found out about shapes.
+        skeleton: The base.
+        threads: Where they compute.
+        decisions: What was found out about shapes.
     """
 
     skeleton: Skeleton = field(repr=False)

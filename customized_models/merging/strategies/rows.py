@@ -32,7 +32,7 @@ class LoraFactors:
     Attributes:
         up: (out, rank).
         down: (rank, in).
-        scaling: a number.
+        scaling: A number.
     """
 
     up: torch.Tensor
@@ -78,16 +78,16 @@ def merged_rows(
     """The merged rows of a matrix, block by block.
 
     Args:
-        info: the matrix in the base's file.
-        dtype: what it is loaded as, and merged to.
-        factors: their blocks' bounds are taken.
-        add: the sum.
-        read_next: reads the matrix's bytes.
-        workspace: the calling thread's.
-        unchanged: told if no block differs from the base's.
+        info: The matrix in the base's file.
+        dtype: What it is loaded as, and merged to.
+        factors: Their blocks' bounds are taken.
+        add: The sum.
+        read_next: Reads the matrix's bytes.
+        workspace: The calling thread's.
+        unchanged: Told if no block differs from the base's.
 
     Raises:
-        NonFiniteError, UnchangedTargetsError: as `Strategy.blocks`.
+        NonFiniteError, UnchangedTargetsError: As `Strategy.blocks`.
     """
     stored, columns, same = torch_dtype(info.dtype), info.shape[1], True
     for start, end in factors.bounds():
