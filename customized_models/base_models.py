@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -22,7 +21,7 @@ from .errors import (
     listed,
     shown,
 )
-from .files.digests import FileDigest, digest_of, hash_file
+from .files.digests import FileDigest, digest_of, hash_file, new_hash
 from .files.documents import to_document
 from .files.model_directory import CARRIED, files_of
 from .files.reading import opened
@@ -39,15 +38,9 @@ _Seen: TypeAlias = "tuple[int, int, int]"
 class KnownFile:
     """A file's digest, and by what we see that it has not been touched since."""
 
-    size: int
-    sha256: str
+    content: FileDigest
     mtime_ns: int
     inode: int
-
-    @property
-    def digest(self) -> FileDigest:
-        """Size and digest of its bytes."""
-        return FileDigest(self.size, self.sha256)
 
 
 @frozen
@@ -59,13 +52,13 @@ class Location:
 
     @property
     def digest(self) -> str:
-        """`sha256:` over the names, sizes and digests of the content files."""
+        """`blake3:` over the names, sizes and digests of the content files."""
         return digest_of(to_document(self.digests))
 
     @property
     def digests(self) -> dict[str, FileDigest]:
         """Size and digest of each content file."""
-        return {name: file.digest for name, file in self.files.items()}
+        return {name: file.content for name, file in self.files.items()}
 
     def refuse_changed(self, names: Collection[str]) -> CustomizedModelsError:
         """The error that says that these of its files have other bytes now."""
@@ -98,7 +91,7 @@ def hash_base_model(directory: Path, progress: Progress) -> Location:
     total = sum((directory / name).stat().st_size for name in names)
     files: dict[str, KnownFile] = {}
     for name in sorted(names):
-        progress("hashing the base model", sum(f.size for f in files.values()), total)
+        progress("hashing the base model", sum(f.content.size for f in files.values()), total)
         files[name] = _known(directory / name)
     return Location(str(directory), files)
 
@@ -121,8 +114,8 @@ def verified_path(location: Location) -> Path:
                 f"the base model has no file {shown(directory / name)} any more; "
                 f"name its new place with relocate_base_model"
             ) from error
-        touched = _seen(status) != (known.size, known.mtime_ns, known.inode)
-        if touched and _known(directory / name).digest != known.digest:
+        touched = _seen(status) != (known.content.size, known.mtime_ns, known.inode)
+        if touched and _known(directory / name).content != known.content:
             different.add(name)
     if different:
         raise location.refuse_changed(different)
@@ -154,14 +147,15 @@ def hash_concurrently(
         nonlocal done
         seen, buffer = {}, memoryview(bytearray(_PIECE))
         for name, digest in expected.items():
-            sha256, size = hashlib.sha256(), 0
+            hash, size = new_hash(digest.algorithm), 0
             with opened(directory / name) as fd:
                 seen[name] = _seen(os.fstat(fd))
                 while not stopped.is_set() and (count := os.readv(fd, [buffer])):
-                    sha256.update(buffer[:count])
+                    hash.update(buffer[:count])
                     size += count
                     done += count
-            if FileDigest(size, sha256.hexdigest()) != digest and not stopped.is_set():
+            found = FileDigest(size, f"{digest.algorithm}:{hash.hexdigest()}")
+            if found != digest and not stopped.is_set():
                 raise refused({name})
         return seen
 
@@ -201,7 +195,7 @@ def _known(path: Path) -> KnownFile:
     after = path.stat()
     if (before.st_mtime_ns, before.st_size) != (after.st_mtime_ns, digest.size):
         raise BaseModelMismatch(f"{shown(path.name)} changed while it was read")
-    return KnownFile(digest.size, digest.sha256, after.st_mtime_ns, after.st_ino)
+    return KnownFile(digest, after.st_mtime_ns, after.st_ino)
 
 
 def refuse_stray_link(directory: Path, name: str) -> None:

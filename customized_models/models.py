@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import hashlib
 import os
 import re
 import uuid
@@ -16,6 +15,7 @@ from attrs import field, frozen
 
 from .display import Shown
 from .errors import InvalidOptionError, UnsupportedQuantizationError, shown
+from .files.digests import digest_of
 from .naming import ENVIRONMENT_NAME, checked_name
 
 Quantization = Literal["no_quantization", "q8_0", "q4_K_M", "q4_K_S"]
@@ -140,16 +140,15 @@ class DeploymentTemplate(Shown):
 
     @property
     def digest(self) -> str:
-        """`sha256:` over the text and the stop strings."""
-        joined = "\0".join((self.text, *self.stop))
-        return "sha256:" + hashlib.sha256(joined.encode()).hexdigest()
+        """`blake3:` over the text and the stop strings."""
+        return digest_of([self.text, *self.stop])
 
 
 @frozen
 class BaseModel(Shown):
     """A pretrained model that adapters are trained on: referenced, never copied or deleted.
 
-    `digest`: `sha256:` over its content files, wherever they lie.
+    `digest`: `blake3:` over its content files, wherever they lie.
     """
 
     technical_name: str

@@ -6,7 +6,6 @@ it reads an adapter is refused before PEFT sees it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -24,7 +23,7 @@ from ..errors import (
     listed,
     shown,
 )
-from ..files.digests import FileDigest, hash_file
+from ..files.digests import BLAKE3, FileDigest, hash_file, new_hash
 from ..files.model_directory import CARRIED, Role, checked_size, files_of, row_of
 from ..files.reading import json_object, opened, read_into
 from ..files.safetensors import Checkpoint, TensorInfo, read_header
@@ -101,7 +100,7 @@ def take_in(source: Path, destination: Path) -> Intake:
 
 
 def _copy_file(source: Path, destination: Path, name: str) -> FileDigest:
-    sha256 = hashlib.sha256()
+    hash = new_hash()
     (destination / name).parent.mkdir(parents=True, exist_ok=True)
     with (
         opened(source / name, os.O_NOFOLLOW) as fd,
@@ -115,13 +114,13 @@ def _copy_file(source: Path, destination: Path, name: str) -> FileDigest:
         for start in range(0, before.st_size, _PIECE):
             view = buffer[: min(_PIECE, before.st_size - start)]
             read_into(view, fd, start, shown(name))
-            sha256.update(view)
+            hash.update(view)
             while view:
                 view = view[output.write(view) :]
         after = os.fstat(fd)
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
         raise MalformedError(f"{shown(name)} changed while it was copied")
-    return FileDigest(before.st_size, sha256.hexdigest())
+    return FileDigest(before.st_size, f"{BLAKE3}:{hash.hexdigest()}")
 
 
 def _canonical(config: dict[str, Any]) -> bytes:

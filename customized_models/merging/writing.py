@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -19,7 +18,7 @@ from threading import Event
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from ..errors import MergeError, listed, shown
-from ..files.digests import FileDigest
+from ..files.digests import BLAKE3, FileDigest, new_hash
 from ..files.reading import json_object, opened, read_at, read_into
 from ..files.safetensors import (
     INDEX,
@@ -245,7 +244,7 @@ class _Output:
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("xb", buffering=0)
-        self._hash = hashlib.sha256()
+        self._hash = new_hash()
         self._size = 0
         self._buffer = memoryview(bytearray(CHUNK))
         self._beside = ThreadPoolExecutor(1, "sync")
@@ -285,7 +284,7 @@ class _Output:
         if self._pushed is not None:
             self._pushed[1].result()
         os.fsync(self._file.fileno())
-        return FileDigest(self._size, self._hash.hexdigest())
+        return FileDigest(self._size, f"{BLAKE3}:{self._hash.hexdigest()}")
 
 
 def _write_index(source: ShardedSource, layout: Checkpoint, directory: Path) -> FileDigest:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -13,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 from attrs import evolve
+from blake3 import blake3
 from safetensors.torch import load_file, save_file
 
 from customized_models.errors import JobCancelled, MalformedError, MergeError, UnsafeFileError
-from customized_models.files.digests import hash_file
+from customized_models.files.digests import FileDigest, hash_file
 from customized_models.files.safetensors import INDEX, SINGLE, Checkpoint, TensorInfo, read_header
 from customized_models.merging import writing as _writer
 from customized_models.merging.journal import JOURNAL, Journal
@@ -68,10 +68,7 @@ def test_a_checkpoint_written_unchanged_has_the_bytes_it_was_read_from(
         written = (tmp_path / name).read_bytes()
         if name != INDEX:
             assert written == (base.directory / name).read_bytes()
-        assert (digest.size, digest.sha256) == (
-            len(written),
-            hashlib.sha256(written).hexdigest(),
-        )
+        assert digest == FileDigest(len(written), f"blake3:{blake3(written).hexdigest()}")
 
 
 def test_only_changed_tensors_are_asked_for_and_all_others_keep_their_bytes(
