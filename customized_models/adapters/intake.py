@@ -23,10 +23,11 @@ from ..errors import (
     listed,
     shown,
 )
-from ..files.digests import BLAKE3, FileDigest, hash_file, new_hash
+from ..files.digests import FileDigest, hash_file
 from ..files.model_directory import CARRIED, Role, checked_size, files_of, row_of
-from ..files.reading import json_object, opened, read_into
+from ..files.reading import json_object, opened
 from ..files.safetensors import Checkpoint, TensorInfo, read_header
+from ..files.streams import FileWriter, copy_range
 from ..files.writing import disk_errors
 from ..naming import is_hub_id
 from .patterns import check_pattern
@@ -39,7 +40,6 @@ _TAKEN = (Role.ADAPTER, *CARRIED)
 
 _MAX_HEADER = 32 << 20  # bytes: one adapted expert by expert has about 100,000 tensors
 _MAX_FILES = 1000  # an adapter has a dozen
-_PIECE = 8 << 20  # bytes copied at once
 
 _REGEX_FIELDS = ("target_modules", "exclude_modules", "layers_pattern")
 _DTYPES = ("F16", "BF16", "F32")
@@ -100,27 +100,18 @@ def take_in(source: Path, destination: Path) -> Intake:
 
 
 def _copy_file(source: Path, destination: Path, name: str) -> FileDigest:
-    hash = new_hash()
     (destination / name).parent.mkdir(parents=True, exist_ok=True)
-    with (
-        opened(source / name, os.O_NOFOLLOW) as fd,
-        (destination / name).open("xb", buffering=0) as output,
-    ):
+    with opened(source / name, os.O_NOFOLLOW) as fd, FileWriter(destination / name) as writer:
         before = os.fstat(fd)
         checked_size(name, before.st_size)
         if name == WEIGHTS:
             read_header(source / name, limit=_MAX_HEADER)  # a sparse file would take long to copy
-        buffer = memoryview(bytearray(min(_PIECE, before.st_size)))
-        for start in range(0, before.st_size, _PIECE):
-            view = buffer[: min(_PIECE, before.st_size - start)]
-            read_into(view, fd, start, shown(name))
-            hash.update(view)
-            while view:
-                view = view[output.write(view) :]
+        copy_range(fd, 0, before.st_size, writer, shown(name))
+        digest = writer.finish()
         after = os.fstat(fd)
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
         raise MalformedError(f"{shown(name)} changed while it was copied")
-    return FileDigest(before.st_size, f"{BLAKE3}:{hash.hexdigest()}")
+    return digest
 
 
 def _canonical(config: dict[str, Any]) -> bytes:

