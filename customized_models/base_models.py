@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from threading import Event
-from typing import TypeAlias
 
 from attrs import frozen
 
@@ -17,37 +12,31 @@ from .errors import (
     BaseModelMismatch,
     BaseModelMissingError,
     CustomizedModelsError,
-    StorageError,
     UnsafeFileError,
     listed,
     shown,
 )
-from .files.digests import FileDigest, digest_of, hash_file
+from .files.checking import Found, Identity, hashing
+from .files.digests import BLAKE3, FileDigest, digest_of, hash_file
 from .files.documents import to_document
 from .files.model_directory import CARRIED, files_of
-from .files.reading import opened
 from .files.safetensors import INDEX, Checkpoint
+from .files.streams import parallel_files
 from .models import Progress
-
-_PIECE = 16 << 20  # bytes: while others import, each look at the interpreter's lock takes 5 ms
-_REPORT_SECONDS = 0.2  # between two calls of `progress`
-
-_Seen: TypeAlias = "tuple[int, int, int]"
 
 
 @frozen
 class KnownFile:
     """A file's digest, and by what we see that it has not been touched since."""
 
-    size: int
-    sha256: str
+    content: FileDigest
     mtime_ns: int
     inode: int
 
     @property
-    def digest(self) -> FileDigest:
-        """Size and digest of its bytes."""
-        return FileDigest(self.size, self.sha256)
+    def identity(self) -> Identity:
+        """What it had when it was hashed."""
+        return Identity(self.content.size, self.mtime_ns, self.inode)
 
 
 @frozen
@@ -59,13 +48,13 @@ class Location:
 
     @property
     def digest(self) -> str:
-        """`sha256:` over the names, sizes and digests of the content files."""
+        """`blake3:` over the names, sizes and digests of the content files."""
         return digest_of(to_document(self.digests))
 
     @property
     def digests(self) -> dict[str, FileDigest]:
         """Size and digest of each content file."""
-        return {name: file.digest for name, file in self.files.items()}
+        return {name: file.content for name, file in self.files.items()}
 
     def refuse_changed(self, names: Collection[str]) -> CustomizedModelsError:
         """The error that says that these of its files have other bytes now."""
@@ -96,11 +85,10 @@ def hash_base_model(directory: Path, progress: Progress) -> Location:
     for name in names:
         refuse_stray_link(directory, name)
     total = sum((directory / name).stat().st_size for name in names)
-    files: dict[str, KnownFile] = {}
-    for name in sorted(names):
-        progress("hashing the base model", sum(f.size for f in files.values()), total)
-        files[name] = _known(directory / name)
-    return Location(str(directory), files)
+    algorithms = dict.fromkeys(sorted(names), BLAKE3)
+    with hashing(directory, algorithms, parallel_files()) as finish:
+        found = finish(lambda done: progress("hashing the base model", min(done, total), total))
+    return Location(str(directory), {name: _known(directory / name, found[name]) for name in found})
 
 
 def verified_path(location: Location) -> Path:
@@ -121,87 +109,19 @@ def verified_path(location: Location) -> Path:
                 f"the base model has no file {shown(directory / name)} any more; "
                 f"name its new place with relocate_base_model"
             ) from error
-        touched = _seen(status) != (known.size, known.mtime_ns, known.inode)
-        if touched and _known(directory / name).digest != known.digest:
+        if Identity.of(status) == known.identity:
+            continue
+        if hash_file(directory / name, known.content.algorithm) != known.content:
             different.add(name)
     if different:
         raise location.refuse_changed(different)
     return directory
 
 
-@contextmanager
-def hash_concurrently(
-    directory: Path,
-    expected: Mapping[str, FileDigest],
-    refused: Callable[[Collection[str]], CustomizedModelsError],
-) -> Iterator[Callable[[Progress], None]]:
-    """Hash files in a thread of their own, while the block reads them for another end.
-
-    Args:
-        directory: Where the files lie.
-        expected: What each must be.
-        refused: The error for files that are something else.
-
-    Yields:
-        What the block calls once it has read all. It waits until all is hashed, and raises what
-        `refused` gives if any file is not what is expected, or was changed meanwhile;
-        `MalformedError` if a file is gone.
-    """
-    stopped, done = Event(), 0
-    total = sum(digest.size for digest in expected.values())
-
-    def hash_all() -> dict[str, _Seen]:
-        nonlocal done
-        seen, buffer = {}, memoryview(bytearray(_PIECE))
-        for name, digest in expected.items():
-            sha256, size = hashlib.sha256(), 0
-            with opened(directory / name) as fd:
-                seen[name] = _seen(os.fstat(fd))
-                while not stopped.is_set() and (count := os.readv(fd, [buffer])):
-                    sha256.update(buffer[:count])
-                    size += count
-                    done += count
-            if FileDigest(size, sha256.hexdigest()) != digest and not stopped.is_set():
-                raise refused({name})
-        return seen
-
-    with ThreadPoolExecutor(1) as pool:
-        hashing = pool.submit(hash_all)
-
-        def finish(progress: Progress) -> None:
-            while not wait([hashing], timeout=_REPORT_SECONDS).done:
-                progress("hashing what was read", done, total)
-            try:
-                seen = hashing.result()
-            except OSError as error:
-                if isinstance(error, CustomizedModelsError):
-                    raise
-                raise StorageError(f"a file cannot be read: {error.strerror}") from error
-            if changed := {n for n in seen if seen[n] != _seen_now(directory / n)}:
-                raise refused(changed)
-
-        try:
-            yield finish
-        finally:
-            stopped.set()
-
-
-def _seen(status: os.stat_result) -> _Seen:
-    """By what a file is taken for one that was not touched since."""
-    return status.st_size, status.st_mtime_ns, status.st_ino
-
-
-def _seen_now(path: Path) -> _Seen | None:
-    return _seen(path.stat()) if path.is_file() else None
-
-
-def _known(path: Path) -> KnownFile:
-    before = path.stat()
-    digest = hash_file(path)
-    after = path.stat()
-    if (before.st_mtime_ns, before.st_size) != (after.st_mtime_ns, digest.size):
+def _known(path: Path, found: Found) -> KnownFile:
+    if Identity.of(path.stat()) != found.identity or found.identity.size != found.digest.size:
         raise BaseModelMismatch(f"{shown(path.name)} changed while it was read")
-    return KnownFile(digest.size, digest.sha256, after.st_mtime_ns, after.st_ino)
+    return KnownFile(found.digest, found.identity.mtime_ns, found.identity.inode)
 
 
 def refuse_stray_link(directory: Path, name: str) -> None:

@@ -17,6 +17,7 @@
   x UnsupportedError                 (also a ValueError)
     + UnsupportedAdapterError
     + UnsupportedArchitectureError
+    + UnsupportedBaseError
     + UnsupportedQuantizationError
     + UnsupportedVersionError
   x MissingDependencyError           (also an ImportError)
@@ -148,6 +149,10 @@ class UnsupportedAdapterError(UnsupportedError):
 
 class UnsupportedArchitectureError(UnsupportedError):
     """A model architecture that cannot be merged exactly, or that has no GGUF mapping here."""
+
+
+class UnsupportedBaseError(UnsupportedError):
+    """A base model that cannot be merged into exactly: quantized in a way that cannot be undone."""
 
 
 class UnsupportedQuantizationError(UnsupportedError):

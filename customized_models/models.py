@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import hashlib
 import os
 import re
 import uuid
@@ -140,16 +139,17 @@ class DeploymentTemplate(Shown):
 
     @property
     def digest(self) -> str:
-        """`sha256:` over the text and the stop strings."""
-        joined = "\0".join((self.text, *self.stop))
-        return "sha256:" + hashlib.sha256(joined.encode()).hexdigest()
+        """`blake3:` over the text and the stop strings."""
+        from blake3 import blake3
+
+        return "blake3:" + blake3("\0".join((self.text, *self.stop)).encode()).hexdigest()
 
 
 @frozen
 class BaseModel(Shown):
     """A pretrained model that adapters are trained on: referenced, never copied or deleted.
 
-    `digest`: `sha256:` over its content files, wherever they lie.
+    `digest`: `blake3:` over its content files, wherever they lie.
     """
 
     technical_name: str

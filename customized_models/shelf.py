@@ -11,13 +11,13 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from attrs import frozen
 
-from .base_models import hash_concurrently, verified_path
+from .base_models import verified_path
 from .errors import (
     AlreadyExistsError,
     CustomizedModelsError,
@@ -30,6 +30,7 @@ from .errors import (
     listed,
     shown,
 )
+from .files.checking import FileCheck
 from .files.documents import from_document
 from .files.manifest import MANIFEST, Manifest
 from .files.reading import MAX_JSON, strict_json
@@ -188,16 +189,23 @@ class Shelf:
             The directory, and what the block calls once it has read all: it raises
             `BaseModelMismatch` or `IntegrityError` if any byte is not what was recorded.
         """
-        with ExitStack() as stack:
-            directory = stack.enter_context(self.opened(model))
+        with self.checked(model) as (directory, check), check.beside() as finish:
+            yield directory, finish
+
+    @contextmanager
+    def checked(self, model: BaseModel | Stored) -> Iterator[tuple[Path, FileCheck]]:
+        """As `opened`, with what compares every content file with what was recorded.
+
+        The block reads large files through it, and lets it read the rest in the end.
+        """
+        with self.opened(model) as directory:
             if isinstance(model, BaseModel):
                 with self._catalog.database.read() as connection:
                     location = self._catalog.bases.location(connection, model.name)
-                expected, refused = location.digests, location.refuse_changed
+                yield directory, FileCheck(directory, location.digests, location.refuse_changed)
             else:
-                expected, refused = dict(_manifest_of(model, directory).content), _damaged(model)
-            finish = stack.enter_context(hash_concurrently(directory, expected, refused))
-            yield directory, finish
+                content = _manifest_of(model, directory).content
+                yield directory, FileCheck(directory, content, _damaged(model))
 
     def document(self, model: BaseModel | Stored, file: str) -> dict[str, Any]:
         """The JSON object in one small file of a model, which is not downloaded as a whole.

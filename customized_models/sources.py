@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from attrs import frozen
 
 from .adapters.intake import Adapter
+from .files.checking import FileCheck
 from .files.model_directory import CARRIED, Role, files_of, role_of
 from .files.reading import json_object
 from .files.safetensors import Checkpoint, ModelSource
@@ -20,7 +21,7 @@ from .models import BaseModel, CompleteModel, CustomizedModel
 from .shelf import Finish, Shelf
 
 if TYPE_CHECKING:
-    from .merging.execution import Merge
+    from .merging import MergeExecution
 
 _OF_TOKENIZER = (Role.VOCABULARY, Role.TOKENIZER)
 
@@ -47,7 +48,7 @@ class MergedSource:
     source: ModelSource
     layout: Checkpoint
     adapter: Adapter
-    merge: Merge
+    merge: MergeExecution
 
 
 @contextmanager
@@ -67,27 +68,26 @@ def merge_of(base: Path, adapter: Path) -> Iterator[MergedSource]:
 @contextmanager
 def proven_merge(
     shelf: Shelf, base: BaseModel, customized: CustomizedModel
-) -> Iterator[tuple[MergedSource, Finish]]:
+) -> Iterator[tuple[MergedSource, FileCheck]]:
     """As `merge_of`, of registered models that the caller holds.
 
-    Every byte of the adapter is compared with what was registered before anything is merged, and
-    every byte of the base while it is read.
+    Every byte of the adapter is compared with what was registered before anything is merged.
 
     Yields:
-        The merge, and what is called once all has been read: it raises `BaseModelMismatch` if a
-        byte of the base is not what was added.
+        The merge, and what compares the base with what was added, to be finished by the block: it
+        raises `BaseModelMismatch` if a byte differs.
 
     Raises:
         IntegrityError: The adapter is not what was registered.
         BaseModelMissingError, BaseModelMismatch: The base is gone or changed.
     """
     with (
-        shelf.proven(base) as (base_directory, finish),
-        shelf.proven(customized) as (directory, finish_adapter),
+        shelf.checked(base) as (base_directory, check),
+        shelf.checked(customized) as (directory, adapter_check),
     ):
-        finish_adapter(_silent)
+        adapter_check.finish(_silent)
         with merge_of(base_directory, directory) as merged:
-            yield merged, finish
+            yield merged, check
 
 
 @contextmanager
@@ -116,7 +116,7 @@ def model_source(
         `IntegrityError` if any byte is not what was recorded.
     """
     if isinstance(model, CustomizedModel):
-        with proven_merge(shelf, base, model) as (merged, finish):
+        with proven_merge(shelf, base, model) as (merged, check), check.beside() as finish:
             yield merged.source, finish
     else:
         with shelf.proven(model) as (directory, finish):

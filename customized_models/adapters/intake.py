@@ -6,7 +6,6 @@ it reads an adapter is refused before PEFT sees it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -26,11 +25,13 @@ from ..errors import (
 )
 from ..files.digests import FileDigest, hash_file
 from ..files.model_directory import CARRIED, Role, checked_size, files_of, row_of
-from ..files.reading import json_object, opened, read_into
+from ..files.reading import json_object, opened
 from ..files.safetensors import Checkpoint, TensorInfo, read_header
+from ..files.streams import FileWriter, copy_range
 from ..files.writing import disk_errors
 from ..naming import is_hub_id
 from .patterns import check_pattern
+from .peft_types import NAME_SETS, AdapterType, adapter_type
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -39,15 +40,11 @@ _TAKEN = (Role.ADAPTER, *CARRIED)
 
 _MAX_HEADER = 32 << 20  # bytes: one adapted expert by expert has about 100,000 tensors
 _MAX_FILES = 1000  # an adapter has a dozen
-_PIECE = 8 << 20  # bytes copied at once
 
-_SETS = ("target_modules", "modules_to_save", "exclude_modules", "target_parameters")
 _REGEX_FIELDS = ("target_modules", "exclude_modules", "layers_pattern")
 _DTYPES = ("F16", "BF16", "F32")
 _INDEX_DTYPES = ("I64", "I32", "I16", "U8", "BOOL")
-_INDEXED = ("FROD", "SHIRA", "SUPERTUNING", "UNILORA")  # they save which elements they change
-_SHARED = ("UNILORA",)  # all that it trains is one vector for all modules
-_MAX_RANK = 1 << 16
+_MAX_RANK = 1 << 16  # no model has layers as wide: a larger rank only asks for memory
 _LOADS_CODE = ("megatron_config", "adapters", "tokenizer_kwargs")
 _PATH_FIELD = re.compile(r".*(_path|_file|_dir|_directory|_or_id)", re.ASCII)
 _HERE_BY_DEFAULT = {"megatron_core": "megatron.core"}
@@ -103,34 +100,25 @@ def take_in(source: Path, destination: Path) -> Intake:
 
 
 def _copy_file(source: Path, destination: Path, name: str) -> FileDigest:
-    sha256 = hashlib.sha256()
     (destination / name).parent.mkdir(parents=True, exist_ok=True)
-    with (
-        opened(source / name, os.O_NOFOLLOW) as fd,
-        (destination / name).open("xb", buffering=0) as output,
-    ):
+    with opened(source / name, os.O_NOFOLLOW) as fd, FileWriter(destination / name) as writer:
         before = os.fstat(fd)
         checked_size(name, before.st_size)
         if name == WEIGHTS:
             read_header(source / name, limit=_MAX_HEADER)  # a sparse file would take long to copy
-        buffer = memoryview(bytearray(min(_PIECE, before.st_size)))
-        for start in range(0, before.st_size, _PIECE):
-            view = buffer[: min(_PIECE, before.st_size - start)]
-            read_into(view, fd, start, shown(name))
-            sha256.update(view)
-            while view:
-                view = view[output.write(view) :]
+        copy_range(fd, 0, before.st_size, writer, shown(name))
+        digest = writer.finish()
         after = os.fstat(fd)
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
         raise MalformedError(f"{shown(name)} changed while it was copied")
-    return FileDigest(before.st_size, sha256.hexdigest())
+    return digest
 
 
 def _canonical(config: dict[str, Any]) -> bytes:
     base = config.get("base_model_name_or_path")
     portable = isinstance(base, str) and is_hub_id(base) and not os.path.exists(base)
     config = config | {"base_model_name_or_path": base if portable else None}
-    for key in _SETS:
+    for key in NAME_SETS:
         value = config.get(key)
         if isinstance(value, list) and all(isinstance(item, str) for item in value):
             config[key] = sorted(set(value))
@@ -168,7 +156,7 @@ class Adapter:
             raise MalformedError(f"{WEIGHTS} holds no tensors")
         if empty := {name for name, info in tensors.items() if not info.size}:
             raise MalformedError(f"tensors without elements in {WEIGHTS}: {listed(empty)}")
-        dtypes = _DTYPES + (_INDEX_DTYPES if config["peft_type"] in _INDEXED else ())
+        dtypes = _DTYPES + (_INDEX_DTYPES if adapter_type(config).saves_indices else ())
         if odd := {name for name, info in tensors.items() if info.dtype not in dtypes}:
             raise UnsupportedAdapterError(
                 f"tensors of other dtypes than {', '.join(dtypes)}: {listed(odd)}"
@@ -179,11 +167,19 @@ class Adapter:
 def _check_config(config: Mapping[str, Any]) -> None:
     if not re.fullmatch(r"[A-Z0-9_]{1,40}", str(config.get("peft_type")), re.ASCII):
         raise MalformedError(f"peft_type {shown(config.get('peft_type'))} is no PEFT type")
-    plain = config["peft_type"] == "LORA"  # other types may leave them open
-    if "r" in config and (plain or config["r"] is not None):
-        _check_rank("r", config["r"], 1 if plain else 0)
-    if "lora_alpha" in config and (plain or config["lora_alpha"] is not None):
+    kind = adapter_type(config)
+    if "r" in config and (kind.requires_rank or config["r"] is not None):
+        _check_rank("r", config["r"], 1 if kind.requires_rank else 0)
+    if "lora_alpha" in config and (kind.requires_rank or config["lora_alpha"] is not None):
         _check_number("lora_alpha", config["lora_alpha"])
+    _check_pattern_values(config, kind)
+    for key in NAME_SETS + _REGEX_FIELDS:
+        _check_names(key, config.get(key))
+    _refuse_outside(config, CONFIG)
+
+
+def _check_pattern_values(config: Mapping[str, Any], kind: AdapterType) -> None:
+    """Check `rank_pattern` and `alpha_pattern`: values by patterns of module names."""
     for key in ("rank_pattern", "alpha_pattern"):
         patterns = {} if config.get(key) is None else config[key]
         if not isinstance(patterns, dict):
@@ -192,13 +188,10 @@ def _check_config(config: Mapping[str, Any]) -> None:
             check_pattern(key, pattern)
             if key == "alpha_pattern":
                 _check_number(f"{key} value", value)
-            elif config["peft_type"] == "ADALORA":
+            elif kind.rank_masks:
                 _check_masks(f"{key} value", value)
             else:
                 _check_rank(f"{key} value", value)
-    for key in _SETS + _REGEX_FIELDS:
-        _check_names(key, config.get(key))
-    _refuse_outside(config, CONFIG)
 
 
 def _check_rank(what: str, value: object, lowest: int = 1) -> None:
@@ -291,7 +284,7 @@ def check_fits(adapter: Adapter, base: Checkpoint) -> None:
         found = True
         if not any(_same_shape(path, info, target, adapter) for target in targets):
             wrong.add(name)
-    elsewhere = adapter.config["peft_type"] in _SHARED or adapter.config.get("target_parameters")
+    elsewhere = adapter_type(adapter.config).shared or adapter.config.get("target_parameters")
     if wrong or not (found or elsewhere):
         reason = f"they do not fit: {listed(wrong)}" if wrong else "none names a module of it"
         raise BaseModelMismatch(

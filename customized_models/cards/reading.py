@@ -16,6 +16,7 @@ from typing import Any
 
 from attrs import evolve
 
+from ..adapters.peft_types import NAME_SETS, adapter_type
 from ..errors import MalformedError, shown
 from ..files.manifest import README
 from ..files.model_directory import CARRIED, Role, files_of, role_of
@@ -24,22 +25,6 @@ from ..files.safetensors import INDEX, Checkpoint
 from ..models import BaseModelCard, EvaluationSummary, ModelCard, TrainingConfiguration
 from ..naming import is_hub_id
 from .readme import MAX_README, readme_header, storable_card
-
-PEFT_SETTINGS = {
-    "peft_type", "task_type", "peft_version", "revision", "r", "lora_alpha", "lora_dropout",
-    "target_modules", "exclude_modules", "target_parameters", "modules_to_save",
-    "layers_to_transform", "layers_pattern", "layer_replication", "rank_pattern",
-    "alpha_pattern", "bias", "lora_bias", "fan_in_fan_out", "use_dora", "use_rslora",
-    "use_qalora", "init_lora_weights", "init_weights",
-    "trainable_token_indices", "ensure_weight_tying", "alpha", "rank_dropout",
-    "module_dropout", "decompose_both", "decompose_factor", "oft_block_size",
-    "boft_block_size", "boft_block_num", "boft_n_butterfly_factor", "feedforward_modules",
-    "d_initial", "projection_prng_key", "init_r", "target_r", "num_virtual_tokens",
-}  # fmt: skip
-"""The keys of `adapter_config.json` that a card repeats."""
-
-SETS = {"target_modules", "modules_to_save", "exclude_modules", "target_parameters"}
-"""Of these, the lists whose order means nothing and differs from run to run."""
 
 TRAINER_ARGUMENTS = {
     "learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size",
@@ -54,7 +39,6 @@ TRAINER_ARGUMENTS = {
 }  # fmt: skip
 """The arguments of transformers' Trainer, and of TRL's, that bear on the result."""
 
-_METHODS = {"LORA": "LoRA", "ADALORA": "AdaLoRA", "LOHA": "LoHa", "LOKR": "LoKr", "VERA": "VeRA"}
 _VARIANTS = {"use_dora": "DoRA", "use_rslora": "rsLoRA", "use_qalora": "QALoRA"}
 _NOT_METRICS = frozenset({"step", "epoch", "loss", "learning_rate", "grad_norm", "total_flos"})
 _NOT_METRICS_ENDINGS = ("_runtime", "_per_second", "_flos", "_samples")
@@ -156,12 +140,12 @@ def peft_settings(adapter_config: Mapping[str, Any]) -> dict[str, Any]:
     >>> peft_settings({"peft_type": "LORA", "r": 8, "use_dora": True, "inference_mode": True})
     {'method': 'LoRA, DoRA', 'peft_type': 'LORA', 'r': 8, 'use_dora': True}
     """
-    kind = str(adapter_config.get("peft_type"))
+    kind = adapter_type(adapter_config)
     variants = [name for key, name in _VARIANTS.items() if adapter_config.get(key) is True]
-    settings: dict[str, Any] = {"method": ", ".join([_METHODS.get(kind, kind), *variants])}
-    for key in sorted(PEFT_SETTINGS & adapter_config.keys()):
+    settings: dict[str, Any] = {"method": ", ".join([kind.method, *variants])}
+    for key in sorted(kind.card_options & adapter_config.keys()):
         value = adapter_config[key]
-        if key in SETS and isinstance(value, list):
+        if key in NAME_SETS and isinstance(value, list):
             value = sorted(map(str, value))
         if value not in (None, False, [], {}, ""):
             settings[key] = value

@@ -112,7 +112,7 @@ class RegistryArtifact:
             "chat_template": chat_template,
             "name": self._model.name,
         }
-        key = f"gguf/{digest_of(recipe).removeprefix('sha256:')}"
+        key = f"gguf/{digest_of(recipe).partition(':')[2]}"
         self._holding(key)
         file = self._cached(key, recipe)
         if file is None:
@@ -140,7 +140,7 @@ class RegistryArtifact:
             storage.delete(key)
             return None
         file = manifest.content[GGUF_NAME]
-        return GGUFFile(directory / GGUF_NAME, file.size, f"sha256:{file.sha256}")
+        return GGUFFile(directory / GGUF_NAME, file.size, file.digest)
 
     def _make(self, key: str, recipe: Mapping[str, Any], progress: Progress) -> None:
         storage = self._shelf.storage
@@ -156,7 +156,7 @@ class RegistryArtifact:
             )
             file = plan.write(staging / GGUF_NAME, progress)
             finish(progress)
-            content = {GGUF_NAME: FileDigest(file.size, file.digest.removeprefix("sha256:"))}
+            content = {GGUF_NAME: FileDigest(file.size, file.digest)}
             Manifest("gguf", content, {"source": self._model.digest}, recipe, {}).write(staging)
             try:
                 storage.publish(staging, key)

@@ -85,4 +85,4 @@ def _as_far_as_it_came(shelf: Shelf, served: Served, artifact: str | None) -> Se
         return served
     with shelf.storage.open(artifact, MANIFEST) as file:
         content = Manifest.parse(file.read(MAX_JSON)).content
-    return evolve(served, digest=f"sha256:{content[GGUF_NAME].sha256}")
+    return evolve(served, digest=content[GGUF_NAME].digest)

@@ -1,23 +1,66 @@
-"""What bytes are, whatever they are called: digests of values, files and directories."""
+"""What bytes are, whatever they are called: digests of values and files.
+
+A digest is text: its algorithm, a colon, and hexadecimal digits. Our own are BLAKE3, which one
+core computes several times as fast as SHA-256 (0.18 to 0.57 seconds a gigabyte were measured);
+SHA-256 is where another's protocol asks for it, as Ollama's does of its blobs.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from attrs import frozen
 
-_PIECE = 16 << 20  # bytes: fewer, larger reads let other threads import meanwhile
+from .reading import opened, read_some
+
+BLAKE3 = "blake3"
+SHA256 = "sha256"
+
+_PIECE = 4 << 20  # bytes: enough that the time is in the hash and not in calls
+
+
+class Hash(Protocol):
+    """A hash of bytes that come piece by piece; `update` lets other threads run meanwhile."""
+
+    def update(self, data: bytes | bytearray | memoryview, /) -> object:
+        """Take in more bytes."""
+
+    def hexdigest(self) -> str:
+        """Of all bytes so far."""
+
+
+def new_hash(algorithm: str = BLAKE3) -> Hash:
+    """A hash of nothing.
+
+    Args:
+        algorithm: BLAKE3 or SHA256.
+    """
+    if algorithm == BLAKE3:
+        from blake3 import blake3
+
+        return blake3()
+    return hashlib.new(algorithm)
 
 
 @frozen
 class FileDigest:
-    """`size` in bytes and the SHA-256 of a file, in hexadecimal."""
+    """What a file holds.
+
+    Attributes:
+        size: In bytes.
+        digest: Of its bytes, with the algorithm: `blake3:...` or `sha256:...`.
+    """
 
     size: int
-    sha256: str
+    digest: str
+
+    @property
+    def algorithm(self) -> str:
+        """What `digest` was computed by."""
+        return self.digest.partition(":")[0]
 
 
 def canonical_json(value: Any) -> bytes:
@@ -28,17 +71,28 @@ def canonical_json(value: Any) -> bytes:
 
 
 def digest_of(document: Any) -> str:
-    """`sha256:` over the canonical JSON of `document`."""
-    return "sha256:" + hashlib.sha256(canonical_json(document)).hexdigest()
+    """`blake3:` over the canonical JSON of `document`."""
+    return digest_of_bytes(canonical_json(document))
 
 
-def hash_file(path: Path) -> FileDigest:
-    """Size and SHA-256 of a file's bytes.
+def digest_of_bytes(data: bytes) -> str:
+    """`blake3:` over some bytes."""
+    hash = new_hash()
+    hash.update(data)
+    return f"{BLAKE3}:{hash.hexdigest()}"
+
+
+def hash_file(path: Path, algorithm: str = BLAKE3) -> FileDigest:
+    """Size and digest of a file's bytes.
 
     Raises:
         MalformedError: It is missing.
         StorageError: It cannot be read.
     """
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
-        return FileDigest(file.tell(), digest.hexdigest())
+    hash, size = new_hash(algorithm), 0
+    buffer = memoryview(bytearray(_PIECE))
+    with opened(path) as fd:
+        while count := read_some(buffer, fd, size, path.name):
+            hash.update(buffer[:count])
+            size += count
+    return FileDigest(size, f"{algorithm}:{hash.hexdigest()}")

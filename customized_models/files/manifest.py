@@ -49,7 +49,7 @@ class Manifest:
 
     @property
     def digest(self) -> str:
-        """`sha256:` over kind, content files, parents' digests and recipe."""
+        """`blake3:` over kind, content files, parents' digests and recipe."""
         return digest_of(
             {
                 "format": FORMAT,
@@ -105,7 +105,7 @@ class Manifest:
         found = {path.relative_to(directory).as_posix() for path in files_under(directory)}
         wrong = found - {MANIFEST, README} ^ set(self.content)
         for name, expected in self.content.items():
-            if name not in wrong and hash_file(directory / name) != expected:
+            if name not in wrong and hash_file(directory / name, expected.algorithm) != expected:
                 wrong.add(name)
         if wrong:
             raise IntegrityError(f"files differ from the manifest: {listed(wrong)}")

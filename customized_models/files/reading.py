@@ -151,13 +151,22 @@ def read_into(view: memoryview, fd: int, start: int, what: str) -> None:
     """Fill `view` from byte `start`; raises as `read_at` does."""
     done, count = 0, len(view)
     while done < count:
-        try:
-            got = os.preadv(fd, [view[done:]], start + done)
-        except OSError as error:
-            raise StorageError(f"{what} cannot be read: {error.strerror}") from error
+        got = read_some(view[done:], fd, start + done, what)
         if not got:
             raise MalformedError(f"{what} ends at byte {start + done}, before {start + count}")
         done += got
+
+
+def read_some(view: memoryview, fd: int, start: int, what: str) -> int:
+    """Read from byte `start` into `view`; returns how many bytes, 0 at the end of the file.
+
+    Raises:
+        StorageError: It cannot be read.
+    """
+    try:
+        return os.preadv(fd, [view], start)
+    except OSError as error:
+        raise StorageError(f"{what} cannot be read: {error.strerror}") from error
 
 
 def existing_directory(

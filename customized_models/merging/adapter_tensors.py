@@ -1,92 +1,78 @@
-"""What an adapter's file holds, by the names it has for today's layers, read when it is needed.
+"""Whether an adapter's file holds exactly the tensors that its configuration calls for.
 
-This module is only imported when a merge is planned.
+This module is only imported when a merge is prepared.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch
-from peft import PeftModel
 
-from ..adapters.intake import PREFIX, WEIGHTS, Adapter, layer_of
-from ..errors import UnmergedTensorsError, shown
-from ..files.safetensors import TensorInfo, read_tensor
-from .private_apis import private
+from ..adapters.intake import Adapter
+from ..errors import MalformedError, UnmergedTensorsError, listed, shown
+from ..files.safetensors import read_tensor
+from .adapter_sizes import base_parameter
+from .skeleton import Skeleton
 
 
-class StoredAdapter:
-    """The tensors of an adapter's file as PEFT would load them into `model`.
+def check_tensors(
+    skeleton: Skeleton,
+    adapter: Adapter,
+    expected: Mapping[str, torch.Tensor],
+    stated: Mapping[str, torch.Tensor],
+) -> tuple[str, ...]:
+    """Check that the adapter holds what its layers call for.
 
-    PEFT renames, and for experts stacks, what was saved for layers of an earlier transformers.
-    `tensors`: by the names of today's layers, without memory. `origins`: the names in the file of
-    what each of them is made of; of what is stacked, all that is of its layer.
+    Returns:
+        The names of copies of the base's tensors, which are not used.
 
     Raises:
-        UnmergedTensorsError: PEFT cannot convert them.
+        UnmergedTensorsError, MalformedError: See `Injected.load`.
     """
-
-    def __init__(self, adapter: Adapter, model: PeftModel, name: str) -> None:
-        self._adapter = adapter
-        self._model = model
-        self._name = name
-        self._last: tuple[Any, dict[str, torch.Tensor]] = None, {}
-        file = {n: torch.empty(i.shape, device="meta") for n, i in adapter.tensors.items()}
-        names = {id(tensor): name for name, tensor in file.items()}
-        self.tensors: Mapping[str, torch.Tensor] = self._converted(file)
-        self._stacked = {name for name, tensor in self.tensors.items() if id(tensor) not in names}
-        kept = {names[id(t)] for name, t in self.tensors.items() if name not in self._stacked}
-        of_layer: dict[int, list[str]] = {}
-        for name in sorted(file.keys() - kept):
-            of_layer.setdefault(layer_of(name), []).append(name)
-        self.origins: Mapping[str, tuple[str, ...]] = {
-            name: tuple(of_layer.get(layer_of(name), ()))
-            if name in self._stacked
-            else (names[id(tensor)],)
-            for name, tensor in self.tensors.items()
-        }
-
-    def reader(self, name: str, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
-        """Reads what PEFT would load into the parameter of that name and dtype."""
-        infos = tuple(self._adapter.tensors[origin] for origin in self.origins[name])
-        if name in self._stacked:
-            return lambda: self._of_layer(infos)[name].to(dtype)
-        return lambda: self._read(infos[0]).to(dtype)
-
-    def by_layer(self, paths: Iterable[str], unused: Collection[str]) -> dict[str, tuple[str, ...]]:
-        """By the path of a layer, the names in the file of what it is merged with."""
-        found: dict[str, set[str]] = {path: set() for path in paths}
-        for name, origin in self.origins.items():
-            path = name.removeprefix(PREFIX)
-            while path and path not in found:
-                path = path.rpartition(".")[0]
-            if path:
-                found[path].update(origin)
-        return {path: tuple(sorted(names - {*unused})) for path, names in found.items()}
-
-    def _of_layer(self, infos: tuple[TensorInfo, ...]) -> dict[str, torch.Tensor]:
-        """One layer as PEFT stacks it; the last is kept, for its other tensors come next."""
-        if self._last[0] != infos:
-            self._last = infos, self._converted({info.name: self._read(info) for info in infos})
-        return self._last[1]
-
-    def _read(self, info: TensorInfo) -> torch.Tensor:
-        return read_tensor(self._adapter.directory / WEIGHTS, info)
-
-    def _converted(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        convert = private(
-            "peft.utils.transformers_weight_conversion",
-            "convert_peft_adapter_state_dict_for_transformers",
+    copies = stated.keys() - expected.keys()
+    if extra := {name for name in copies if not _is_copy(name, skeleton, adapter)}:
+        raise UnmergedTensorsError(
+            f"the adapter holds tensors that its configuration does not call for, or that address "
+            f"the base's own: {listed(extra)}",
+            extra,
         )
-        config = self._model.peft_config[self._name]
-        try:
-            converted: dict[str, torch.Tensor] = convert(self._model, config, tensors, self._name)
-        except (RuntimeError, ValueError, KeyError, IndexError) as error:
-            raise UnmergedTensorsError(
-                f"PEFT cannot convert the adapter's tensors to the layers of this version of "
-                f"transformers: {shown(error, 500)}",
-                tensors,
-            ) from error
-        return converted
+    if missing := expected.keys() - stated.keys():
+        raise UnmergedTensorsError(
+            f"the adapter lacks tensors that its configuration calls for: {listed(missing)}",
+            missing,
+        )
+    for name, tensor in expected.items():
+        shape = tuple(stated[name].shape)
+        if shape != tuple(tensor.shape):
+            raise MalformedError(
+                f"{shown(name)} has the shape {shape}; the adapter's configuration and base call "
+                f"for {tuple(tensor.shape)}"
+            )
+    return tuple(sorted(copies))
+
+
+def _is_copy(name: str, skeleton: Skeleton, adapter: Adapter) -> bool:
+    """Whether it has the bits of a tensor of the base, or of the adapter's under another name.
+
+    PEFT saves such copies for an `lm_head` that is targeted or saved.
+    """
+    if name not in adapter.tensors:
+        return False
+    parameter, info = base_parameter(name), adapter.tensors[name]
+    twin = adapter.tensors.get(name.replace(".modules_to_save.", "."))
+    holder = skeleton.tied.get(parameter, parameter)
+    conversion = skeleton.conversions.by_parameter.get(holder)
+    as_it_is = conversion is not None and conversion.patterns is None
+    of = skeleton.base.infos[conversion.tensors[0]] if conversion and as_it_is else None
+    if twin is not None and twin is not info:
+        directory, of = adapter.directory, twin
+    else:
+        directory = skeleton.base.directory
+    if of is None or (info.dtype, info.shape) != (of.dtype, of.shape):
+        return False
+    copy, own = (
+        read_tensor(adapter.directory / info.file, info),
+        read_tensor(directory / of.file, of),
+    )
+    return torch.equal(copy.view(torch.uint8), own.view(torch.uint8))

@@ -1,6 +1,6 @@
-"""Which layers are merged together, and what comes out: decided by names, before any is.
+"""Which layers are merged together, and what comes out: decided by names, before any merge.
 
-This module is only imported when a merge is planned.
+This module is only imported when a merge is prepared.
 """
 
 from __future__ import annotations
@@ -12,122 +12,126 @@ from peft.utils import ModulesToSaveWrapper
 
 from ..errors import BaseModelMismatch, UnsupportedAdapterError, listed, shown
 from ..files.safetensors import TensorInfo, dtype_name
-from .conversion import Loading, Place, Unit
+from .conversion import Conversion
 from .injection import Injected
-from .layers import Target, move_together
+from .layers import AdaptedLayer, stay_tied
 from .skeleton import Skeleton
 
 
-def plan_parts(injected: Injected) -> tuple[list[Part], dict[str, str]]:
-    """All parts of the merge, and the parameter that each new tensor starts from.
+def group_tensors(injected: Injected) -> tuple[list[TensorGroup], dict[str, str]]:
+    """All tensors that change, in groups that are merged together.
+
+    Returns:
+        The groups, and by the name of each tensor that the merge adds, the parameter whose values
+        it starts from.
 
     Raises:
-        UnsupportedAdapterError, UnsupportedArchitectureError, BaseModelMismatch: as `open_merge`.
+        UnsupportedAdapterError, UnsupportedArchitectureError, BaseModelMismatch: As `open_merge`.
     """
     skeleton = injected.skeleton
-    targets = {target.place: target for target in injected.targets()}
-    untied = _untie(targets, skeleton)
-    sources = injected.sources(targets)
-    layers = [_layer(t, sources[place], skeleton, untied) for place, t in targets.items()]
+    adapted = {layer.wrapper_path: layer for layer in injected.layers()}
+    untied = _untie(adapted, skeleton)
+    sources = injected.sources(adapted)
+    layers = [_planned(one, sources[path], skeleton, untied) for path, one in adapted.items()]
     if injected.adapter.config.get("task_type") != "FEATURE_EXTRACTION":  # which uses no head
         _refuse_incomplete(layers, skeleton)
     _refuse_two_vocabularies(layers, skeleton)
-    parts = _parts(layers, skeleton)
-    done = {unit for part in parts for unit in part.units}
-    parts += [_part([], [unit], skeleton) for unit in skeleton.quantized if unit not in done]
-    return parts, untied
+    groups = _groups(layers, skeleton)
+    done = {conversion for group in groups for conversion in group.conversions}
+    rest = [one for one in skeleton.quantized if one not in done]
+    return [*groups, *(_group([], [conversion], skeleton) for conversion in rest)], untied
 
 
 @frozen
-class Layer:
-    """A layer to merge.
+class PlannedLayer:
+    """A layer to merge, and the names of everything it takes and gives.
 
-    `adapter_tensors`: the names of what it is merged with. `sources`: the parameter of the model
-    that each of its parameters has its values from; none for a head that the base lacks. `outputs`:
-    the one that it is afterwards.
+    Attributes:
+        adapted: The layer.
+        adapter_tensors: Names in the adapter's file of what it is merged with.
+        sources: The parameter of the model that each of the layer's parameters has its values
+            from; a head that the base lacks has none.
+        outputs: The parameter that it is afterwards.
     """
 
-    target: Target
+    adapted: AdaptedLayer
     adapter_tensors: tuple[str, ...]
     sources: Mapping[str, str]
     outputs: Mapping[str, str]
 
+    @property
+    def changed_parameters(self) -> tuple[str, ...]:
+        """Those of `outputs` that come out changed."""
+        return tuple(self.outputs[name] for name in self.adapted.changed)
+
 
 @frozen
-class Part:
-    """Layers that are merged together, because tensors of the checkpoint hold several of them.
+class TensorGroup:
+    """Tensors that change together, because the layers of each depend on several of them.
 
-    `units`: of those tensors. `infos`: what comes out. `experts`: where it is some of those that a
-    parameter stacks, the first and the end, exclusive. `places`: of each tensor in the stack, if
-    blocks of rows suit.
+    Attributes:
+        layers: What changes them; none if they are only dequantized.
+        conversions: Of those tensors that transformers does not load as they are.
+        infos: The tensors that come out.
     """
 
-    layers: tuple[Layer, ...]
-    units: tuple[Unit, ...]
-    infos: tuple[TensorInfo, ...]
-    experts: tuple[int, int] | None = None
-    places: Mapping[str, Place] = field(factory=dict, repr=False)
+    layers: tuple[PlannedLayer, ...]
+    conversions: tuple[Conversion, ...]
+    infos: tuple[TensorInfo, ...] = field(repr=False)
 
     @property
     def is_one_weight(self) -> bool:
-        """Whether it is one tensor of the base's, which transformers loads as it is."""
-        if len(self.layers) != 1 or len(self.infos) != 1 or self.units:
+        """Whether it is one tensor of the base, which transformers loads as it is."""
+        if len(self.layers) != 1 or len(self.infos) != 1 or self.conversions:
             return False
         (layer,) = self.layers
-        own = layer.target.own or "weight" not in layer.sources
-        return layer.target.changed == ("weight",) and not own
+        only_weight = layer.adapted.changed == ("weight",) and "weight" in layer.sources
+        return only_weight and not layer.adapted.trained_values
+
+    def adapter_tensors_of(self, prefix: str) -> tuple[str, ...]:
+        """Names in the adapter's file that start with `prefix`, or all if none does."""
+        every = tuple(name for layer in self.layers for name in layer.adapter_tensors)
+        return tuple(name for name in every if name.startswith(prefix)) or every
 
 
-def group_of(
-    part: Part, experts: tuple[int, int], places: Mapping[str, Place], loading: Loading
-) -> Part:
-    """Of `part`, which stacks experts as `places` says, those from the first to the end."""
-    start, end = experts
-    inside = {name: place for name, place in places.items() if start <= place[0] < end}
-    by_place = {place: name for name, place in places.items()}
-    chosen = {by_place[expert - start, row]: name for name, (expert, row) in inside.items()}
-    unit = loading.section(part.units[0], chosen)
-    infos = tuple(info for info in part.infos if info.name in inside)
-    return Part(part.layers, (unit,), infos, experts, inside)
-
-
-def _layer(
-    target: Target,
+def _planned(
+    adapted: AdaptedLayer,
     adapter_tensors: tuple[str, ...],
     skeleton: Skeleton,
     untied: Mapping[str, str],
-) -> Layer:
-    if not target.changed:
+) -> PlannedLayer:
+    if not adapted.changed:
         raise UnsupportedAdapterError(
-            f"the adapter trains a bias of {shown(target.path)}, which has none in the base"
+            f"the adapter trains a bias of {shown(adapted.path)}, which has none in the base"
         )
-    outputs = {name: f"{target.path}.{name}" for name in target.parameters}
+    outputs = {name: f"{adapted.path}.{name}" for name in adapted.parameters}
     sources = {name: skeleton.tied.get(path, path) for name, path in outputs.items()}
-    if isinstance(target.module, ModulesToSaveWrapper):  # which needs nothing of the base
-        known = skeleton.loading.units
+    if isinstance(adapted.module, ModulesToSaveWrapper):  # which needs nothing of the base
+        known = skeleton.conversions.by_parameter
         sources = {name: path for name, path in sources.items() if path in known}
     if not untied:
         outputs = {name: skeleton.tied.get(path, path) for name, path in outputs.items()}
     for path in sources.values():
-        skeleton.unit(path)
-    return Layer(target, adapter_tensors, sources, outputs)
+        skeleton.conversion(path)
+    return PlannedLayer(adapted, adapter_tensors, sources, outputs)
 
 
-def _refuse_incomplete(layers: list[Layer], skeleton: Skeleton) -> None:
+def _refuse_incomplete(layers: list[PlannedLayer], skeleton: Skeleton) -> None:
     """A head that was drawn at random before the training and is not saved is lost."""
-    there = {path for layer in layers for path in _changed(layer)}
-    there |= skeleton.loading.units.keys() | skeleton.tied.keys()
+    there = {path for layer in layers for path in layer.changed_parameters}
+    there |= skeleton.conversions.by_parameter.keys() | skeleton.tied.keys()
     there |= {*(skeleton.model._keys_to_ignore_on_save or ())}  # computed, not learnt
-    if lost := skeleton.loading.parameters - there:
+    if lost := skeleton.conversions.parameters - there:
         raise BaseModelMismatch(
             f"neither the base model's files nor the adapter have {listed(lost)}, which a "
             f"{type(skeleton.model).__name__} needs; save it with the adapter (modules_to_save)"
         )
 
 
-def _refuse_two_vocabularies(layers: list[Layer], skeleton: Skeleton) -> None:
+def _refuse_two_vocabularies(layers: list[PlannedLayer], skeleton: Skeleton) -> None:
     """Embedding and output layer have the same number of rows, or the model cannot be loaded."""
-    changed = {skeleton.tied.get(path, path) for layer in layers for path in _changed(layer)}
+    paths = (path for layer in layers for path in layer.changed_parameters)
+    changed = {skeleton.tied.get(path, path) for path in paths}
     ends = {skeleton.tied.get(path, path) for path in skeleton.embeddings}
     if skeleton.vocabulary is not None and (short := ends - changed):
         raise BaseModelMismatch(
@@ -136,19 +140,22 @@ def _refuse_two_vocabularies(layers: list[Layer], skeleton: Skeleton) -> None:
         )
 
 
-def _untie(targets: dict[str, Target], skeleton: Skeleton) -> dict[str, str]:
-    """Which parameter each new tensor starts from, if the output layer and the embedding part ways.
+def _untie(adapted: dict[str, AdaptedLayer], skeleton: Skeleton) -> dict[str, str]:
+    """Decide which tied parameters part, and drop from `adapted` all but one of those that do not.
 
-    PEFT would change both, or neither, where the adapter was trained with one of them changed.
-    Of `targets` that stay tied, one is left.
+    PEFT would change all tied parameters, or none, where the adapter was trained with one of them
+    changed.
+
+    Returns:
+        The parameter that each new tensor starts from, if output layer and embedding part.
     """
-    by_path = {f"{t.path}.{name}": t for t in targets.values() for name in t.changed}
+    by_path = {f"{a.path}.{name}": a for a in adapted.values() for name in a.changed}
     for holder in dict.fromkeys(skeleton.tied.values()):
         members = [name for name, of in skeleton.tied.items() if of == holder]
         ends = [by_path[name] for name in (*members, holder) if name in by_path]
         if not ends:
             continue
-        together = all(move_together(end, ends[-1]) for end in ends[:-1] or ends)
+        together = all(stay_tied(end, ends[-1]) for end in ends[:-1] or ends)
         if members == [skeleton.head] and not together:
             return {members[0]: holder}
         needed = {holder} if members == [skeleton.head] else {holder, *members}
@@ -159,41 +166,42 @@ def _untie(targets: dict[str, Target], skeleton: Skeleton) -> dict[str, str]:
                 f"ties to one another: PEFT would change all, which is not what was trained"
             )
         for name in by_path.keys() & members:
-            del targets[by_path[name].place]
+            del adapted[by_path[name].wrapper_path]
     return {}
 
 
-def _parts(layers: list[Layer], skeleton: Skeleton) -> list[Part]:
+def _groups(layers: list[PlannedLayer], skeleton: Skeleton) -> list[TensorGroup]:
     """The layers, together where tensors of the checkpoint hold parameters of several."""
-    groups: dict[int, list[Layer]] = {}
-    of_unit: dict[Unit, list[Layer]] = {}
+    groups: dict[int, list[PlannedLayer]] = {}
+    by_conversion: dict[Conversion, list[PlannedLayer]] = {}
     for layer in layers:
-        near = {id(of_unit[u]): of_unit[u] for u in _converted([layer], skeleton) if u in of_unit}
+        shared = [c for c in _conversions([layer], skeleton) if c in by_conversion]
+        near = {id(by_conversion[c]): by_conversion[c] for c in shared}
         group = [layer, *(member for other in near.values() for member in other)]
         for key in near:
             del groups[key]
         groups[id(group)] = group
-        of_unit.update(dict.fromkeys(_converted(group, skeleton), group))
+        by_conversion.update(dict.fromkeys(_conversions(group, skeleton), group))
     every = groups.values()
-    return [_part(group, _converted(group, skeleton), skeleton) for group in every]
+    return [_group(group, _conversions(group, skeleton), skeleton) for group in every]
 
 
-def _converted(layers: Iterable[Layer], skeleton: Skeleton) -> list[Unit]:
-    """What transformers converts of that which the layers change."""
-    found = (skeleton.loading.units.get(path) for layer in layers for path in _changed(layer))
-    return [*dict.fromkeys(unit for unit in found if unit and unit.patterns is not None)]
+def _conversions(layers: Iterable[PlannedLayer], skeleton: Skeleton) -> list[Conversion]:
+    """Those of what the layers change that do not load a tensor as it is."""
+    stored = skeleton.conversions.by_parameter
+    found = (stored.get(path) for layer in layers for path in layer.changed_parameters)
+    return [*dict.fromkeys(one for one in found if one and one.patterns is not None)]
 
 
-def _changed(layer: Layer) -> list[str]:
-    return [layer.outputs[name] for name in layer.target.changed]
-
-
-def _part(layers: list[Layer], units: list[Unit], skeleton: Skeleton) -> Part:
-    infos = [info for unit in units for info in skeleton.loading.saved_infos(unit)]
-    inside = {parameter for unit in units for parameter in unit.parameters}
-    for path in (path for layer in layers for path in _changed(layer) if path not in inside):
+def _group(
+    layers: list[PlannedLayer], conversions: list[Conversion], skeleton: Skeleton
+) -> TensorGroup:
+    infos = [info for one in conversions for info in skeleton.conversions.saved_infos(one)]
+    inside = {parameter for one in conversions for parameter in one.parameters}
+    paths = (path for layer in layers for path in layer.changed_parameters if path not in inside)
+    for path in paths:
         dtype = dtype_name(skeleton.dtypes[path])
-        for name in skeleton.tensors(path) or [path]:
+        for name in skeleton.tensors_of(path) or [path]:
             of = skeleton.base.infos.get(name, TensorInfo(name, "", (), "", 0, 0))
             infos.append(evolve(of, shape=skeleton.shapes[path], dtype=dtype))
-    return Part(tuple(layers), tuple(units), tuple(infos))
+    return TensorGroup(tuple(layers), tuple(conversions), tuple(infos))

@@ -1,7 +1,8 @@
 """Which shards of a save are complete, so that another save can take them over after a kill.
 
-The journal lies beside the shards. A line is added, and pushed to the disk, once a shard is
-whole and on the disk itself; nothing is believed that its SHA-256 does not confirm.
+The journal is a file beside the shards. Its first line says what the shards depend on. Each other
+line is added, and synced to the disk, once a shard is complete and on the disk itself. Nothing in
+it is believed that the shard's digest does not confirm: a kill may have cut it anywhere.
 """
 
 from __future__ import annotations
@@ -21,28 +22,39 @@ JOURNAL = "shards.jsonl"
 
 
 class Journal:
-    """The journal of the save that writes into `directory`.
+    """The journal of one save.
 
-    `key`: what the bytes of its shards depend on; shards are taken over from a save of the same
-    key alone. `shards`: the complete ones by file name.
+    Attributes:
+        shards: Digests of the complete shards, by file name.
     """
 
     def __init__(self, directory: Path, key: str) -> None:
+        """Begin a journal.
+
+        Args:
+            directory: Where the shards are written.
+            key: What their bytes depend on; shards are only taken over from a save of this key.
+        """
         self.shards: dict[str, FileDigest] = {}
         self._directory = directory
         self._key = key
         self._append({"key": key})
 
     def add(self, file: str, digest: FileDigest) -> None:
-        """Note that `file` is complete and on the disk."""
+        """Note that the shard `file` is complete and on the disk."""
         self._append({"file": file, "digest": to_document(digest)})
         self.shards[file] = digest
 
     def take_over(self, abandoned: Path, files: Collection[str], progress: Progress) -> None:
         """Move in the complete shards that a killed save left in its directory.
 
-        Only those named in `files` are taken. Should its process only have been asleep, no harm is
-        done: it never writes to a complete shard again.
+        If the other process was only suspended, this does no harm: it never writes to a complete
+        shard again.
+
+        Args:
+            abandoned: The killed save's directory.
+            files: The names of the shards that this save will have.
+            progress: Told how many bytes have been checked.
         """
         noted = {file: digest for file, digest in _read(abandoned, self._key) if file in files}
         total, done = sum(digest.size for digest in noted.values()), 0
@@ -53,7 +65,7 @@ class Journal:
                 continue
             try:
                 (abandoned / file).rename(self._directory / file)
-            except FileNotFoundError:  # its process woke up and cleared it, or the disk lost it
+            except FileNotFoundError:  # the other process resumed and removed it, or it was lost
                 continue
             if hash_file(self._directory / file) == digest:
                 self.add(file, digest)
@@ -72,14 +84,14 @@ class Journal:
 
 
 def _read(directory: Path, key: str) -> Iterator[tuple[str, FileDigest]]:
-    """What the journal in `directory` notes, if it is one of that key."""
+    """What the journal in `directory` notes, up to where it was cut, if it is one of that key."""
     path = directory / JOURNAL
-    first, *lines = path.read_bytes().splitlines() if path.is_file() else [b""]
-    if first != canonical_json({"key": key}):
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    if lines[:1] != [canonical_json({"key": key})]:
         return
-    for line in lines:
+    for line in lines[1:]:
         try:
             entry = strict_json(line, JOURNAL)
             yield entry["file"], from_document(FileDigest, entry["digest"])
-        except (MalformedError, KeyError, TypeError):  # the kill cut it short
+        except (MalformedError, KeyError, TypeError):
             return

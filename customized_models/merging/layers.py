@@ -1,6 +1,6 @@
 """One layer that an adapter changes, and its merge by PEFT's own code.
 
-This module is only imported when a merge is planned.
+This module is only imported when a merge is prepared.
 """
 
 from __future__ import annotations
@@ -15,42 +15,46 @@ from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 
+from ..adapters.peft_types import AdapterType
 from ..errors import MergeError, shown
-from .materialize import filled
+from .materialize import materialized
 
 WRAPPERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-
-_WEIGHT_AND_BIAS = ("ADAMSS", "GLORA", "LN_TUNING", "ROAD")
+"""The classes that PEFT puts around a model's layers."""
 
 
 @frozen
-class Target:
-    """A layer that PEFT wrapped, or a plain one that has a bias of the adapter's.
+class AdaptedLayer:
+    """A layer that PEFT wrapped, or a plain one whose bias came with the adapter.
 
-    `path`: its name in the model, and `place` that of the wrapper: PEFT puts one inside another
-    where it adapts several parameters of a layer by themselves. `kind`: the adapter's type. `own`:
-    values of its parameters that came with the adapter, or that PEFT computed when it built the
-    layer; they take the place of the base's before the merge. `stored`: what reads the parameters
-    of the wrapper that have no values but while they are needed.
+    Attributes:
+        path: The layer's name in the model.
+        wrapper_path: The name of its wrapper. PEFT puts one wrapper inside another where it adapts
+            several parameters of one layer.
+        kind: The adapter's type.
+        module: The wrapper, or the plain layer.
+        trained_values: Values of the layer's parameters that came with the adapter, or that PEFT
+            computed when it built the wrapper; they replace the base's before the merge.
+        readers: Functions that read the wrapper's own parameters, by name, if those have no memory.
     """
 
     path: str
-    place: str
-    kind: str
+    wrapper_path: str
+    kind: AdapterType
     module: Any = field(repr=False)
-    own: Mapping[str, torch.Tensor] = field(repr=False)
-    stored: Mapping[str, Callable[[], torch.Tensor]] = field(factory=dict, repr=False)
+    trained_values: Mapping[str, torch.Tensor] = field(repr=False)
+    readers: Mapping[str, Callable[[], torch.Tensor]] = field(factory=dict, repr=False)
 
     @property
     def parameters(self) -> tuple[str, ...]:
-        """The base's parameters that a merge reads or replaces, below `path`."""
-        return tuple(self._places())
+        """The layer's parameters that a merge reads or replaces, by their names below `path`."""
+        return tuple(self._wrapped_names())
 
-    def _places(self) -> dict[str, str]:
-        """Where each of them is now, below the module that was there before."""
+    def _wrapped_names(self) -> dict[str, str]:
+        """By those names, the names that they have below the module that PEFT wrapped."""
         module: Any = self.module
         if not isinstance(module, WRAPPERS):
-            return {name: name for name in self.own}
+            return {name: name for name in self.trained_values}
         if isinstance(module, ParamWrapper):
             return {module.parameter_name: module.parameter_name}
         if isinstance(module, ModulesToSaveWrapper):  # buffers are saved along
@@ -62,59 +66,78 @@ class Target:
 
     @property
     def changed(self) -> tuple[str, ...]:
-        """Those that come out changed; a bias beside a weight may come out as it was."""
-        names = {*self.own, *self._merged()}
+        """Those of `parameters` that are written to; a bias may come out as it was."""
+        names = {*self.trained_values, *self._merged()}
         return tuple(name for name in self.parameters if name in names)
 
     def _merged(self) -> tuple[str, ...]:
-        """Those that PEFT's merge writes to."""
+        """The parameters that PEFT's merge writes to."""
         module: Any = self.module
-        if isinstance(module, ModulesToSaveWrapper):
+        if isinstance(module, ModulesToSaveWrapper | ParamWrapper):
             return self.parameters
         if isinstance(module, TrainableTokensWrapper):
             return ("weight",)
-        if isinstance(module, ParamWrapper):
-            return self.parameters
         if isinstance(module, MultiheadAttention):
             return ("in_proj_weight", "out_proj.weight")
-        if not isinstance(module, BaseTunerLayer):
-            return ()
-        if self.kind == "BEFT":
-            return ("bias",)
-        with_bias = any(getattr(module, "lora_bias", {}).values())
-        if self.kind == "IA3":
-            with_bias = not getattr(module, "is_feedforward")  # noqa: B009
-        return ("weight", "bias") if with_bias or self.kind in _WEIGHT_AND_BIAS else ("weight",)
+        return self.kind.changed(module) if isinstance(module, BaseTunerLayer) else ()
 
     def merge(self, values: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-        """The merged parameters. `values`: all of them as they were; they may be written to.
+        """The merged parameters: what PEFT's `merge_and_unload` does with one module.
 
-        This is what PEFT's `merge_and_unload` does with one module.
+        Args:
+            values: All of `parameters` before the merge; they may be written to.
+
+        Returns:
+            All of `parameters` after it.
 
         Raises:
             MergeError: PEFT cannot merge these values.
+
+        Source: `peft/tuners/tuners_utils.py`, `BaseTuner._unload_and_optionally_merge`.
         """
         if not isinstance(self.module, WRAPPERS):
             return values
-        places = {place: values[name] for name, place in self._places().items()}
+        before = {inner: values[name] for name, inner in self._wrapped_names().items()}
         if isinstance(self.module, ModulesToSaveWrapper):
-            places = {}  # it replaces them all
+            before = {}  # it replaces all of them
+        base = base_of(self.module)
         try:
-            with torch.no_grad(), filled(base_of(self.module), places), self._loaded():
+            with torch.no_grad(), materialized(base, before), self._own_values():
                 merged = self._unloaded()
                 return {name: merged[name] for name in values}
         except (RuntimeError, ValueError, IndexError) as error:  # values that do not go together
             raise MergeError(f"PEFT cannot merge {shown(self.path)}: {shown(error)}") from error
 
+    def _unloaded(self) -> dict[str, torch.Tensor]:
+        """The parameters of the module that PEFT puts in the place of its wrapper."""
+        module: Any = self.module
+        inside = [inner for inner in module.modules() if isinstance(inner, BaseTunerLayer)]
+        check_indices: Any = torch.sparse.check_sparse_tensor_invariants
+        with check_indices():
+            # A ParamWrapper would unload the wrappers inside it as well.
+            if not isinstance(module, ParamWrapper) and hasattr(
+                module, "unload_and_optionally_merge_module"
+            ):
+                unloaded = module.unload_and_optionally_merge_module(
+                    merge=True, safe_merge=False, adapter_names=None
+                )
+            else:
+                module.merge(**self.kind.merge_arguments)
+                unloaded = module.get_base_layer()
+            merged = {name: tensor.detach() for name, tensor in unloaded.state_dict().items()}
+        for inner in inside:
+            inner.merged_adapters.clear()  # so that it can be merged again
+        return merged
+
     def delta(self) -> torch.Tensor:
-        """What PEFT adds to the weight of a plain LoRA's layer."""
-        with self._loaded():
+        """What PEFT adds to the weight of a plain LoRA's layer, (out, in)."""
+        with self._own_values():
             return self._delta()
 
     def _delta(self) -> torch.Tensor:
         (adapter,), scaling = self.module.active_adapters, self.module.scaling
         before = scaling[adapter]
-        scaling[adapter] = _InPlace(before)
+        scaling[adapter] = _InPlaceFactor(before)
         try:
             with torch.no_grad():
                 product: torch.Tensor = self.module.get_delta_weight(adapter)
@@ -122,75 +145,68 @@ class Target:
             scaling[adapter] = before
         return product
 
+    # Experts that are stacked in one parameter
+
     @property
     def experts(self) -> int:
-        """How many are stacked in the parameter; 1 where it is no stack."""
+        """How many experts the parameter stacks; 1 if it is not a stack."""
         return self.module.num_experts if isinstance(self.module, ParamWrapper) else 1
 
     def delta_of_experts(
         self, up: torch.Tensor, down: torch.Tensor, start: int, end: int, dtype: torch.dtype
     ) -> torch.Tensor:
-        """What PEFT adds to the experts from `start` to `end`, exclusive: at least two of them.
+        """What PEFT adds to some of the experts.
 
-        `up` (out, rank x experts) and `down` (experts x rank, in) are the factors of all.
+        Args:
+            up: Factor of all experts, (out, rank x experts).
+            down: Factor of all experts, (experts x rank, in).
+            start: The first expert.
+            end: The end, exclusive; at least two experts after `start`.
+            dtype: Of the parameter.
+
+        Returns:
+            The change, shaped like that part of the parameter.
         """
         count, module = self.experts, self.module
         (adapter,) = module.active_adapters
         up = up.reshape(len(up), -1, count)[:, :, start:end].reshape(len(up), -1)
         down = down.reshape(count, -1, down.shape[1])[start:end].reshape(-1, down.shape[1])
         factors = {f"lora_B.{adapter}.weight": up, f"lora_A.{adapter}.weight": down}
-        weight = {module.parameter_name: torch.empty(0, dtype=dtype)}  # it is asked for its dtype
-        with filled(base_of(module), weight), filled(module, factors):
+        weight = {module.parameter_name: torch.empty(0, dtype=dtype)}  # PEFT asks for its dtype
+        with materialized(base_of(module), weight), materialized(module, factors):
             module.num_experts = end - start
             try:
                 return self._delta()
             finally:
                 module.num_experts = count
 
+    # The adapter's own values
+
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of a LoRA: up (out, rank) and down (rank, in), or those of all experts together."""
+        """LoRA's factors: up (out, rank) and down (rank, in), or those of all experts together."""
         (adapter,) = self.module.active_adapters
-        up, down = (self._value(f"{part}.{adapter}.weight") for part in ("lora_B", "lora_A"))
+        up, down = (self._own_value(f"{part}.{adapter}.weight") for part in ("lora_B", "lora_A"))
         return up, down
 
-    def _value(self, name: str) -> torch.Tensor:
-        """That of a parameter of the wrapper."""
-        if name in self.stored:
-            return self.stored[name]()
+    @property
+    def scaling(self) -> float:
+        """What the product of the factors is multiplied by."""
+        (adapter,) = self.module.active_adapters
+        scaling: float = self.module.scaling[adapter]
+        return scaling
+
+    def _own_value(self, name: str) -> torch.Tensor:
+        if name in self.readers:
+            return self.readers[name]()
         value: torch.Tensor = self.module.get_parameter(name).data
         return value
 
-    def _loaded(self) -> AbstractContextManager[None]:
-        """While it lasts the wrapper has its values; then it is as it was, whatever PEFT did."""
-        return filled(self.module, {name: read() for name, read in self.stored.items()})
-
-    def _unloaded(self) -> dict[str, torch.Tensor]:
-        """The parameters of the module that PEFT puts in the place of its wrapper."""
-        module: Any = self.module
-        inside = [inner for inner in module.modules() if isinstance(inner, BaseTunerLayer)]
-        checked: Any = torch.sparse.check_sparse_tensor_invariants
-        with checked():
-            if isinstance(module, ParamWrapper):  # would unload those inside of it as well
-                module.merge(safe_merge=False, adapter_names=None)
-                unloaded = module.get_base_layer()
-            elif hasattr(module, "unload_and_optionally_merge_module"):
-                unloaded = module.unload_and_optionally_merge_module(
-                    merge=True, safe_merge=False, adapter_names=None
-                )
-            elif self.kind == "LN_TUNING":  # takes no other argument
-                module.merge(None)
-                unloaded = module.get_base_layer()
-            else:
-                module.merge(safe_merge=False, adapter_names=None)
-                unloaded = module.get_base_layer()
-            merged = {name: tensor.detach() for name, tensor in unloaded.state_dict().items()}
-        for inner in inside:
-            inner.merged_adapters.clear()  # so that it can be merged again
-        return merged
+    def _own_values(self) -> AbstractContextManager[None]:
+        return materialized(self.module, {name: read() for name, read in self.readers.items()})
 
 
-class _InPlace:
-    """A factor that PEFT multiplies a product with; it spares a copy of the product."""
+class _InPlaceFactor:
+    """A number that PEFT multiplies a product by; it multiplies in place, which spares a copy."""
 
     def __init__(self, value: float) -> None:
         self._value = value
@@ -200,7 +216,7 @@ class _InPlace:
 
 
 def base_of(wrapper: Any) -> torch.nn.Module:
-    """The module that was there before PEFT wrapped it."""
+    """The module that PEFT wrapped."""
     inner: torch.nn.Module
     if isinstance(wrapper, AuxiliaryTrainingWrapper):
         inner = wrapper.original_module
@@ -209,22 +225,22 @@ def base_of(wrapper: Any) -> torch.nn.Module:
     return inner
 
 
-def each_wrapper(path: str, module: Any) -> Iterator[tuple[str, Any]]:
-    """A wrapper and its place; those of a layer's parameters are one inside another."""
+def nested_wrappers(path: str, module: Any) -> Iterator[tuple[str, Any]]:
+    """A wrapper and those inside it that adapt other parameters of the same layer, with paths."""
     yield path, module
     while isinstance(module, ParamWrapper) and isinstance(module.base_layer, BaseTunerLayer):
         path, module = f"{path}.base_layer", module.base_layer
         yield path, module
 
 
-def move_together(end: Target, other: Target) -> bool:
-    """Whether tied layers that are both changed are still the same afterwards.
+def stay_tied(end: AdaptedLayer, other: AdaptedLayer) -> bool:
+    """Whether two tied layers that are both changed are still the same afterwards.
 
     A layer that is changed as a whole, for another vocabulary, is the same as itself.
     """
     one, two = end.module, other.module
     if not any(isinstance(module, WRAPPERS) for module in (one, two)):
-        return torch.equal(end.own["weight"], other.own["weight"])
+        return torch.equal(end.trained_values["weight"], other.trained_values["weight"])
     if one is two:
         return False
     if isinstance(one, ModulesToSaveWrapper) and isinstance(two, ModulesToSaveWrapper):

@@ -1,10 +1,10 @@
-"""The base's values, given to PEFT for as long as it looks at one module.
+"""The base's values, given to PEFT only while it looks at one module.
 
-Many methods compute what they start from out of the weights they adapt. So PEFT builds their
-layers on the CPU: every parameter is there with its shape and dtype, none with memory, and the
-module that PEFT is at has its values.
+Many adapter types compute what they start from out of the weights that they adapt. PEFT builds the
+layers of those on the CPU: every parameter is there with its shape and dtype, none takes memory,
+and only the module that PEFT is working on has its values.
 
-This module is only imported when a merge is planned.
+This module is only imported when a merge is prepared.
 """
 
 from __future__ import annotations
@@ -18,23 +18,25 @@ from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from transformers.pytorch_utils import Conv1D
 
+from ..adapters.peft_types import AdapterType
 from ..errors import UnsupportedAdapterError, UnsupportedVersionError
 from .private_apis import installed
 from .skeleton import Skeleton
 
 
 class Placeholders:
-    """The parameters of a skeleton while they hold no values."""
+    """The parameters of a skeleton as long as they hold no values."""
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self._parameters = {id(p): p for p in model.parameters()}  # alive: an id is not used again
+        # Keeping them alive keeps their ids from being used again.
+        self._parameters = {id(p): p for p in model.parameters()}
 
     def __contains__(self, parameter: torch.nn.Parameter) -> bool:
         return id(parameter) in self._parameters
 
 
 def place_on_cpu(model: torch.nn.Module) -> None:
-    """Replace parameters on the meta device by such on the CPU that take one element of memory."""
+    """Replace parameters on the meta device by ones on the CPU that take one element of memory."""
     placed: dict[int, torch.nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -47,14 +49,21 @@ def place_on_cpu(model: torch.nn.Module) -> None:
 
 
 def has_memory(parameter: torch.Tensor) -> bool:
-    """Whether each element has a place of its own."""
+    """Whether each element of the tensor has memory of its own."""
     size = parameter.numel() * parameter.element_size()
     return not parameter.is_meta and parameter.untyped_storage().nbytes() >= size
 
 
 @contextmanager
-def filled(module: torch.nn.Module, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Give `module` values for as long as the block lasts; then it is as it was, inside as well."""
+def materialized(module: torch.nn.Module, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Give parameters of `module` these values within the `with` block.
+
+    Afterwards the module and everything inside it is as it was before, whatever the block did.
+
+    Args:
+        module: The module.
+        values: By the parameter's name below `module`.
+    """
     before = [
         (m, dict(m._modules), dict(m._parameters), dict(m._buffers)) for m in module.modules()
     ]
@@ -70,18 +79,20 @@ def filled(module: torch.nn.Module, values: Mapping[str, torch.Tensor]) -> Itera
 
 
 @contextmanager
-def values_while_injecting(
-    skeleton: Skeleton, placeholders: Placeholders, config: PeftConfig
+def base_values_during_injection(
+    skeleton: Skeleton, placeholders: Placeholders, config: PeftConfig, kind: AdapterType
 ) -> Iterator[None]:
-    """While the block lasts, every module that PEFT wraps has the base's values when it does.
+    """Within the `with` block, each module that PEFT wraps has the base's values when it does.
 
-    What the injection makes of them stays: some methods put a residual in the weight's place.
+    What PEFT changes in them then stays: some types put a residual in the weight's place.
+
+    Source: `peft/tuners/tuners_utils.py`, `BaseTuner.inject_adapter`, which calls both hooks.
 
     Raises:
         UnsupportedVersionError: PEFT has no such hook.
     """
-    kinds: Mapping[Any, Any] = PEFT_TYPE_TO_TUNER_MAPPING
-    tuner = kinds[config.peft_type]
+    tuners: Mapping[Any, Any] = PEFT_TYPE_TO_TUNER_MAPPING
+    tuner = tuners[config.peft_type]
     paths = {id(module): path for path, module in skeleton.model.named_modules()}
     create, prepare = _hook(tuner, "_create_and_replace"), _hook(tuner, "_pre_injection_hook")
 
@@ -93,7 +104,7 @@ def values_while_injecting(
             create(self, config, name, target, *rest, **more)
 
     def prepare_with_values(self: Any, model: Any, config: Any, name: Any) -> None:
-        if config.target_modules in (None, "all-linear"):  # resolved later than we need it
+        if config.target_modules in (None, "all-linear"):  # PEFT resolves these later
             raise UnsupportedAdapterError("target_modules does not name its modules; list them")
         chosen = {
             path: module
@@ -105,7 +116,7 @@ def values_while_injecting(
             prepare(self, model, config, name)
 
     hooks: dict[str, Any] = {"_create_and_replace": create_with_values}
-    if config.peft_type == "FROD":  # it factors the weights of all layers at once
+    if kind.prepares_all_layers:
         hooks["_pre_injection_hook"] = prepare_with_values
     inherited = {name: vars(tuner).get(name) for name in hooks}
     try:
@@ -130,7 +141,7 @@ def _hook(tuner: Any, name: str) -> Any:
 def _given(
     skeleton: Skeleton, placeholders: Placeholders, modules: Mapping[str, torch.nn.Module]
 ) -> Iterator[None]:
-    """Values for what is empty in `modules`, by path; whatever was changed then keeps its value."""
+    """Values for the placeholders in `modules`, by path; what the block changes keeps its value."""
     given = []
     for path, module in modules.items():
         for name, parameter in list(module.named_parameters()):

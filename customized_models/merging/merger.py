@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -19,9 +18,11 @@ from ..errors import (
     UnsupportedQuantizationError,
     shown,
 )
-from ..files.digests import FileDigest, digest_of, hash_file
+from ..files.checking import FileCheck
+from ..files.digests import FileDigest, digest_of
 from ..files.documents import to_document
 from ..files.manifest import README, Manifest
+from ..files.streams import copy_file
 from ..files.writing import write_file
 from ..jobs.isolated import run_isolated
 from ..jobs.job import Job
@@ -68,7 +69,7 @@ class Merger:
 
         Raises:
             UnsupportedQuantizationError: `quantization` was given. It belongs to deployment.
-            NotFoundError: the customized model has been deleted.
+            NotFoundError: The customized model has been deleted.
         """
         if quantization is not None:
             raise UnsupportedQuantizationError(
@@ -111,8 +112,8 @@ class Merger:
 
         Raises:
             UnsupportedError, BaseModelMismatch, MergeError: `save` would end with the same error.
-            BaseModelMissingError: the base model's files are gone.
-            NotFoundError: the customized model has been deleted.
+            BaseModelMissingError: The base model's files are gone.
+            NotFoundError: The customized model has been deleted.
         """
         base = self._catalog.levels.get(BaseModel, customized.base)
         with self._shelf.checkout(customized), self._shelf.checkout(base):
@@ -125,11 +126,11 @@ class Merger:
         with the manifest alone and needs no parents.
 
         Raises:
-            IntegrityError: the bytes are not those of the manifest, or not what base and adapter
+            IntegrityError: The bytes are not those of the manifest, or not what base and adapter
                 give; the message names tensors and files.
-            NotReproducible: they are not, but versions, threads or processor differ as well.
-            NotFoundError: the complete model or one of its parents has been deleted.
-            BaseModelMissingError, BaseModelMismatch: the base model's files are gone or changed.
+            NotReproducible: They are not, but versions, threads or processor differ as well.
+            NotFoundError: The complete model or one of its parents has been deleted.
+            BaseModelMissingError, BaseModelMismatch: The base model's files are gone or changed.
         """
         with self._parents(complete) as (base, customized), self._shelf.checkout(complete):
             run_isolated(derive_again, self._shelf, base, customized, complete)
@@ -140,8 +141,8 @@ class Merger:
         The job ends with `NotReproducible` if other bytes come out; nothing is published then.
 
         Raises:
-            NotFoundError: the customized model or the base model has been deleted.
-            BaseModelMissingError, BaseModelMismatch: the base model's files are gone or changed.
+            NotFoundError: The customized model or the base model has been deleted.
+            BaseModelMissingError, BaseModelMismatch: The base model's files are gone or changed.
         """
         with self._parents(complete) as (_, customized):
             expected = {"digest": complete.digest, "recipe": dict(complete.recipe)}
@@ -179,16 +180,16 @@ def run_save(work: Work) -> None:
     base = catalog.levels.get(BaseModel, customized.base)
     with (
         shelf.storage.staging(f"save-{work.id}") as staging,
-        proven_merge(shelf, base, customized) as (merged, finish),
+        proven_merge(shelf, base, customized) as (merged, check),
     ):
         parents = {"base": base.digest, "customized": customized.digest}
         journal = Journal(staging, digest_of([parents, merged.merge.recipe]))
         for lost in catalog.jobs.give_up_saves_of(customized.name):
             with shelf.storage.staging(f"save-{lost}") as abandoned:
                 journal.take_over(abandoned, merged.merge.shards, work.progress)
-        content = _write(merged, staging, work.progress, journal)
+        content = _write(merged, staging, work.progress, check, journal)
         prove(merged, staging, str(work.id), work.progress)
-        finish(work.progress)
+        check.finish(work.progress)
         manifest = Manifest("complete", content, parents, merged.merge.recipe, {})
         if expected := work.arguments.get("expected"):
             manifest = check_rebuilt(expected, manifest)
@@ -220,12 +221,16 @@ def run_save(work: Work) -> None:
 
 
 def _write(
-    merged: MergedSource, staging: Path, progress: Progress, journal: Journal
+    merged: MergedSource, staging: Path, progress: Progress, check: FileCheck, journal: Journal
 ) -> dict[str, FileDigest]:
     """Weights and small files into `staging`; their digests."""
     merge, layout = merged.merge, merged.layout
     taken_over = {name for file in journal.shards for name in merge.shards[file]}
-    content = dict(write_checkpoint(merge, layout, staging, progress, merge.changed, journal))
+    content = dict(
+        write_checkpoint(
+            merge, layout, staging, progress, merge.changed, check=check, journal=journal
+        )
+    )
     try:
         merge.finish()
     except UnmergedTensorsError as error:
@@ -233,6 +238,5 @@ def _write(
             raise
     journal.end()
     for name, path in merged.source.files.items():
-        shutil.copyfile(path, staging / name)
-        content[name] = hash_file(staging / name)
+        content[name] = copy_file(path, staging / name)
     return content

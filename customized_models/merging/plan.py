@@ -11,37 +11,47 @@ from attrs import field, frozen
 
 from ..display import html_table
 from ..files.safetensors import ITEM_SIZE
+from ..files.streams import parallel_files
 from ..models import BaseModel, CustomizedModel
 from ..sources import MergedSource, merge_of
-from .writing import files_at_once
 
 if TYPE_CHECKING:
     from ..shelf import Shelf
-    from . import Merge
+    from . import MergeExecution
 
-ROWS = 20  # of a table that is shown
-_FLOAT32 = ITEM_SIZE["F32"]
-_BLOCKS = 32 << 20  # bytes
-_FIRST_USE = 192 << 20  # bytes: seen with DoRA, which makes the libraries load most
+MAX_ROWS = 20
+"""Of a table that is shown."""
+
 _HEADER = ("tensor", "dtype", "shape", "bytes", "by", "from")
+_FLOAT32 = ITEM_SIZE["F32"]
+_PROBE = 1.25  # products: the whole one, and the largest part of it that is compared with it
+_BUFFERS = 32 << 20  # bytes: blocks, pieces that wait to be written, and what is copied, of a file
+_FIRST_USE = 192 << 20  # bytes that libraries load at first use; the most was seen with DoRA
 
 
 @frozen
 class Change:
     """A tensor of the complete model that differs from the base's.
 
-    `tensor`: its name in the checkpoint. `size`: bytes. `adapter_tensors`: those that it is
-    computed from, by the names in the adapter's file; none where a quantized base is dequantized or
-    an output layer becomes one of its own. `by`: "blocks", a row block at a time with the bits of
-    PEFT's whole product, or "PEFT" itself; "transformers" where it is only dequantized; "copy" for
-    such an output layer.
+    Attributes:
+        tensor: Its name in the checkpoint.
+        dtype: By its name in a safetensors header.
+        shape: Of the tensor.
+        size: In bytes.
+        merged_by: The strategy: `lora_blocks` and `expert_blocks` take a block of rows at a time,
+            `expert_pairs` two experts of a stack, all with the bits of PEFT's whole product;
+            `peft_module` is PEFT's own merge of the module; `dequantize` is transformers', of
+            tensors that the adapter does not change; `copy` is that of the embedding to an output
+            layer that was tied to it.
+        adapter_tensors: Names in the adapter's file of what it is computed from; none if it is
+            only dequantized or copied.
     """
 
     tensor: str
     dtype: str
     shape: tuple[int, ...]
     size: int
-    by: str
+    merged_by: str
     adapter_tensors: tuple[str, ...]
 
 
@@ -49,21 +59,27 @@ class Change:
 class MergePlan:
     """What `Merger.save` would do with a customized model; shown as a table.
 
-    `customized`, `base`: names. `changes`: the tensors that change, in checkpoint order.
-    `others`: adapter tensors that stand under none of them: copies of the base's own, which PEFT
-    saves along, and what all layers share. `tensors`: how many the complete model has. `size`:
-    bytes of all its tensors, which is what a save writes but for headers and small files. `memory`:
-    an upper estimate of the worker's peak in bytes, over what it takes to import torch,
-    transformers and PEFT. `recipe`: what the merged bits will depend on here.
+    Which tensors are merged in blocks depends on the machine's math library: for each shape, blocks
+    of a random product are compared with the whole product, here as in a save. Where their bits
+    differ, PEFT merges the whole, which takes more memory.
 
-    A plain LoRA is merged in blocks if they give the bits of PEFT's whole product, which is tried
-    once for each shape, here as in a save; else PEFT merges it, and takes more memory.
+    Attributes:
+        customized: Name of the customized model.
+        base: Name of its base model.
+        changes: The tensors that change, in the checkpoint's order.
+        unused_adapter_tensors: Names of adapter tensors that belong to no single change: copies of
+            the base's own, which PEFT saves along, and what all layers share.
+        tensors: How many the complete model has.
+        size: Bytes of all its tensors: what a save writes, but for headers and small files.
+        memory: An upper estimate of the worker's peak in bytes, over what it takes to import torch,
+            transformers and PEFT.
+        recipe: What the merged bits will depend on here.
     """
 
     customized: str
     base: str
     changes: tuple[Change, ...]
-    others: tuple[str, ...]
+    unused_adapter_tensors: tuple[str, ...]
     tensors: int
     size: int
     memory: int
@@ -87,68 +103,70 @@ class MergePlan:
 
     def _rows(self) -> list[tuple[str, ...]]:
         rows: list[tuple[str, ...]] = [
-            (c.tensor, c.dtype, str(c.shape), f"{c.size:,}", c.by, ", ".join(c.adapter_tensors))
-            for c in self.changes[:ROWS]
+            (
+                change.tensor,
+                change.dtype,
+                str(change.shape),
+                f"{change.size:,}",
+                change.merged_by,
+                ", ".join(change.adapter_tensors),
+            )
+            for change in self.changes[:MAX_ROWS]
         ]
-        if len(self.changes) > ROWS:
-            rows.append((f"and {len(self.changes) - ROWS} more", "", "", "", "", ""))
+        if len(self.changes) > MAX_ROWS:
+            rows.append((f"and {len(self.changes) - MAX_ROWS} more", "", "", "", "", ""))
         return rows
 
 
 def plan_merge(shelf: Shelf, base: BaseModel, customized: CustomizedModel) -> MergePlan:
-    """The plan for a customized model; imports torch and PEFT, so for an own process."""
+    """The plan for a customized model.
+
+    Imports torch and PEFT, so it is for a process of its own.
+    """
     with (
         shelf.opened(base) as base_directory,
-        shelf.proven(customized) as (directory, finish),
+        shelf.checked(customized) as (directory, check),
         merge_of(base_directory, directory) as merged,
     ):
-        finish(_silent)
-        infos = merged.merge.infos
-        changes = tuple(
-            _change(merged.merge, name) for name in infos if name in merged.merge.changed
-        )
+        check.finish(_silent)
+        merge = merged.merge
+        changes = tuple(_change(merge, name) for name in merge.infos if name in merge.changed)
         used = {name for change in changes for name in change.adapter_tensors}
         return MergePlan(
             customized=customized.name,
             base=customized.base,
             changes=changes,
-            others=tuple(name for name in merged.adapter.tensors if name not in used),
-            tensors=len(infos),
-            size=sum(info.size for info in infos.values()),
+            unused_adapter_tensors=tuple(n for n in merged.adapter.tensors if n not in used),
+            tensors=len(merge.infos),
+            size=sum(info.size for info in merge.infos.values()),
             memory=_memory(merged),
-            recipe=dict(merged.merge.recipe),
+            recipe=dict(merge.recipe),
         )
 
 
-def _change(merge: Merge, name: str) -> Change:
-    info = merge.infos[name]
-    return Change(name, info.dtype, info.shape, info.size, merge.way(name), merge.sources(name))
+def _change(merge: MergeExecution, name: str) -> Change:
+    info, by = merge.infos[name], merge.strategy(name).name
+    return Change(name, info.dtype, info.shape, info.size, by, merge.sources(name))
 
 
 def _memory(merged: MergedSource) -> int:
     """The most bytes at once.
 
-    The adapter as PEFT loads it, if it does, twice, for the proof opens it again. What is merged at
-    once: either PEFT's product, with which the proof compares blocks; or, where PEFT merges it as a
-    whole, what was read and its cast, the products, the operands of the sum in float32, and what
-    DoRA weighs it with; or PEFT's product of stacked experts, with which that of two was compared.
-    Of each file that is written, blocks, and twice what PEFT merged at once. And what the libraries
-    load when they are first used.
+    The sum of: the adapter as PEFT loads it, if it does, twice, because the proof opens it again;
+    the largest computation, whether of a strategy, of its proof, or of the probe that chose it; for
+    every file that is written at a time, its buffers and results that wait; and what libraries load
+    at first use.
     """
-    merge, base = merged.merge, merged.layout.infos
-    adapter = merged.adapter.tensors.values() if merge.keeps_values else ()
+    merge = merged.merge
+    adapter = merged.adapter.tensors.values() if merge.adapter_in_memory else ()
     held = sum(info.size + 2 * math.prod(info.shape) * _FLOAT32 for info in adapter)
-    at_once, waiting = merge.compared * _FLOAT32 * 5 // 4, 0
-    for infos in {merge.together(name) for name in merge.changed}:
-        product = sum(math.prod(info.shape) for info in infos) * _FLOAT32
-        if merge.way(infos[0].name) == "blocks":
-            at_once = max(at_once, product)
-        else:
-            sizes = (base.get(info.name, info).size + info.size for info in infos)
-            at_once = max(at_once, sum(sizes) + 5 * product)
-            waiting = max(waiting, 2 * sum(info.size for info in infos))
-    files = min(merge.at_once or files_at_once(), len(merge.shards))
-    return held + at_once + files * (waiting + _BLOCKS) + _FIRST_USE
+    strategies = {id(s): s for s in map(merge.strategy, merge.changed)}.values()
+    probe = int(merge.probe_elements * _FLOAT32 * _PROBE)
+    proofs = (strategy.reference.cost.working for strategy in strategies)
+    working = max(probe, *proofs, *(strategy.cost.working for strategy in strategies))
+    waiting = max(strategy.cost.waiting for strategy in strategies)
+    files = min(merge.max_parallel_files or parallel_files(), len(merge.shards))
+    return held + working + files * (waiting + _BUFFERS) + _FIRST_USE
 
 
 def _silent(phase: str, done: int, total: int) -> None:

@@ -1,4 +1,4 @@
-"""What we call of other packages without their promise, looked up before it is needed."""
+"""Private APIs of other packages that this library depends on, checked before they are used."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 from ..errors import UnsupportedVersionError
 
-_TESTED = {"transformers": "5.23.0", "peft": "0.21.2", "torch": "2.15.0"}
+_TESTED = {"transformers": "5.24.0", "peft": "0.21.2", "torch": "2.15.0"}
 
 
 def private(module: str, name: str) -> Any:
-    """The attribute `name` of `module`, whose package does not document it.
+    """The attribute `name` of `module`, which its package does not document.
 
     Raises:
-        UnsupportedVersionError: the installed version has no such thing.
+        UnsupportedVersionError: The installed version does not have it.
     """
     package = module.partition(".")[0]
     try:
@@ -28,5 +28,5 @@ def private(module: str, name: str) -> Any:
 
 
 def installed() -> dict[str, str]:
-    """The versions of the packages that the merged bits depend on."""
+    """The installed versions of the packages that the merged bits depend on."""
     return {package: importlib.metadata.version(package) for package in sorted(_TESTED)}

@@ -1,4 +1,4 @@
-"""What lies on the disk, compared with what base and adapter give when they are opened afresh."""
+"""What is on the disk, compared with what base and adapter give when they are opened again."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..files.safetensors import Checkpoint, TensorInfo, tensor_bytes
 from ..models import BaseModel, CompleteModel, CustomizedModel, Progress
 from ..sources import MergedSource, proven_merge
 from . import open_merge
-from .writing import CHUNK
+from .writing import checkpoint_digests
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,38 +26,49 @@ if TYPE_CHECKING:
     import torch
 
     from ..shelf import Shelf
-    from . import Merge
+    from . import MergeExecution
 
-SAMPLES = 8  # tensors of each kind
+_PIECE = 1 << 20  # bytes compared at once: they stay in a processor's cache
+
+SAMPLES = 8
+"""Changed tensors that are merged once more, and unchanged ones that are read once more.
+
+A model has three to seven shapes of changed tensors, so that there is one of each."""
 
 
 def prove(merged: MergedSource, directory: Path, seed: str, progress: Progress) -> None:
-    """Sample what was written into `directory` and compare it with base and adapter.
+    """Compare a sample of what was written with base and adapter.
 
     All names, dtypes and shapes are compared. Of the changed tensors one of each shape, at most
-    `SAMPLES`, is merged once more, by PEFT itself and out of values that are read again; of the
-    others `SAMPLES` are compared with the base's bytes. `seed` decides which. Files are opened
-    again, but what they hold may still come from the system's cache.
+    `SAMPLES`, is merged once more, by PEFT itself and from values that are read again. Of the
+    others `SAMPLES` are compared with the base's bytes. Files are opened again, but what they hold
+    may still come from the system's cache.
+
+    Args:
+        merged: What was written.
+        directory: Where.
+        seed: Decides which tensors are sampled.
+        progress: Told how many bytes have been compared.
 
     Raises:
-        MergeError: naming the tensors that differ.
+        MergeError: Naming the tensors that differ.
     """
     base, merge = Checkpoint.open(merged.layout.directory), merged.merge
-    if merge.keeps_values:
+    if merge.adapter_in_memory:
         merge = open_merge(base, Adapter.open(merged.adapter.directory))
     written = Checkpoint.open(directory)
     draw = random.Random(seed)
     names = _one_of_each_shape(merge, draw)[:SAMPLES]
     others = sorted(merge.infos.keys() - merge.changed)
     names += draw.sample(others, min(SAMPLES, len(others)))
-    if wrong := different(written, base, merge, names, progress, merge.blocks_by_peft):
+    if wrong := different(written, base, merge, names, progress, merge.reference_blocks):
         raise MergeError(
             f"what was written is not what base and adapter give: {listed(wrong)}; "
             f"nothing was published. If it happens again, suspect this machine's disk or memory"
         )
 
 
-def _one_of_each_shape(merge: Merge, draw: random.Random) -> list[str]:
+def _one_of_each_shape(merge: MergeExecution, draw: random.Random) -> list[str]:
     by_shape: dict[object, list[str]] = {}
     for name in sorted(merge.changed):
         by_shape.setdefault(merge.infos[name].shape, []).append(name)
@@ -69,15 +80,21 @@ def _one_of_each_shape(merge: Merge, draw: random.Random) -> list[str]:
 def different(
     written: Checkpoint,
     base: Checkpoint,
-    merge: Merge,
+    merge: MergeExecution,
     names: Collection[str],
     progress: Progress,
     blocks: Callable[[str], Iterable[torch.Tensor]],
 ) -> set[str]:
-    """Those of `names` whose bytes in `written` are not `blocks`, or the base's if unchanged.
+    """The names of tensors whose bytes differ.
 
-    Any tensor of another dtype or shape than the merge states, missing or additional is among
-    them, whether it was asked for or not.
+    Args:
+        written: What is compared.
+        base: Its unchanged tensors must be in `written`.
+        merge: Which tensors there must be.
+        names: Whose bytes are compared. A missing tensor, an additional one, or one of another
+            dtype or shape than the merge states is found in any case.
+        progress: Told how many bytes have been compared.
+        blocks: Gives the bytes of a changed tensor.
     """
     wrong = set(written.infos.keys() ^ merge.infos.keys())
     wrong |= {
@@ -111,8 +128,8 @@ def _is_written(blocks: Iterable[torch.Tensor], written: Checkpoint, name: str) 
     with opened(written.directory / info.file) as fd:
         for block in blocks:
             data = tensor_bytes(block.contiguous())
-            for start in range(0, len(data), CHUNK):
-                part = data[start : start + CHUNK]
+            for start in range(0, len(data), _PIECE):
+                part = data[start : start + _PIECE]
                 if (
                     at + len(part) > info.size
                     or read_at(fd, info.start + at, len(part), name) != part
@@ -129,44 +146,57 @@ def _same_range(written: Checkpoint, base: Checkpoint, name: str) -> bool:
         opened(base.directory / other.file) as there,
     ):
         return all(
-            _part(here, one, at) == _part(there, other, at) for at in range(0, one.size, CHUNK)
+            _part(here, one, at) == _part(there, other, at) for at in range(0, one.size, _PIECE)
         )
 
 
 def _part(fd: int, info: TensorInfo, at: int) -> bytearray:
-    return read_at(fd, info.start + at, min(CHUNK, info.size - at), info.file)
+    return read_at(fd, info.start + at, min(_PIECE, info.size - at), info.file)
 
 
 def derive_again(
     shelf: Shelf, base: BaseModel, customized: CustomizedModel, complete: CompleteModel
 ) -> None:
-    """See `Merger.verify`; imports torch and PEFT, so for an own process."""
+    """See `Merger.verify`.
+
+    Imports torch and PEFT, so it is for a process of its own.
+    """
     shelf.verify(complete)
     with (
         shelf.opened(complete) as directory,
-        proven_merge(shelf, base, customized) as (merged, finish),
+        proven_merge(shelf, base, customized) as (merged, check),
     ):
-        manifest = Manifest.read(directory)
-        written, merge = Checkpoint.open(directory), merged.merge
-        wrong = different(written, merged.layout, merge, merge.infos, _silent, merge.blocks)
-        wrong |= _other_files(manifest, merged.source.files)
-        finish(_silent)
-        if wrong:
+        content, merge, layout = Manifest.read(directory).content, merged.merge, merged.layout
+        again = dict(checkpoint_digests(merge, layout, _silent, merge.changed, check=check))
+        again |= {name: hash_file(path) for name, path in merged.source.files.items()}
+        check.finish(_silent)
+        if files := {name for name, _ in content.items() ^ again.items()}:
+            wrong = _name_tensors(files, Checkpoint.open(directory), merged)
             _refuse(complete, merge.recipe, f"other bytes in {listed(wrong)}")
 
 
-def _other_files(manifest: Manifest, files: Mapping[str, Path]) -> set[str]:
-    return {name for name, path in files.items() if manifest.content.get(name) != hash_file(path)}
+def _name_tensors(files: set[str], written: Checkpoint, merged: MergedSource) -> set[str]:
+    """The tensors that differ, in place of the shards that have them."""
+    merge = merged.merge
+    shards = files & merge.shards.keys()
+    names = [name for file in shards for name in merge.shards[file]]
+    return files - shards | different(written, merged.layout, merge, names, _silent, merge.blocks)
 
 
 def check_rebuilt(expected: Mapping[str, Any], manifest: Manifest) -> Manifest:
-    """The manifest of a rebuilt model, under the recipe of the first, if it has its digest.
+    """Check that a rebuilt model is the first one.
 
-    `expected`: `digest` and `recipe` of the first. A recipe that differs in what turns out not to
-    matter here is as good: the content is the same.
+    A recipe that differs only in what turns out not to matter is as good: the content is the same.
+
+    Args:
+        expected: `digest` and `recipe` of the first.
+        manifest: Of the rebuilt one.
+
+    Returns:
+        The manifest under the recipe of the first.
 
     Raises:
-        NotReproducible: the content is not the same.
+        NotReproducible: The content is not the same.
     """
     again = evolve(manifest, recipe=expected["recipe"])
     if again.digest != expected["digest"]:

@@ -1,6 +1,6 @@
-"""Quantized bases that become 16-bit models on the way, by transformers' own dequantization.
+"""Quantized bases that become 16-bit models, by transformers' own dequantization.
 
-This module is only imported when a merge is planned.
+This module is only imported when a merge is prepared.
 """
 
 from __future__ import annotations
@@ -9,17 +9,22 @@ from typing import Any
 
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from ..errors import UnsupportedAdapterError, listed
+from ..errors import UnsupportedBaseError, listed
 from ..files.reading import json_object
 from ..files.safetensors import Checkpoint
-from .conversion import Loading, Unit
-from .refusals import CODES, dequantizes
+from .base_formats import CODES, HINT, dequantized_from
+from .conversion import Conversion, Conversions
 
 _KEY = "quantization_config"
 
 
 def take_quantizer(config: Any) -> Any:
-    """What dequantizes a model of that configuration, which is one without it then; else None."""
+    """Remove the quantization from a transformers configuration.
+
+    Returns:
+        Transformers' quantizer that dequantizes a model of that configuration; None if it is not
+        quantized.
+    """
     quantizer = None
     for holder in (config.get_text_config(), config):
         if stored := getattr(holder, _KEY, None):
@@ -30,24 +35,23 @@ def take_quantizer(config: Any) -> Any:
     return quantizer
 
 
-def treatment_of(base: Checkpoint) -> str:
-    """What a recipe says of the base."""
-    method = dequantizes(json_object(base.directory / "config.json"))
+def describe_base(base: Checkpoint) -> str:
+    """What a recipe says about how the base was read."""
+    method = dequantized_from(json_object(base.directory / "config.json"))
     return f"dequantized from {method}" if method else "as stored"
 
 
-def dequantized_units(base: Checkpoint, loading: Loading) -> tuple[Unit, ...]:
-    """All that is dequantized.
+def quantized_conversions(base: Checkpoint, conversions: Conversions) -> tuple[Conversion, ...]:
+    """The conversions that dequantize.
 
     Raises:
-        UnsupportedAdapterError: transformers would leave codes or scales as they are.
+        UnsupportedBaseError: transformers would leave codes or scales as they are.
     """
-    every = (*loading.units.values(), *loading.ignored)
-    units = tuple(dict.fromkeys(unit for unit in every if unit.quantized))
-    used = {name for unit in units for name in unit.tensors if not unit.flaw}
+    every = (*conversions.by_parameter.values(), *conversions.ignored)
+    found = tuple(dict.fromkeys(one for one in every if one.quantized))
+    used = {name for one in found for name in one.tensors if not one.unsupported_reason}
     if left := {name for name, info in base.infos.items() if info.dtype in CODES} - used:
-        raise UnsupportedAdapterError(
-            f"the base is quantized, and transformers does not dequantize {listed(left)}; use the "
-            f"model it was made from"
+        raise UnsupportedBaseError(
+            f"the base is quantized, and transformers does not dequantize {listed(left)}; {HINT}"
         )
-    return units
+    return found

@@ -1,6 +1,6 @@
-"""The base as transformers would load it, on the meta device: all but the memory of its weights.
+"""The base model as transformers would load it, on the meta device: everything but its weights.
 
-This module is only imported when a merge is planned.
+This module is only imported when a merge is prepared.
 """
 
 from __future__ import annotations
@@ -13,20 +13,21 @@ import transformers
 from attrs import field, frozen
 from transformers import AutoConfig, PreTrainedModel
 
-from ..adapters.intake import PREFIX, Adapter
+from ..adapters.intake import Adapter
 from ..errors import (
     BaseModelMismatch,
     CustomizedModelsError,
-    MalformedError,
-    UnsupportedAdapterError,
     UnsupportedArchitectureError,
+    UnsupportedBaseError,
     shown,
 )
 from ..files.reading import json_object
 from ..files.safetensors import FLOATS, INDEX, Checkpoint
-from .conversion import Loading, Unit
+from .adapter_sizes import embedding_weights, has_new_head, label_count, resized_vocabulary
+from .base_formats import HINT
+from .conversion import Conversion, Conversions
 from .private_apis import private
-from .quantized_bases import dequantized_units, take_quantizer, treatment_of
+from .quantized_bases import describe_base, quantized_conversions, take_quantizer
 
 _CLASSES = {
     "CAUSAL_LM": ("AutoModelForCausalLM", "AutoModelForImageTextToText"),
@@ -36,87 +37,94 @@ _CLASSES = {
     "QUESTION_ANS": ("AutoModelForQuestionAnswering",),
     "FEATURE_EXTRACTION": ("AutoModel",),
 }
-"""By PEFT's task type, the classes that may load the base; the first that knows it does, unless the
-base's configuration names the class of another."""
+"""The transformers classes that may load the base, by PEFT's task type.
 
-_HEADED = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+The first that knows the base's configuration does, unless that names another one's architecture."""
 
 
 @frozen
 class Skeleton:
-    """A model without values and where its parameters come from.
+    """A model without values, and where its parameters come from.
 
-    `dtypes`, `shapes`: of all parameters and saved buffers, by name. `loading`: the checkpoint's
-    tensors that they are loaded from. `tied`: parameters that share the weights of another, which
-    the files have. `head`: the output layer's weight, if it is that of the embedding and of nothing
-    else. `embeddings`: both weights.
-    `vocabulary`: the number of rows that they have, if the adapter came with a resized vocabulary.
-    `quantized`: what is dequantized, and `treatment` what that makes of the base. `config`: values
-    that the merged model's `config.json` has in place of the base's.
+    Attributes:
+        model: On the meta device.
+        base: The checkpoint that it is loaded from.
+        dtypes: Of all parameters and saved buffers, by name.
+        shapes: Likewise.
+        conversions: Which of the checkpoint's tensors each parameter is loaded from.
+        tied: Parameters that share the weights of another one, which the files have.
+        head: The output layer's weight, if it shares that of the embedding and of nothing else.
+        embeddings: The weights of the output layer and of the embedding.
+        vocabulary: How many rows those have, if the adapter came with a resized vocabulary.
+        quantized: Conversions that dequantize.
+        base_description: What a recipe says about how the base was read.
+        config: Values of the merged model's `config.json` that differ from the base's.
     """
 
     model: PreTrainedModel = field(repr=False)
     base: Checkpoint = field(repr=False)
     dtypes: Mapping[str, torch.dtype] = field(repr=False)
     shapes: Mapping[str, tuple[int, ...]] = field(repr=False)
-    loading: Loading = field(repr=False)
+    conversions: Conversions = field(repr=False)
     tied: Mapping[str, str]
     head: str | None
     embeddings: frozenset[str] = field(repr=False)
     vocabulary: int | None
-    quantized: tuple[Unit, ...] = field(repr=False)
-    treatment: str
+    quantized: tuple[Conversion, ...] = field(repr=False)
+    base_description: str
     config: Mapping[str, Any]
 
-    def unit(self, parameter: str) -> Unit:
-        """The checkpoint's tensors that `parameter` is loaded from.
+    def conversion(self, parameter: str) -> Conversion:
+        """The checkpoint's tensors that `parameter`, or the one it is tied to, is loaded from.
 
         Raises:
-            UnsupportedAdapterError: it is quantized.
-            UnsupportedArchitectureError: it is not known how transformers makes it of them.
-            BaseModelMismatch: the base's files lack it, or have another shape.
+            UnsupportedBaseError: It is quantized.
+            UnsupportedArchitectureError: It is not known how transformers makes it of them.
+            BaseModelMismatch: The base's files lack it, or have another shape.
         """
         parameter = self.tied.get(parameter, parameter)
-        unit = self.loading.units.get(parameter)
-        if unit is None:
+        found = self.conversions.by_parameter.get(parameter)
+        if found is None:
             raise BaseModelMismatch(f"the base model's files lack {shown(parameter)}")
-        if unit.flaw:
+        if found.unsupported_reason:
             raise UnsupportedArchitectureError(
-                f"the adapter changes {shown(parameter)}, but {unit.flaw} in the base's files"
+                f"the adapter changes {shown(parameter)}, but {found.unsupported_reason} in the "
+                f"base's files"
             )
-        for info in (self.base.infos[name] for name in unit.tensors):
+        for info in (self.base.infos[name] for name in found.tensors):
             resized = self.vocabulary is not None and parameter in self.embeddings
-            if unit.patterns is None and info.shape != self.shapes[parameter] and not resized:
+            if found.patterns is None and info.shape != self.shapes[parameter] and not resized:
                 raise BaseModelMismatch(
                     f"{shown(info.name)} has the shape {info.shape} in the base's files and "
                     f"{self.shapes[parameter]} by its config.json"
                 )
-            if info.dtype not in FLOATS and not unit.quantized:
-                raise UnsupportedAdapterError(
-                    f"{shown(info.name)} is quantized to {info.dtype}; use the model it was made "
-                    f"from"
+            if info.dtype not in FLOATS and not found.quantized:
+                raise UnsupportedBaseError(
+                    f"{shown(info.name)} is quantized to {info.dtype}; {HINT}"
                 )
-        return unit
+        return found
 
-    def tensors(self, parameter: str) -> list[str]:
-        """The checkpoint's tensors that are `parameter` or tied to it, each as a whole."""
+    def tensors_of(self, parameter: str) -> list[str]:
+        """The checkpoint's tensors that hold `parameter` as it is, or one that is tied to it."""
         alike = [parameter, *(name for name, of in self.tied.items() if of == parameter)]
-        units = (self.loading.units.get(name) for name in alike)
-        return [unit.tensors[0] for unit in units if unit and unit.patterns is None]
+        every = (self.conversions.by_parameter.get(name) for name in alike)
+        return [found.tensors[0] for found in every if found and found.patterns is None]
 
     def read(self, parameter: str) -> torch.Tensor:
         """A fresh copy of the parameter's values, as transformers would load them.
 
         Raises:
-            UnsupportedAdapterError, UnsupportedArchitectureError, BaseModelMismatch: as `unit`.
+            UnsupportedBaseError, UnsupportedArchitectureError, BaseModelMismatch: As
+                `conversion`.
         """
-        return self.loading.read(self.unit(parameter))[self.tied.get(parameter, parameter)]
+        values = self.conversions.load(self.conversion(parameter))
+        return values[self.tied.get(parameter, parameter)]
 
 
 def build_skeleton(base: Checkpoint, adapter: Adapter) -> Skeleton:
-    """The model class, dtypes and names that `from_pretrained(base, dtype="auto")` comes to.
+    """The model that `from_pretrained(base, dtype="auto")` gives, without values.
 
-    If `adapter` comes with embeddings of another number of rows, or with a head of other labels,
+    If `adapter` comes with embeddings of another number of rows, or with a head for other labels,
     the model has those.
 
     Raises:
@@ -139,20 +147,20 @@ def build_skeleton(base: Checkpoint, adapter: Adapter) -> Skeleton:
             f"{shown(error, 500)}"
         ) from error
     dtypes, _ = _dtypes(model, dtype), _dtypes(untouched, dtype)
-    loading = Loading(untouched, base, dtypes, quantizer)  # PEFT alters the other one
-    tied = _ties(model, loading)
+    conversions = Conversions(untouched, base, dtypes, quantizer)  # PEFT alters the other one
+    tied = _ties(model, conversions)
     return Skeleton(
         model=model.eval(),  # type: ignore[no-untyped-call]
         base=base,
         dtypes=dtypes,
         shapes={name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
-        loading=loading,
+        conversions=conversions,
         tied=tied,
-        head=_head(model, loading, tied),
-        embeddings=frozenset(_embeddings(model)),
+        head=_head(model, conversions, tied),
+        embeddings=frozenset(embedding_weights(model)),
         vocabulary=vocabulary,
-        quantized=dequantized_units(base, loading) if quantizer else (),
-        treatment=treatment_of(base),
+        quantized=quantized_conversions(base, conversions) if quantizer else (),
+        base_description=describe_base(base),
         config=changes,
     )
 
@@ -160,24 +168,21 @@ def build_skeleton(base: Checkpoint, adapter: Adapter) -> Skeleton:
 def _adjust(
     config: Any, adapter: Adapter, model: PreTrainedModel
 ) -> tuple[int | None, dict[str, Any]]:
-    """Have `config` state the adapter's vocabulary and labels where `model` has others.
+    """Set the adapter's vocabulary and labels in `config` where they differ from `model`'s.
 
-    Returns the vocabulary, if it is another, and what changes in `config.json`.
+    Returns:
+        The vocabulary, if it differs, and what changes in `config.json`.
     """
     changes: dict[str, Any] = {}
-    vocabulary, labels = _resized(adapter, model), _labels(adapter, model)
+    vocabulary, labels = resized_vocabulary(adapter, model), label_count(adapter, model)
     if vocabulary is not None:
         config.get_text_config().vocab_size = changes["vocab_size"] = vocabulary
     if labels is not None:
         config.num_labels = labels
         changes |= {"id2label": config.id2label, "label2id": config.label2id}
-    if _is_headed(model) and config.architectures != [type(model).__name__]:
+    if has_new_head(model) and config.architectures != [type(model).__name__]:
         changes["architectures"] = [type(model).__name__]
     return vocabulary, changes
-
-
-def _is_headed(model: PreTrainedModel) -> bool:
-    return type(model).__name__.endswith(_HEADED)
 
 
 def _model_class(config: Any, adapter: Adapter) -> Any:
@@ -209,9 +214,11 @@ def _empty_model(build: Any, config: Any, dtype: torch.dtype) -> PreTrainedModel
 
 
 def _dtypes(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """What each parameter has when it is loaded; the model's are changed to it.
+    """The dtype of each parameter once it is loaded; those of `model` are changed to it.
 
     Some architectures keep some of their layers in float32.
+
+    Source: `transformers/modeling_utils.py`, `PreTrainedModel._get_dtype_plan`.
     """
     patterns = model._get_dtype_plan(dtype)
     glob = private("transformers.core_model_loading", "build_glob_alternation")
@@ -225,79 +232,38 @@ def _dtypes(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype
     return dtypes
 
 
-def _embeddings(model: PreTrainedModel) -> list[str]:
-    """Names of the weights of the output layer and the embedding, in this order."""
-    ends: list[Any] = [
-        model.get_output_embeddings(),  # type: ignore[no-untyped-call]
-        model.get_input_embeddings(),
-    ]
-    paths = {id(module): path for path, module in model.named_modules()}
-    return [f"{paths[id(module)]}.weight" for module in ends if id(module) in paths]
+def _ties(model: PreTrainedModel, conversions: Conversions) -> dict[str, str]:
+    """The parameter that each tied one is tied to, by the rules of `from_pretrained`.
 
-
-def _ties(model: PreTrainedModel, loading: Loading) -> dict[str, str]:
-    """What is tied, by the rules of `from_pretrained`."""
+    Source: `transformers/modeling_utils.py`, `PreTrainedModel.tie_weights`.
+    """
     groups: dict[str, list[str]] = {}
     for one, other in (model.all_tied_weights_keys or {}).items():
-        if not _differ(one, other, loading):
+        if not _differ(one, other, conversions):
             groups.setdefault(other, [other]).append(one)
     tied: dict[str, str] = {}
     for first, group in groups.items():
-        holder = next((name for name in group if name in loading.units), first)
+        holder = next((name for name in group if name in conversions.by_parameter), first)
         tied |= {name: holder for name in group if name != holder}
     return tied
 
 
-def _head(model: PreTrainedModel, loading: Loading, tied: Mapping[str, str]) -> str | None:
-    ends = _embeddings(model)
-    plain = len(ends) == 2 and tied == dict([ends]) and ends[0] not in loading.units
+def _head(model: PreTrainedModel, conversions: Conversions, tied: Mapping[str, str]) -> str | None:
+    ends = embedding_weights(model)
+    stored = conversions.by_parameter
+    plain = len(ends) == 2 and tied == dict([ends]) and ends[0] not in stored
     configs = (model.config, model.config.get_text_config())
     flag = any(getattr(config, "tie_word_embeddings", False) for config in configs)
     return ends[0] if plain and flag else None
 
 
-def _differ(one: str, other: str, loading: Loading) -> bool:
-    """Whether the files have both: then transformers ties them only if they are alike."""
-    if not loading.units.keys() >= {one, other}:
+def _differ(one: str, other: str, conversions: Conversions) -> bool:
+    """Whether the files have both, with different values: then transformers does not tie them."""
+    stored = conversions.by_parameter
+    if not stored.keys() >= {one, other}:
         return False
-    first, second = (loading.read(loading.units[name])[name] for name in (one, other))
+    first, second = (conversions.load(stored[name])[name] for name in (one, other))
     return not torch.equal(first, second)
-
-
-def _resized(adapter: Adapter, model: PreTrainedModel) -> int | None:
-    """How many rows the adapter's own embeddings have, if not as many as the model's."""
-    rows = set()
-    for parameter in _embeddings(model):
-        count, size = model.get_parameter(parameter).shape
-        for name, info in adapter.tensors.items():
-            if base_parameter(name) == parameter and info.shape[1:] == (size,):
-                rows |= {info.shape[0]} - {count}
-    if len(rows) > 1:
-        raise MalformedError(f"the adapter's embeddings have {sorted(rows)} rows")
-    return next(iter(rows), None)
-
-
-def _labels(adapter: Adapter, model: PreTrainedModel) -> int | None:
-    """How many labels the adapter's own head has, if not as many as the model's."""
-    if not _is_headed(model):
-        return None
-    count, shapes = model.config.num_labels, dict(model.named_parameters())
-    found = set()
-    for name, info in adapter.tensors.items():
-        of = shapes.get(base_parameter(name))
-        if of is not None and of.shape[:1] == (count,) and of.shape[1:] == info.shape[1:]:
-            found |= {info.shape[0]} - {count}
-    if len(found) > 1:
-        raise MalformedError(f"the adapter's head has {sorted(found)} labels")
-    return next(iter(found), None)
-
-
-def base_parameter(name: str) -> str:
-    """The base's parameter that a tensor of an adapter is, if it is one."""
-    path = name.removeprefix(PREFIX)
-    for inside in (".base_layer.", ".token_adapter.", ".original_module."):
-        path = path.replace(inside, ".")
-    return path.replace(".base_layer.", ".")
 
 
 def _dtype(config: Any, base: Checkpoint, quantizer: Any) -> torch.dtype:

@@ -181,33 +181,25 @@ def profile(directory: Path) -> None:
     import os
     from types import SimpleNamespace
 
-    from customized_models import (
-        Merger,
-        ModelRegistry,
-        _bases,
-        _jobs,
-        _merger,
-        _merging,
-        _storage,
-        _worker,
-        _writer,
-    )
+    from customized_models import Merger, ModelRegistry, base_models, merging
+    from customized_models.jobs import job, worker
+    from customized_models.merging import merger, writing
+    from customized_models.storage import local
 
     started = time.perf_counter()
     subprocess.run([sys.executable, "-c", "import customized_models.jobs.worker"], check=True)
     start = time.perf_counter() - started
     started = time.perf_counter()
-    _merging.preload()
+    merging.preload()
     imported = time.perf_counter() - started
-    from customized_models.merging import execution as _merge
-    from customized_models.merging import lora_blocks as _fused
+    from customized_models.merging import execution
 
     split, before = Split(), memory()
-    split.watch("plan", _merging, "open_merge")
-    split.watch("reading", _fused, "read_into")
-    split.watch("reading", _writer, "read_into")
-    split.watch_steps("kernel and reading", _merge.Merge, "blocks")
-    split.watch("hashing and writing", _writer._Output, "write")
+    split.watch("plan", merging, "open_merge")
+    split.watch("reading", execution, "read_into")
+    split.watch("reading", writing, "read_into")
+    split.watch_steps("kernel and reading", execution.MergeExecution, "blocks")
+    split.watch("hashing and writing", writing._Output, "write")
 
     def watch_hash(what: str, owner: Any) -> None:
         def sha256() -> SimpleNamespace:
@@ -216,13 +208,13 @@ def profile(directory: Path) -> None:
 
         owner.hashlib = SimpleNamespace(sha256=sha256)
 
-    watch_hash("hashing the base", _bases)
-    watch_hash("of which hashing", _writer)
+    watch_hash("hashing the base", base_models)
+    watch_hash("of which hashing", writing)
     split.watch("fsync", os, "fsync")
-    split.watch("all shards", _merger, "write_checkpoint")
-    split.watch("proof", _merger, "prove")
-    split.watch("publishing", _storage.LocalStorage, "publish")
-    _jobs._start_worker = lambda registry, id, payload: _worker.run(registry, id)
+    split.watch("all shards", merger, "write_checkpoint")
+    split.watch("proof", merger, "prove")
+    split.watch("publishing", local.LocalStorage, "publish")
+    job._start_worker = lambda registry, id, payload: worker.run(registry, id)
     registry = ModelRegistry(directory / "registry")
     customized = next(iter(registry.customized_models()))
     started = time.perf_counter()

@@ -1,9 +1,8 @@
 from __future__ import annotations
 
-import errno
-import hashlib
 import json
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -12,17 +11,12 @@ from typing import Any
 import pytest
 import torch
 from attrs import evolve
+from blake3 import blake3
 from safetensors.torch import load_file, save_file
 
 from customized_models.errors import JobCancelled, MalformedError, MergeError, UnsafeFileError
-from customized_models.files.safetensors import (
-    INDEX,
-    SINGLE,
-    Checkpoint,
-    TensorInfo,
-    read_header,
-)
-from customized_models.merging import writing as _writer
+from customized_models.files.digests import FileDigest, hash_file
+from customized_models.files.safetensors import INDEX, SINGLE, Checkpoint, TensorInfo, read_header
 from customized_models.merging.journal import JOURNAL, Journal
 from customized_models.merging.writing import write_checkpoint
 from customized_models.testing import tiny_llama
@@ -38,7 +32,7 @@ def no_progress(phase: str, done: int, total: int) -> None:
 class Doubled:
     """A checkpoint some of whose tensors are twice as large in value."""
 
-    at_once = None
+    max_parallel_files = None
 
     def __init__(self, base: Checkpoint, names: set[str], dtypes: Mapping[str, str] = {}) -> None:
         self.base, self.names = base, names
@@ -52,7 +46,9 @@ class Doubled:
         tensor = self.base.read(name) * 2
         return tensor.float() if self.infos[name].dtype == "F32" else tensor
 
-    def blocks(self, name: str) -> Iterator[torch.Tensor]:
+    def blocks(
+        self, name: str, read_next: Callable[[memoryview], None] | None = None
+    ) -> Iterator[torch.Tensor]:
         tensor = self.read(name)
         yield from tensor.split(7) if tensor.dim() else [tensor]
 
@@ -72,10 +68,7 @@ def test_a_checkpoint_written_unchanged_has_the_bytes_it_was_read_from(
         written = (tmp_path / name).read_bytes()
         if name != INDEX:
             assert written == (base.directory / name).read_bytes()
-        assert (digest.size, digest.sha256) == (
-            len(written),
-            hashlib.sha256(written).hexdigest(),
-        )
+        assert digest == FileDigest(len(written), f"blake3:{blake3(written).hexdigest()}")
 
 
 def test_only_changed_tensors_are_asked_for_and_all_others_keep_their_bytes(
@@ -240,23 +233,6 @@ def test_nothing_in_the_way_is_overwritten(base: Checkpoint, tmp_path: Path) -> 
     assert (tmp_path / name).read_text() == "mine"
 
 
-def test_an_error_of_the_disk_is_told_though_it_comes_before_the_end(
-    base: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The system tells it once, to whom asks first: here to one of the early pushes."""
-    told = []
-
-    def failing_once(fd: int) -> None:
-        told.append(fd)
-        if len(told) == 1:
-            raise OSError(errno.EIO, "Input/output error")
-
-    monkeypatch.setattr(_writer, "PIECE", 1)  # byte: all that is written is pushed
-    monkeypatch.setattr("os.fsync", failing_once)
-    with pytest.raises(OSError, match="Input/output"):
-        write_checkpoint(Doubled(base, set()), base, tmp_path, no_progress, ())
-
-
 def test_shards_that_a_killed_writer_completed_are_taken_over_and_not_read_again(
     base: Checkpoint, tmp_path: Path
 ) -> None:
@@ -271,7 +247,9 @@ def test_shards_that_a_killed_writer_completed_are_taken_over_and_not_read_again
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_checkpoint(Doubled(base, set()), base, killed, kill, (), Journal(killed, "other key"))
+        write_checkpoint(
+            Doubled(base, set()), base, killed, kill, (), journal=Journal(killed, "other key")
+        )
     journal = Journal(again, "key")
     journal.take_over(killed, base.shards, no_progress)
     assert journal.shards == {}
@@ -281,7 +259,7 @@ def test_shards_that_a_killed_writer_completed_are_taken_over_and_not_read_again
         path.unlink()
     source = Doubled(base, set(names))
     with pytest.raises(KeyboardInterrupt):
-        write_checkpoint(source, base, killed, kill, names, Journal(killed, "key"))
+        write_checkpoint(source, base, killed, kill, names, journal=Journal(killed, "key"))
     lines = (killed / JOURNAL).read_text().splitlines()[1:]
     damaged, *sound = sorted(json.loads(line)["file"] for line in lines)
     with (killed / damaged).open("ab") as file:
@@ -292,13 +270,46 @@ def test_shards_that_a_killed_writer_completed_are_taken_over_and_not_read_again
     journal.take_over(killed, base.shards, no_progress)
     assert sorted(journal.shards) == sound
 
-    digests = write_checkpoint(source, base, again, no_progress, names, journal)
+    digests = write_checkpoint(source, base, again, no_progress, names, journal=journal)
     journal.end()
     assert digests == uninterrupted
     assert {name: (again / name).stat().st_ino for name in sound} == inodes
     assert {p.name: p.read_bytes() for p in again.iterdir()} == {
         p.name: p.read_bytes() for p in whole.iterdir()
     }
+
+
+def test_a_journal_that_a_kill_cut_at_any_byte_gives_what_was_noted_before(tmp_path: Path) -> None:
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    journal = Journal(killed, "key")
+    for file in ("a", "b"):
+        (killed / file).write_bytes(file.encode())
+        journal.add(file, hash_file(killed / file))
+    whole = (killed / JOURNAL).read_bytes()
+    first, *noted = whole.splitlines(keepends=True)
+
+    for end in range(len(whole) + 1):
+        left, again = tmp_path / f"left-{end}", tmp_path / f"again-{end}"
+        shutil.copytree(killed, left)
+        again.mkdir()
+        (left / JOURNAL).write_bytes(whole[:end])
+        journal = Journal(again, "key")
+        journal.take_over(left, {"a", "b"}, no_progress)
+        # A line counts once all of it but its line feed is there.
+        lines = [len(first) + sum(map(len, noted[: i + 1])) for i in range(len(noted))]
+        assert [*journal.shards] == ["a", "b"][: sum(end + 1 >= line for line in lines)]
+
+
+@pytest.mark.parametrize(
+    "left", [b"\0" * 64, b"\n", b"[]\n", b"\xff\n{}\n", b'{"key":"key"}\n[1]\n']
+)
+def test_a_journal_that_holds_anything_else_gives_nothing(left: bytes, tmp_path: Path) -> None:
+    (tmp_path / "left").mkdir()
+    (tmp_path / "left" / JOURNAL).write_bytes(left)
+    journal = Journal(tmp_path, "key")
+    journal.take_over(tmp_path / "left", {"a"}, no_progress)
+    assert journal.shards == {}
 
 
 # Reading

@@ -11,18 +11,17 @@ from typing import Any
 import torch
 from attrs import frozen
 
-from customized_models.adapters.intake import Adapter, take_in
+from customized_models.adapters.intake import take_in
 from customized_models.files.safetensors import INDEX, SINGLE, Checkpoint
-from customized_models.merging import Merge, open_merge
+from customized_models.merging import MergeExecution, open_merge
 from customized_models.merging.writing import write_checkpoint
 
 
-def opened(base: Path, adapter: Path, scratch: Path) -> Merge:
+def opened(base: Path, adapter: Path, scratch: Path) -> MergeExecution:
     """The merge of a checked copy of `adapter`."""
     copy = scratch / "copy"
     copy.mkdir(parents=True)
-    take_in(adapter, copy)
-    return open_merge(Checkpoint.open(base), Adapter.open(copy))
+    return open_merge(Checkpoint.open(base), take_in(adapter, copy).adapter)
 
 
 def reference(base: Path, adapter: Path, directory: Path, *, aligned: bool) -> Checkpoint:
@@ -44,7 +43,7 @@ def reference(base: Path, adapter: Path, directory: Path, *, aligned: bool) -> C
 
 def assert_parity(
     base: Path, adapter: Path, scratch: Path, changed: int, *, aligned: bool = False
-) -> Merge:
+) -> MergeExecution:
     """Changed tensors have PEFT's bits and dtype, all others the base's bytes and dtype."""
     expected = reference(base, adapter, scratch / "reference", aligned=aligned)
     original = Checkpoint.open(base)
@@ -63,7 +62,7 @@ def assert_parity(
 
 
 def assert_only_changed_tensors_differ(
-    merge: Merge, original: Checkpoint, written: Checkpoint
+    merge: MergeExecution, original: Checkpoint, written: Checkpoint
 ) -> None:
     """All else is the base's: files, order, metadata and bytes; new tensors come last."""
     assert [*written.shards] == [*original.shards]
@@ -132,7 +131,7 @@ def assert_loads_as(directory: Path, tensors: Mapping[str, torch.Tensor], auto_c
     assert [n for n, t in loaded.items() if not same_bits(t, tensors[n])] == []
 
 
-def write_merged(merge: Merge, base: Path, directory: Path) -> Path:
+def write_merged(merge: MergeExecution, base: Path, directory: Path) -> Path:
     """The merged model, with its configuration, in a new directory."""
     directory.mkdir()
     for path in base.glob("*.json"):
@@ -161,7 +160,7 @@ def assert_architecture_parity(
     *,
     aligned: bool = False,
     **options: Any,
-) -> Merge:
+) -> MergeExecution:
     """What we write loads as the model that PEFT merges, and all else in it is the base's.
 
     `touches`: a pattern for the names in memory of exactly those tensors that must change.

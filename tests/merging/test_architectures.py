@@ -24,10 +24,10 @@ from customized_models.errors import (
     UnsupportedAdapterError,
     UnsupportedArchitectureError,
 )
-from customized_models.merging import execution as _merge
-from customized_models.merging.conversion import Loading, Unit
-from customized_models.merging.layers import Target
-from customized_models.merging.lora_blocks import Merging
+from customized_models.merging.conversion import Conversion, Conversions
+from customized_models.merging.layers import AdaptedLayer
+from customized_models.merging.strategies import expert_stack
+from customized_models.merging.strategies.rows import LoraFactors
 from tests.merging.architectures import (
     ARCHITECTURES,
     ATTENTION,
@@ -428,7 +428,8 @@ def test_a_plan_names_the_tensors_of_an_adapter_that_were_saved_under_other_name
     for module in modules:
         factors = [f"base_model.model.{module}.lora_{part}.weight" for part in "AB"]
         assert [*merge.sources(f"{module}.weight")] == factors
-        assert merge.way(f"{module}.weight") == "blocks"
+        by = "expert_blocks" if "experts" in module else "lora_blocks"
+        assert merge.strategy(f"{module}.weight").name == by
 
 
 FIVE = evolve(
@@ -449,18 +450,18 @@ def five_experts(tmp_path: Path) -> tuple[Path, Path]:
 def test_experts_are_merged_in_pieces_where_those_give_the_same_bits(
     suits: str, five_experts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_merge, "_GROUP", 1)  # elements: each pair by itself
-    delta, asked = Target.delta_of_experts, []
+    monkeypatch.setattr(expert_stack, "GROUP_ELEMENTS", 1)  # elements: each pair by itself
+    delta, asked = AdaptedLayer.delta_of_experts, []
 
-    def noted(target: Target, *arguments: Any) -> torch.Tensor:
+    def noted(layer: AdaptedLayer, *arguments: Any) -> torch.Tensor:
         start, end, dtype = arguments[2:]
         asked.append((start, end, dtype))
-        few = delta(target, *arguments)
+        few = delta(layer, *arguments)
         return few * (1 + 1e-6) if suits == "nothing" and end - start < 5 else few
 
-    monkeypatch.setattr(Target, "delta_of_experts", noted)
+    monkeypatch.setattr(AdaptedLayer, "delta_of_experts", noted)
     if suits == "pairs":
-        monkeypatch.setattr(Merging, "_make_up", lambda *_: False)
+        monkeypatch.setattr(LoraFactors, "blocks_bit_identical", lambda *_: False)
     adaptation = adaptations(FIVE)["experts"]
     assert_architecture_parity(*five_experts, tmp_path, FIVE.auto_class, adaptation.touches)
     merged = [(start, end) for start, end, dtype in asked if dtype == torch.bfloat16]
@@ -473,9 +474,9 @@ def test_experts_are_merged_in_pieces_where_those_give_the_same_bits(
 def test_experts_that_were_never_called_in_training_may_stay_as_they_are(
     suits: str, five_experts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_merge, "_GROUP", 1)
+    monkeypatch.setattr(expert_stack, "GROUP_ELEMENTS", 1)
     if suits == "pairs":
-        monkeypatch.setattr(Merging, "_make_up", lambda *_: False)
+        monkeypatch.setattr(LoraFactors, "blocks_bit_identical", lambda *_: False)
     base, adapter = five_experts
     path = adapter / "adapter_model.safetensors"
     trained = load_file(path)
@@ -502,12 +503,12 @@ def test_experts_that_are_stacked_in_another_order_are_refused(
     five_experts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where small tensors would lie elsewhere than large ones do."""
-    places = Loading.places
+    stack_positions = Conversions.stack_positions
 
-    def turned(self: Loading, unit: Unit) -> dict[str, tuple[int, int]] | None:
-        found = places(self, unit)
+    def turned(self: Conversions, conversion: Conversion) -> dict[str, tuple[int, int]] | None:
+        found = stack_positions(self, conversion)
         return found and dict(zip(found, reversed(found.values()), strict=True))
 
-    monkeypatch.setattr(Loading, "places", turned)
+    monkeypatch.setattr(Conversions, "stack_positions", turned)
     with pytest.raises(UnsupportedArchitectureError, match=r"experts\..* as it loads small"):
         written(*five_experts, tmp_path)

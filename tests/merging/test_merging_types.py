@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,14 @@ import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import customized_models
 from customized_models.adapters.intake import CONFIG, WEIGHTS
+from customized_models.adapters.peft_types import PEFT_TYPES
+from customized_models.cards.reading import peft_settings
 from customized_models.errors import (
     BaseModelMismatch,
     MalformedError,
@@ -23,7 +29,6 @@ from customized_models.errors import (
     UnsupportedAdapterError,
 )
 from customized_models.files.safetensors import Checkpoint
-from customized_models.merging.refusals import MERGEABLE_TYPES, UNMERGEABLE_TYPES
 from customized_models.testing import tiny_llama, tiny_lora
 from customized_models.testing.tiny_models import tiny_adapter
 from tests.merging.parity import assert_parity, opened, tiny_model, written
@@ -233,11 +238,62 @@ def test_osf_trains_nothing_of_transposed_layers_and_so_is_refused(
         opened(base, adapter, tmp_path)
 
 
-def test_every_type_of_peft_is_merged_here_or_refused_with_its_reason() -> None:
+UNMERGEABLE = sorted(name for name, row in PEFT_TYPES.items() if row.unmergeable)
+
+
+def test_every_type_in_the_table_is_one_of_pefts_and_tested_here_or_refused() -> None:
     tested = {peft_type for peft_type, _, _ in LLAMA.values()}
-    assert tested == MERGEABLE_TYPES
-    assert not tested & UNMERGEABLE_TYPES.keys()
-    assert {kind.value for kind in PeftType} == tested | UNMERGEABLE_TYPES.keys()
+    assert tested.isdisjoint(UNMERGEABLE)
+    assert PEFT_TYPES.keys() == tested.union(UNMERGEABLE)
+    assert PEFT_TYPES.keys() <= {kind.value for kind in PeftType}
+
+
+@pytest.mark.upstream
+@pytest.mark.parametrize("name", sorted(PEFT_TYPES.keys() - {*UNMERGEABLE}))
+def test_a_row_has_every_option_that_peft_writes_for_the_type(name: str) -> None:
+    options = {field.name for field in fields(PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(name)])}
+    row = PEFT_TYPES[name]
+    assert options <= row.supported_options.union(row.refused)
+    assert options >= {*row.options, *row.refused}
+
+
+@pytest.mark.upstream
+def test_peft_has_no_type_that_the_table_lacks() -> None:
+    assert {kind.value for kind in PeftType} == PEFT_TYPES.keys()
+
+
+# Adding a type
+
+
+def test_no_module_but_the_table_names_a_type_of_peft() -> None:
+    """What adding a type takes, on paper: its row, for nothing else in the package knows types."""
+    package = Path(customized_models.__file__).parent
+    named = {
+        (path.relative_to(package).as_posix(), node.value)
+        for path in package.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and node.value in PEFT_TYPES
+    }
+    assert {path for path, _ in named} == {"adapters/peft_types.py"}
+
+
+@pytest.mark.parametrize("kind", ["IA3", "norms", "FRoD", "AdaLoRA", "UniLoRA", "BEFT"])
+def test_adding_a_row_is_all_that_a_new_type_takes(
+    kind: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And by doing it: a type that the table lacks is refused; with its row it merges as PEFT."""
+    name, changed, config = LLAMA[kind]
+    adapter = tiny_adapter(tmp_path / "adapter", base, config())
+    row = PEFT_TYPES[name]
+
+    monkeypatch.delitem(PEFT_TYPES, name)
+    with pytest.raises(UnsupportedAdapterError):
+        opened(base, adapter, tmp_path / "without")
+    assert peft_settings({"peft_type": name})["method"] == name
+
+    monkeypatch.setitem(PEFT_TYPES, name, row)
+    assert peft_settings({"peft_type": name})["method"] == row.method
+    assert_parity(base, adapter, tmp_path, changed)
 
 
 @pytest.fixture
@@ -250,7 +306,7 @@ def change_config(directory: Path, **values: Any) -> None:
     (directory / CONFIG).write_text(json.dumps(config | values))
 
 
-@pytest.mark.parametrize("kind", sorted(UNMERGEABLE_TYPES))
+@pytest.mark.parametrize("kind", UNMERGEABLE)
 def test_a_type_that_is_no_change_of_weights_is_refused_with_the_reason(
     kind: str, base: Path, tmp_path: Path
 ) -> None:
@@ -258,7 +314,7 @@ def test_a_type_that_is_no_change_of_weights_is_refused_with_the_reason(
     change_config(adapter, peft_type=kind)
     with pytest.raises(UnsupportedAdapterError) as caught:
         opened(base, adapter, tmp_path)
-    assert f"type {kind} cannot be merged: {UNMERGEABLE_TYPES[kind]}" in str(caught.value)
+    assert f"type {kind} cannot be merged: {PEFT_TYPES[kind].unmergeable}" in str(caught.value)
 
 
 def test_a_type_of_a_later_peft_is_refused_as_unknown(base: Path, tmp_path: Path) -> None:

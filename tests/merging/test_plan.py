@@ -49,7 +49,7 @@ def test_a_plan_names_every_adapter_tensor_under_the_tensor_it_changes(
         set().union(*expected.values())
         == load_file(tiny_adapter / "adapter_model.safetensors").keys()
     )
-    assert plan.others == ()
+    assert plan.unused_adapter_tensors == ()
 
 
 def test_a_plan_says_what_the_save_then_does(
@@ -67,7 +67,7 @@ def test_a_plan_says_what_the_save_then_does(
         name: tuple(t.shape) for name, t in written.items() if not t.equal(base[name])
     }
     assert {c.dtype for c in plan.changes} == {"BF16"}
-    assert {c.by for c in plan.changes} == {"blocks"}
+    assert {c.merged_by for c in plan.changes} == {"lora_blocks"}
     assert plan.recipe == complete.recipe
 
 
@@ -79,7 +79,7 @@ def test_a_whole_module_that_was_trained_stands_under_its_own_tensor(
 
     sources = {c.tensor: c.adapter_tensors for c in plan.changes}
     assert sources["lm_head.weight"] == ("base_model.model.lm_head.weight",)
-    assert {c.tensor for c in plan.changes if c.by == "PEFT"} == {"lm_head.weight"}
+    assert {c.tensor for c in plan.changes if c.merged_by == "peft_module"} == {"lm_head.weight"}
     assert len(sources) == 5
 
 
@@ -179,7 +179,7 @@ from customized_models.merging.proof import prove
 from customized_models.sources import merge_of
 from customized_models.merging.writing import write_checkpoint
 import torch, transformers, peft, peft.tuners.lora
-from customized_models.merging import Merge  # the imports are not counted
+from customized_models.merging import MergeExecution  # the imports are not counted
 transformers.AutoModelForCausalLM, transformers.AutoConfig
 
 def peak():

@@ -30,7 +30,7 @@ from customized_models.files.digests import hash_file
 from customized_models.files.manifest import MANIFEST, Manifest
 from customized_models.files.safetensors import Checkpoint
 from customized_models.jobs.work import Work
-from customized_models.merging import Merge, open_merge
+from customized_models.merging import MergeExecution, open_merge
 from customized_models.merging.merger import run_save
 from customized_models.merging.proof import different, prove
 from customized_models.merging.writing import write_checkpoint
@@ -156,13 +156,13 @@ def test_peft_itself_computes_the_samples_again_one_of_each_shape(
 
 
 @pytest.fixture(scope="module")
-def merged(tiny_base: Path, tiny_adapter: Path) -> tuple[Checkpoint, Callable[[], Merge]]:
+def merged(tiny_base: Path, tiny_adapter: Path) -> tuple[Checkpoint, Callable[[], MergeExecution]]:
     base = Checkpoint.open(tiny_base)
     return base, lambda: open_merge(base, Adapter.open(tiny_adapter))
 
 
 def test_a_single_bit_in_any_tensor_is_found(
-    merged: tuple[Checkpoint, Callable[[], Merge]], tmp_path: Path
+    merged: tuple[Checkpoint, Callable[[], MergeExecution]], tmp_path: Path
 ) -> None:
     base, opened = merged
     merge = opened()
@@ -182,7 +182,7 @@ def test_a_single_bit_in_any_tensor_is_found(
 
 
 def test_a_tensor_of_another_dtype_is_found_even_if_it_was_not_sampled(
-    merged: tuple[Checkpoint, Callable[[], Merge]], tmp_path: Path
+    merged: tuple[Checkpoint, Callable[[], MergeExecution]], tmp_path: Path
 ) -> None:
     base, opened = merged
     merge = opened()

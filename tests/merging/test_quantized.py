@@ -15,15 +15,15 @@ from safetensors.torch import load_file, save_file
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from customized_models.adapters.intake import WEIGHTS
-from customized_models.errors import MalformedError, UnsupportedAdapterError
+from customized_models.errors import MalformedError, UnsupportedBaseError
 from customized_models.files.reading import json_object
 from customized_models.files.safetensors import SINGLE, Checkpoint
-from customized_models.merging.refusals import (
-    DEQUANTIZED,
-    QUANTIZED,
-    dequantizes,
+from customized_models.merging.base_formats import (
+    HINT,
+    QUANTIZATION_METHODS,
+    dequantized_from,
     refuse_base,
-    refuse_codes,
+    refuse_unreadable_codes,
 )
 from customized_models.testing import tiny_llama, tiny_lora
 from customized_models.testing.tiny_models import tiny_adapter
@@ -45,8 +45,6 @@ from tests.merging.quantized import (
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
-
-WAY_OUT = "merge onto the 16-bit model it was quantized from"
 
 # The unquantized model by size of its shards, and what is quantized of it.
 KINDS: dict[str, tuple[Callable[[Path, str], Path], Callable[[Path, Path], Path]]] = {
@@ -313,9 +311,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "an unknown switch": (GPT_OSS | {"rotated": True}, "rotated"),
     "an unknown scheme": (DEEPSEEK | {"activation_scheme": "random"}, "activation_scheme"),
 } | {
-    method: ({"quant_method": method}, name)
-    for method, (name, _) in QUANTIZED.items()
-    if not method.startswith("bitsandbytes")
+    method: ({"quant_method": method}, row.label)
+    for method, row in QUANTIZATION_METHODS.items()
+    if row.refused and not method.startswith("bitsandbytes")
 }  # fmt: skip
 
 
@@ -329,17 +327,17 @@ def named(directory: Path, value: object) -> Path:
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_base_that_is_not_dequantized_is_refused_by_its_method(case: str, tmp_path: Path) -> None:
     stated, name = REFUSED[case]
-    with pytest.raises(UnsupportedAdapterError) as caught:
+    with pytest.raises(UnsupportedBaseError) as caught:
         refuse_base(named(tmp_path, stated))
     assert name in str(caught.value)
     assert "quantization_config" in str(caught.value)
-    assert case == "an unknown scheme" or WAY_OUT in str(caught.value)
+    assert case == "an unknown scheme" or HINT in str(caught.value)
     assert ("QLoRA adapters fit it unchanged" in str(caught.value)) == ("bitsandbytes" in name)
 
 
+@pytest.mark.upstream
 def test_every_method_of_transformers_is_dequantized_here_or_refused_with_its_reason() -> None:
-    assert AUTO_QUANTIZATION_CONFIG_MAPPING.keys() <= QUANTIZED.keys() | {*DEQUANTIZED}
-    assert not QUANTIZED.keys() & {*DEQUANTIZED}
+    assert AUTO_QUANTIZATION_CONFIG_MAPPING.keys() <= QUANTIZATION_METHODS.keys()
 
 
 @pytest.mark.parametrize("value", ["fp8", ["fp8"], 4])
@@ -358,7 +356,7 @@ def test_a_quantization_of_the_text_model_alone_is_refused(tmp_path: Path) -> No
     directory = named(tmp_path, None)
     document = {"model_type": "gemma3", "text_config": {"quantization_config": DEEPSEEK}}
     (directory / "config.json").write_text(json.dumps(document))
-    with pytest.raises(UnsupportedAdapterError, match="text_config"):
+    with pytest.raises(UnsupportedBaseError, match="text_config"):
         refuse_base(directory)
 
 
@@ -366,7 +364,7 @@ def test_a_quantization_that_only_modelopt_speaks_of_is_refused(tmp_path: Path) 
     directory = named(tmp_path, None)
     refuse_base(directory)
     (directory / "hf_quant_config.json").write_text("{}")
-    with pytest.raises(UnsupportedAdapterError, match=r"hf_quant_config.*ModelOpt"):
+    with pytest.raises(UnsupportedBaseError, match=r"hf_quant_config.*ModelOpt"):
         refuse_base(directory)
 
 
@@ -384,11 +382,13 @@ def test_a_quantization_that_only_modelopt_speaks_of_is_refused(tmp_path: Path) 
 def test_the_method_of_a_base_that_is_dequantized_is_told(
     stated: object, method: str | None
 ) -> None:
-    assert dequantizes({"model_type": "llama", "quantization_config": stated}) == method
+    assert dequantized_from({"model_type": "llama", "quantization_config": stated}) == method
 
 
 def check(directory: Path) -> None:
-    refuse_codes(json_object(directory / "config.json"), Checkpoint.open(directory).infos)
+    refuse_unreadable_codes(
+        json_object(directory / "config.json"), Checkpoint.open(directory).infos
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -463,11 +463,11 @@ def test_codes_that_transformers_reads_wrong_are_refused_by_name(
     _, model = models(kind, WHOLE)
     directory = shutil.copytree(model, tmp_path / "odd")
     save_file(change(load_file(model / SINGLE)), directory / SINGLE, metadata={"format": "pt"})
-    with pytest.raises(UnsupportedAdapterError) as caught:
+    with pytest.raises(UnsupportedBaseError) as caught:
         check(directory)
     assert reason in str(caught.value)
     assert "model.layers.0." in str(caught.value)
-    assert WAY_OUT in str(caught.value)
+    assert HINT in str(caught.value)
 
 
 @pytest.mark.parametrize("intermediate_size", [48, 80])
@@ -475,7 +475,7 @@ def test_a_weight_that_is_not_whole_blocks_is_refused(
     intermediate_size: int, tmp_path: Path
 ) -> None:
     base = tiny_llama(tmp_path / "base", tokenizer=False, intermediate_size=intermediate_size)
-    with pytest.raises(UnsupportedAdapterError, match=r"mlp.*not whole blocks of \(32, 32\)"):
+    with pytest.raises(UnsupportedBaseError, match=r"mlp.*not whole blocks of \(32, 32\)"):
         check(fp8(base, tmp_path / "quantized"))
 
 
