@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from attrs import frozen
+
+if TYPE_CHECKING:
+    import torch
 
 VERSION = 3
 ALIGNMENT = 32  # bytes; the format's default, to which each tensor is padded
@@ -42,20 +46,35 @@ PLAIN = {"F32": F32, "F16": F16, "BF16": BF16}
 
 
 @frozen
+class Change:
+    """What the values of a checkpoint tensor go through before they are stored.
+
+    `apply`: values of any floating-point dtype to others. `rows`: how many rows it needs at once
+    (the rows of an attention head, say), counted from a multiple of that; 0 for all of them. A
+    vector is always given whole, and so is what `apply` needs whole, in its own shape; anything
+    else as a matrix of rows.
+    """
+
+    apply: Callable[[torch.Tensor], torch.Tensor]
+    rows: int = 1
+
+
+@frozen
 class Tensor:
     """A tensor of the file, and where its values come from.
 
-    `shape`: outermost first, `(out, in)` for a matrix. `source`: the checkpoint tensor; None if
-    `values` are the tensor. `head_size`: rows of one attention head, if the rows of each head
-    change from the checkpoint's rotary order to GGUF's; else 0.
+    `shape`: outermost first, `(out, in)` for a matrix. `sources`: the checkpoint's tensors,
+    stacked or one below the other in this order; none if `values` are the tensor. `through`: the
+    type that values are rounded to first.
     """
 
     name: str
     shape: tuple[int, ...]
-    type: TensorType
-    source: str | None
-    head_size: int = 0
+    sources: tuple[str, ...]
+    change: Change | None = None
     values: tuple[float, ...] = ()
+    through: TensorType = F32
+    type: TensorType = F32
 
     @property
     def size(self) -> int:
@@ -101,6 +120,16 @@ def texts(values: Sequence[bytes]) -> bytes:
 def i32s(values: Sequence[int]) -> bytes:
     """An array of signed 32-bit values."""
     return struct.pack(f"<IIQ{len(values)}i", 9, 5, len(values), *values)
+
+
+def u32s(values: Sequence[int]) -> bytes:
+    """An array of unsigned 32-bit values."""
+    return struct.pack(f"<IIQ{len(values)}I", 9, 4, len(values), *values)
+
+
+def flags(values: Sequence[bool]) -> bytes:
+    """An array of truth values."""
+    return struct.pack(f"<IIQ{len(values)}?", 9, 7, len(values), *values)
 
 
 def f32s(values: Sequence[float]) -> bytes:
