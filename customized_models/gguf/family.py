@@ -84,6 +84,18 @@ class Part:
     change: Change | None = None
 
 
+def gate_and_up(stored: str, shape: tuple[int, ...]) -> Iterable[Part]:
+    """The gate, which goes under `stored`, and the up projection behind it in one tensor."""
+    *outer, rows, columns = shape
+    half = (*outer, rows // 2, columns)
+    yield Part(stored, half, Change(lambda values: values[..., : rows // 2, :], rows=0))
+    yield Part(stored.replace("gate", "up"), half, Change(lambda v: v[..., rows // 2 :, :], rows=0))
+
+
+PLUS_ONE = Change(lambda values: values + 1)
+"""For norms: the runtime multiplies by the weight, transformers by one more."""
+
+
 class Family:
     """A family of architectures: subclasses are tables, and methods where a table does not do.
 

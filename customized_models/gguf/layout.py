@@ -57,7 +57,8 @@ def file_tensors(family: Family, infos: Mapping[str, TensorInfo]) -> list[Tensor
         )
     tensors = [_stacked(name, members) for name, members in stacks.items()]
     _check(family, tensors)
-    return family.extra_tensors() + _in_place(tensors, {name: i for i, name in enumerate(order)})
+    places = {name: place for place, name in enumerate(order)}
+    return family.extra_tensors() + _in_place(family, tensors, places)
 
 
 def converted_order(infos: Mapping[str, TensorInfo]) -> list[str]:
@@ -80,21 +81,23 @@ def _stacked(name: str, members: list[_Member]) -> Tensor:
     return Tensor(name, shape, tuple(member.source for member in members), first.change)
 
 
-def _in_place(tensors: list[Tensor], places: Mapping[str, int]) -> list[Tensor]:
-    """The order in which they are complete: of a layer's stacks, when the last of all is."""
+def _in_place(family: Family, tensors: list[Tensor], places: Mapping[str, int]) -> list[Tensor]:
+    """The order in which they are complete: a layer's stacks all when the last of them is."""
 
     def group(tensor: Tensor) -> str:
         return tensor.sources[0].rpartition(".experts.")[0] if len(tensor.sources) > 1 else ""
 
+    last = {tensor.name: max(places[source] for source in tensor.sources) for tensor in tensors}
     complete: dict[str, int] = {}
     for tensor in tensors:
-        last = max(places[source] for source in tensor.sources)
-        complete[group(tensor)] = max(complete.get(group(tensor), 0), last)
+        complete[group(tensor)] = max(complete.get(group(tensor), 0), last[tensor.name])
+    rank = {name: place for place, name in enumerate(family.names)}
 
-    def key(tensor: Tensor) -> tuple[int, str]:
-        if group(tensor):
-            return complete[group(tensor)], tensor.sources[0]
-        return max(places[source] for source in tensor.sources), ""
+    def key(tensor: Tensor) -> tuple[int, int]:
+        if not group(tensor):
+            return last[tensor.name], 0
+        module = _NUMBER.sub("{}", tensor.sources[0]).removesuffix(".weight")
+        return complete[group(tensor)], rank.get(module, 0)
 
     return sorted(tensors, key=key)
 

@@ -43,7 +43,7 @@ SANDWICH_NORMS = {
 GATED_MLP = {"mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
 EXPERTS = {
     "mlp.gate": "ffn_gate_inp",
+    "mlp.experts.{}.down_proj": "ffn_down_exps",  # upstream's order
     "mlp.experts.{}.gate_proj": "ffn_gate_exps",
     "mlp.experts.{}.up_proj": "ffn_up_exps",
-    "mlp.experts.{}.down_proj": "ffn_down_exps",
 }

@@ -8,7 +8,6 @@ b11434.
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -107,8 +106,8 @@ def assign_types(tensors: Sequence[Tensor], mode: Mode, network: Network) -> lis
 
     def final(tensor: Tensor) -> TensorType:
         name, columns = tensor.name, tensor.shape[-1]
-        matrix = math.prod(tensor.shape[:-1]) > 1  # ggml counts no dimensions of size 1
-        if not matrix or not name.endswith("weight") or _AS_CONVERTED.search(name):
+        vector = len(_dimensions(tensor.shape)) < 2
+        if vector or not name.endswith("weight") or _AS_CONVERTED.search(name):
             return tensor.type
         if name == _OUTPUT or (tied and name == _EMBEDDING):
             falcon = network.architecture == "falcon"
@@ -128,7 +127,9 @@ def assign_types(tensors: Sequence[Tensor], mode: Mode, network: Network) -> lis
             wanted = wanted if network.architecture == "falcon" else Q5_K
         return _fitting(wanted, columns)
 
-    return [evolve(tensor, type=final(tensor)) for tensor in tensors]
+    return [
+        evolve(tensor, type=final(tensor), shape=_dimensions(tensor.shape)) for tensor in tensors
+    ]
 
 
 def file_type(mode: Mode | None, kind: TensorType) -> int:
@@ -164,6 +165,13 @@ def _gets_more(mode: Mode, number: int, count: int, first: int) -> bool:
 def _more_bits(layer: int, layers: int) -> bool:
     eighth = layers // 8
     return layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
+
+
+def _dimensions(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """`shape` as ggml has it, which counts no outer dimensions of size 1."""
+    while len(shape) > 1 and shape[0] == 1:
+        shape = shape[1:]
+    return shape
 
 
 def _layer(name: str) -> int:

@@ -65,8 +65,15 @@ class TokenizerFiles:
         backend.no_padding()
         return backend
 
-    def bpe(self, size: int) -> Values:
+    @property
+    def is_sentencepiece(self) -> bool:
+        """Whether `tokenizer.json` has what was made from a SentencePiece model."""
+        return bool((self.document.get("model") or {}).get("byte_fallback"))
+
+    def bpe(self, size: int, *, named: Mapping[str, str] | None = None) -> Values:
         """Byte-level BPE of `size` tokens: upstream's `_set_vocab_gpt2`.
+
+        `named`: special tokens by role that the family has where no file names others.
 
         Raises:
             MalformedError: there is no tokenizer, or it does not parse or fit.
@@ -78,7 +85,7 @@ class TokenizerFiles:
         values = _vocabulary(vocabulary)
         if merges := merges_of(self.document["model"]):
             values["ggml.merges"] = texts([merge.encode() for merge in merges])
-        special = self.special(size)
+        special = self.special(size, named or {})
         if vocabulary.pre in _BEGINS and "ggml.add_bos_token" not in special:
             plain, full = (
                 self.backend.encode("a", add_special_tokens=x).ids for x in (False, True)
@@ -105,13 +112,17 @@ class TokenizerFiles:
         prefix = {} if vocabulary.space_prefix else {"ggml.add_space_prefix": flag(False)}
         return prefix | _vocabulary(vocabulary) | self.special(size)
 
-    def special(self, size: int) -> Values:
+    def special(self, size: int, named: Mapping[str, str] | None = None) -> Values:
         """The special tokens' ids, what is added to a text, and the chat template.
+
+        `named`: see `bpe`.
 
         Raises:
             MalformedError: no end-of-text token is named.
         """
         special = special_tokens(self.document, self.settings, self.config, size)
+        for role, content in (named or {}).items():
+            special.name(role, self.added_id(content), size)
         if "eos" not in special.ids:
             # llama.cpp takes token 11 or 2 for one that a file does not name.
             raise MalformedError(

@@ -5,6 +5,8 @@ Mistral's sliding window is no part of the file, as upstream has it: llama.cpp a
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from attrs import evolve
 
 from .. import rotary
@@ -25,7 +27,7 @@ class Llama(Family):
     architecture = "llama"
     names = {**TEXT_MODEL, **in_layers({**ATTENTION, **PRE_NORMS, **GATED_MLP})}
     assumes = {"hidden_act": ("silu", "swish")}
-    rope_types = ("default", "linear", "yarn", "llama3")
+    rope_types: ClassVar[tuple[str, ...]] = ("default", "linear", "yarn", "llama3")
 
     def metadata(self) -> Values:
         sizes = {
