@@ -118,7 +118,8 @@ def gemma(directory: Path) -> None:
 class Tiny:
     """How to make one. `config`: the class in transformers. `tokenizer` writes its files.
 
-    `old`: what files of older versions of transformers have, and upstream asks for.
+    `old`: what files of older versions of transformers have, and upstream asks for. `upstream`:
+    whether its converter manages with the installed transformers.
     """
 
     config: str
@@ -126,6 +127,7 @@ class Tiny:
     tokenizer: Callable[[Path], None] = bpe
     shape: Mapping[str, Any] = SHAPE
     old: Mapping[str, Any] = {}
+    upstream: bool = True
 
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256}
@@ -219,7 +221,7 @@ MODELS = {
     ),
     "gpt2": Tiny("GPT2Config", {**GPT, "vocab_size": 352}, old={"n_ctx": 512}),
     "gptbigcode": Tiny("GPTBigCodeConfig", GPT),
-    "gptneox": Tiny("GPTNeoXConfig", old={"rotary_pct": 0.25}),
+    "gptneox": Tiny("GPTNeoXConfig", upstream=False),
     "bloom": Tiny("BloomConfig", {"n_layer": 4, "n_head": 8}),
     "falcon": Tiny("FalconConfig", {"new_decoder_architecture": True, "num_kv_heads": 2}),
     "falcon, one group": Tiny("FalconConfig", {"multi_query": True, "num_kv_heads": 1}),

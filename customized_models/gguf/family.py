@@ -195,7 +195,9 @@ class Family:
     @property
     def network(self) -> Network:
         """What decides the tensors' types when it is quantized."""
-        experts = self.settings.first("num_local_experts", "num_experts", "n_routed_experts")
+        experts = self.settings.first(
+            "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"
+        )
         return Network(self.architecture, self.layers, experts or 0)
 
     def common(self) -> Values:

@@ -41,7 +41,7 @@ class Glm4Moe(Family):
     def metadata(self) -> Values:
         settings = self.settings
         part = settings.rope.get("partial_rotary_factor", 0.5)
-        return self.common() | {
+        values = self.common() | {
             "rope.dimension_count": u32(int(settings.head_size * part)),
             "expert_feed_forward_length": u32(settings["moe_intermediate_size"]),
             "expert_shared_count": u32(settings["n_shared_experts"]),
@@ -50,6 +50,9 @@ class Glm4Moe(Family):
             "expert_weights_scale": f32(settings["routed_scaling_factor"]),
             "expert_weights_norm": flag(settings["norm_topk_prob"]),
         }
+        if (further := settings.get("num_nextn_predict_layers")) is not None:
+            values["nextn_predict_layers"] = u32(further)
+        return values
 
     def tokenizer(self, files: TokenizerFiles) -> Values:
         return files.bpe(self.vocabulary, named=_TOKENS)
