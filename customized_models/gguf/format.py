@@ -22,23 +22,27 @@ ALIGNMENT = 32  # bytes; the format's default, to which each tensor is padded
 
 @frozen
 class TensorType:
-    """How a tensor's rows are stored: `size` bytes for every `block` weights of a row."""
+    """How a tensor's rows are stored: `size` bytes for every `block` weights of a row.
+
+    `scales`: where in a block its float16 numbers lie, by which all others are multiplied.
+    """
 
     name: str
     number: int
     block: int
     size: int
+    scales: tuple[int, ...] = ()
 
 
 # ggml/include/ggml.h `enum ggml_type` and ggml/src/ggml-common.h `block_*` of llama.cpp b11434.
 F32 = TensorType("F32", 0, 1, 4)
 F16 = TensorType("F16", 1, 1, 2)
-Q5_0 = TensorType("Q5_0", 6, 32, 22)
-Q5_1 = TensorType("Q5_1", 7, 32, 24)
-Q8_0 = TensorType("Q8_0", 8, 32, 34)
-Q4_K = TensorType("Q4_K", 12, 256, 144)
-Q5_K = TensorType("Q5_K", 13, 256, 176)
-Q6_K = TensorType("Q6_K", 14, 256, 210)
+Q5_0 = TensorType("Q5_0", 6, 32, 22, (0,))
+Q5_1 = TensorType("Q5_1", 7, 32, 24, (0, 2))
+Q8_0 = TensorType("Q8_0", 8, 32, 34, (0,))
+Q4_K = TensorType("Q4_K", 12, 256, 144, (0, 2))
+Q5_K = TensorType("Q5_K", 13, 256, 176, (0, 2))
+Q6_K = TensorType("Q6_K", 14, 256, 210, (208,))
 BF16 = TensorType("BF16", 30, 1, 2)
 
 PLAIN = {"F32": F32, "F16": F16, "BF16": BF16}

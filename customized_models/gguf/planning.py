@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MalformedError, UnsupportedQuantizationError, shown
-from ..files.safetensors import ModelSource, TensorInfo, json_object
+from ..files.reading import json_object
+from ..files.safetensors import ModelSource, TensorInfo
 from .family import Family, Values, checked, family_of
 from .format import F32, PLAIN, Tensor, TensorType, f32, i32, text, u32
-from .kernel import Kernel
+from .kernels import check_quantizer
 from .layout import converted_order, file_tensors
 from .quantization import Mode, assign_types, converted, file_type, in_file_order
 from .settings import Settings
@@ -56,7 +57,7 @@ def planned(
     size_label = _size_label(tensors)
     tensors = converted(tensors, kind)
     if mode:
-        Kernel()
+        check_quantizer()
         tensors = assign_types(in_file_order(tensors), mode, family.network)
     metadata = {"general.architecture": text(family.architecture)}
     metadata |= _below(family, checked(family.architecture, family.leading_metadata))

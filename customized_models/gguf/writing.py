@@ -16,7 +16,7 @@ from ..errors import IntegrityError, NonFiniteError, shown
 from ..files.safetensors import ModelSource, dtype_name
 from ..models import Progress
 from .format import PLAIN, Tensor, padded
-from .kernel import Kernel
+from .kernels import Quantizer, quantizer
 
 BLOCK = 4 << 20  # bytes of float32 rows that are worked on at once
 
@@ -35,11 +35,11 @@ def write(
     """
     total = len(preamble) + sum(padded(tensor.size) for tensor in tensors)
     plain = all(tensor.type.name in PLAIN for tensor in tensors)
-    kernel = None if plain else Kernel()
+    quantize = None if plain else quantizer()
     digest, done = hashlib.sha256(), 0
     try:
         with open(path, "wb", buffering=0) as file, ThreadPoolExecutor(_threads()) as pool:
-            for data in _chunks(preamble, tensors, source, kernel, pool):
+            for data in _chunks(preamble, tensors, source, quantize, pool):
                 _write_all(file.fileno(), data)
                 digest.update(data)
                 done += len(data)
@@ -56,7 +56,7 @@ def _chunks(
     preamble: bytes,
     tensors: Sequence[Tensor],
     source: ModelSource,
-    kernel: Kernel | None,
+    quantize: Quantizer | None,
     pool: ThreadPoolExecutor,
 ) -> Iterator[bytes | bytearray | memoryview]:
     """The file's bytes in order: blocks of rows that are quantized side by side."""
@@ -65,7 +65,7 @@ def _chunks(
         waiting: deque[Future[bytearray | memoryview]] = deque()
         try:
             for block in _blocks(tensor, source):
-                waiting.append(pool.submit(_encoded, block, tensor, kernel))
+                waiting.append(pool.submit(_encoded, block, tensor, quantize))
                 if len(waiting) > 2 * _threads():
                     yield waiting.popleft().result()
             while waiting:
@@ -148,14 +148,28 @@ def _cut(rows: torch.Tensor) -> Iterator[torch.Tensor]:
         yield rows[start : start + count].clone()
 
 
-def _encoded(block: torch.Tensor, tensor: Tensor, kernel: Kernel | None) -> bytearray | memoryview:
+def _encoded(
+    block: torch.Tensor, tensor: Tensor, quantize: Quantizer | None
+) -> bytearray | memoryview:
     if not torch.isfinite(block).all():
         raise NonFiniteError(f"tensor {shown(_names(tensor))} holds NaN or infinity")
     stored = _rounded(block, tensor, tensor.through.name)
-    if kernel and tensor.type.name not in PLAIN:
-        return kernel.quantize(stored.to(torch.float32).contiguous(), tensor.type)
+    if quantize and tensor.type.name not in PLAIN:
+        return _finite(quantize(stored.to(torch.float32).contiguous(), tensor.type), tensor)
     stored = _rounded(stored, tensor, tensor.type.name).contiguous()
     return memoryview(stored.view(-1).view(torch.uint8).numpy().data)
+
+
+def _finite(data: bytearray | memoryview, tensor: Tensor) -> bytearray | memoryview:
+    """`data`, if no scale has outgrown its float16."""
+    blocks = torch.frombuffer(data, dtype=torch.uint8).view(-1, tensor.type.size)
+    for place in tensor.type.scales:
+        scales = blocks[:, place : place + 2].contiguous().view(torch.float16)
+        if not torch.isfinite(scales).all():
+            raise NonFiniteError(
+                f"tensor {shown(_names(tensor))} does not fit into {tensor.type.name}"
+            )
+    return data
 
 
 def _rounded(block: torch.Tensor, tensor: Tensor, name: str) -> torch.Tensor:

@@ -526,6 +526,15 @@ def test_a_value_too_large_for_the_fallback_type_is_refused(tmp_path: Path) -> N
         plan.write(tmp_path / "file.gguf", no_progress)
 
 
+def test_values_whose_scale_is_too_large_for_a_type_are_refused(tmp_path: Path, wide: Path) -> None:
+    good, name = source(wide), "model.layers.0.mlp.down_proj.weight"
+    bad = ModelSource(good.files, Changed(good.tensors, name, lambda t: t.fill_(1e7)))
+    for mode, kind in (("q8_0", "Q8_0"), ("q4_K_M", "Q6_K")):
+        plan = _gguf.plan(bad, mode, name="tiny", chat_template=True)
+        with pytest.raises(NonFiniteError, match=f"does not fit into {kind}"):
+            plan.write(tmp_path / "file.gguf", no_progress)
+
+
 def test_a_tensor_that_changed_since_the_plan_is_refused(tmp_path: Path, tiny: Path) -> None:
     good, name = source(tiny), "model.norm.weight"
     bad = ModelSource(good.files, Changed(good.tensors, name, lambda t: t.half()))

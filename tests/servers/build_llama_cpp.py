@@ -19,9 +19,9 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-if __name__ == "__main__":  # run as a script, beside which the other modules lie
-    sys.path.insert(0, str(Path(__file__).parent.parent))
-from servers import cache
+if __name__ == "__main__":  # run as a script, from anywhere
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+from tests.servers import cache
 
 VERSION = "11434.0.0"
 PROGRAMS = ("llama-server", "llama-quantize")

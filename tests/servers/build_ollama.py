@@ -16,9 +16,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-if __name__ == "__main__":  # run as a script, beside which the other modules lie
-    sys.path.insert(0, str(Path(__file__).parent.parent))
-from servers import cache
+if __name__ == "__main__":  # run as a script, from anywhere
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+from tests.servers import cache
 
 # The newest version that `go install` builds without anything else.
 VERSION = "0.11.4"

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 from numba import njit
+from numba.core import config
 
 from .lanes import (
     bit_mask,
@@ -28,10 +29,10 @@ from .lanes import (
     where,
 )
 
-F, I, U, B = np.float32, np.int32, np.uint32, np.uint8
+F, N, U, B = np.float32, np.int32, np.uint32, np.uint8
 LANES = 32
 
-kernel = njit(nogil=True, error_model="numpy", cache=True)
+kernel = njit(nogil=True, error_model="numpy", cache=bool(config.CACHE_DIR))
 called = njit(nogil=True, error_model="numpy")
 inlined = njit(nogil=True, error_model="numpy", inline="always")
 load, load16 = loader(LANES), loader(16)
@@ -69,23 +70,23 @@ def put16(y, at, h):
 @inlined
 def nearest_int_of_one(v):
     """To the nearest integer by adding 1.5 * 2^23, which leaves no bits for a fraction."""
-    return I((F(v + F(12582912)).view(np.int32) & I(0x7FFFFF)) - I(0x400000))
+    return N((F(v + F(12582912)).view(np.int32) & N(0x7FFFFF)) - N(0x400000))
 
 
 @inlined
 def nearest_int(v):
     """The same of every lane."""
-    return (bits(v + F(12582912)) & I(0x7FFFFF)) - I(0x400000)
+    return (bits(v + F(12582912)) & N(0x7FFFFF)) - N(0x400000)
 
 
 @inlined
 def clamp(v, low, high):
     """At least `low`, at most `high`."""
-    v = where(v > I(low), v, I(low))
-    return where(v < I(high), v, I(high))
+    v = where(v > N(low), v, N(low))
+    return where(v < N(high), v, N(high))
 
 
-# Q4_K and Q5_K: 8 sub-blocks of 32, each with a scale and a minimum of 6 bits -----------------------
+# Q4_K and Q5_K: 8 sub-blocks of 32, each with a scale and a minimum of 6 bits ---------------------
 
 
 @inlined
@@ -227,7 +228,7 @@ def q5_k(rows, out):
     q45_k(rows, out, 31, -0.5, 15)
 
 
-# Q6_K: 16 sub-blocks of 16, each with a scale of 8 bits ---------------------------------------------
+# Q6_K: 16 sub-blocks of 16, each with a scale of 8 bits -------------------------------------------
 
 
 @inlined
@@ -288,12 +289,12 @@ def q6_k(rows, out):
         d16 = fp16_bits(F(1) / iscale)
         put16(y, 208, d16)
         for j in range(16):
-            s = np.int8(min(nearest_int_of_one(iscale * scales[j]), I(127)))
+            s = np.int8(min(nearest_int_of_one(iscale * scales[j]), N(127)))
             y[192 + j] = B(s)
             d = fp16_value(d16) * F(s)
             v = load16(block[j])
             v = v / d if d != F(0) else v * iscales[j]
-            level = low_byte(clamp(nearest_int(v), -32, 31) + I(32))
+            level = low_byte(clamp(nearest_int(v), -32, 31) + N(32))
             if d == F(0) and empties >> j & 1:
                 level = level & B(0)
             store(levels[j], level)
@@ -314,7 +315,7 @@ def put_q6_k(levels, y):
             store(y[128 + 32 * h + 16 * c :], upper)
 
 
-# Q8_0, Q5_0, Q5_1: blocks of 32, one at a time ------------------------------------------------------
+# Q8_0, Q5_0, Q5_1: blocks of 32, one at a time ----------------------------------------------------
 
 
 @inlined

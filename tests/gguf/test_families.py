@@ -6,14 +6,14 @@ from pathlib import Path
 
 import gguf
 import pytest
-from gguf_models import MODELS, sentencepiece, tiny_model
-from gguf_models import gemma as gemma_tokenizer
-from servers.llama_cpp_oracle import Oracle
 
 from customized_models import gguf as _gguf
 from customized_models.files.safetensors import Checkpoint, ModelSource
 from customized_models.gguf.family import registered
 from customized_models.models import QUANTIZATIONS
+from tests.gguf.models import MODELS, sentencepiece, tiny_model
+from tests.gguf.models import gemma as gemma_tokenizer
+from tests.servers.llama_cpp_oracle import Oracle
 
 OUTTYPES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 LISTED = (sentencepiece, gemma_tokenizer)  # tokenizers whose pre-tokenizer has no name to find
