@@ -177,7 +177,8 @@ class Merge:
         Raises: as `read`.
         """
         if name not in self._parts:
-            return iter([self.read(name)])
+            self._unread.discard(name)
+            return self._skeleton.base.blocks(self._copies.get(name, name))
         pairs = self._by_blocks(name)
         if pairs is None:
             return iter([self._by_parts(name)])
