@@ -8,9 +8,12 @@ import gguf
 import pytest
 
 from customized_models import gguf as _gguf
+from customized_models.adapters.intake import Adapter
 from customized_models.files.safetensors import Checkpoint, ModelSource
 from customized_models.gguf.family import registered
+from customized_models.merging import open_merge
 from customized_models.models import QUANTIZATIONS
+from customized_models.testing.tiny_models import tiny_adapter
 from tests.gguf.models import MODELS, sentencepiece, tiny_model
 from tests.gguf.models import gemma as gemma_tokenizer
 from tests.servers.llama_cpp_oracle import Oracle
@@ -85,3 +88,52 @@ def test_every_registered_family_has_a_tiny_model() -> None:
     mapping = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
     made = {mapping[getattr(transformers, tiny.config)].__name__ for tiny in MODELS.values()}
     assert set(registered()) <= made
+
+
+ALL = {"target_modules": "all-linear"}
+EXPERTS = {
+    "target_modules": ["q_proj", "v_proj"],
+    "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+}
+LORA = {
+    "llama": ALL,
+    "mixtral": EXPERTS,
+    "qwen3moe": EXPERTS,
+    "gpt_oss": EXPERTS,
+    "gemma2": ALL,
+    "phi3": ALL,
+    "gpt2": {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True},
+    "granitemoeshared": {"target_modules": ["q_proj", "v_proj", "input_linear"]},
+    "bloom": {"target_modules": ["query_key_value", "dense_h_to_4h"]},
+}
+
+
+@pytest.mark.parametrize("name", LORA)
+def test_a_merge_is_converted_as_it_runs_to_what_upstream_makes_of_a_merged_model(
+    tmp_path: Path, llama_cpp: Oracle, name: str
+) -> None:
+    from peft import LoraConfig, PeftModel
+    from transformers import AutoModelForCausalLM
+
+    tiny = MODELS[name]
+    base = tiny_model(tmp_path / "base", tiny, "bfloat16")
+    config = LoraConfig(r=4, task_type="CAUSAL_LM", lora_alpha=16, **LORA[name])
+    adapter = tiny_adapter(tmp_path / "adapter", base, config)
+    merged = tmp_path / "merged model"
+    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(merged)
+    tiny.tokenizer(merged)
+    pre = None if tiny.tokenizer in LISTED else "smollm"
+    plain = llama_cpp.convert(merged, tmp_path / "upstream.gguf", "bf16", name="tiny", pre=pre)
+    files = {p.name: p for p in base.iterdir() if ".safetensors" not in p.name}
+    for mode in ("no_quantization", "q4_K_M"):
+        theirs = plain
+        if mode != "no_quantization":
+            theirs = llama_cpp.quantize(plain, tmp_path / "quantized.gguf", mode)
+        merge = open_merge(Checkpoint.open(base), Adapter.open(adapter))
+        plan = _gguf.plan(ModelSource(files, merge), mode, name="tiny", chat_template=True)
+        plan.write(tmp_path / "ours.gguf", no_progress)
+        merge.finish()
+        if (tmp_path / "ours.gguf").read_bytes() != theirs.read_bytes():
+            found = differences(tmp_path / "ours.gguf", theirs)
+            pytest.fail(f"{mode}: " + "\n".join(found[:20]))
