@@ -11,6 +11,7 @@ from typing import Any
 from attrs import frozen
 
 from customized_models.testing.tiny_models import VOCABULARY_SIZE, tiny_tokenizer
+from tests.servers import build_llama_cpp
 
 SHAPE = {
     "vocab_size": VOCABULARY_SIZE,
@@ -106,6 +107,19 @@ def sentencepiece(directory: Path, **settings: Any) -> None:
         "chat_template": "{{ bos_token }}{{ messages }}",
         "added_tokens_decoder": added,
     } | settings
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def llama_sentencepiece(directory: Path) -> None:
+    """The tokenizer of the first Llamas, out of what upstream has of it."""
+    import gguf
+
+    reader = gguf.GGUFReader(build_llama_cpp.directory() / "models" / "ggml-vocab-llama-spm.gguf")
+    columns = ("tokens", "scores", "token_type")
+    fields = [reader.fields[f"tokenizer.ggml.{column}"].contents() for column in columns]
+    pieces = list(zip(*fields, strict=True))[:32000]
+    (directory / "tokenizer.model").write_bytes(sentencepiece_model(pieces))
+    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>"}
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
 
 

@@ -47,8 +47,8 @@ class _Formula:
 
 
 _FORMULAS = {
-    Q4_K: _Formula("q4_k", (8, 32), 4, "bc29e99c43359ac8"),
-    Q5_K: _Formula("q5_k", (8, 32), 4, "461ed34fff69b476"),
+    Q4_K: _Formula("q4_k", (8, 32), 2, "bc29e99c43359ac8"),
+    Q5_K: _Formula("q5_k", (8, 32), 2, "461ed34fff69b476"),
     Q6_K: _Formula("q6_k", (16, 16), 1, "e151af768e9509e3"),
     Q8_0: _Formula("q8_0", (32,), 1, "26061ebf7072b6f3"),
     Q5_0: _Formula("q5_0", (32,), 1, "c0b0e155abc04446"),

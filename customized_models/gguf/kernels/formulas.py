@@ -30,16 +30,15 @@ from .lanes import (
 )
 
 F, N, U, B = np.float32, np.int32, np.uint32, np.uint8
-LANES = 32
+LANES = 16  # sub-blocks at once; more do not fit into the registers of AVX2
 
 kernel = njit(nogil=True, error_model="numpy", cache=bool(config.CACHE_DIR))
-called = njit(nogil=True, error_model="numpy")
-inlined = njit(nogil=True, error_model="numpy", inline="always")
-load, load16 = loader(LANES), loader(16)
-transpose, transpose16 = transposer(LANES), transposer(16)
+function = njit(nogil=True, error_model="numpy")
+load, load16, load32 = loader(LANES), loader(16), loader(32)
+transpose, transpose16 = transposer(LANES, 32), transposer(16, 16)
 
 
-@called
+@function
 def fp16_bits(x):
     """A float32 as the bits of a float16, in integer arithmetic: not every processor converts."""
     w = F(x).view(np.uint32)
@@ -50,7 +49,7 @@ def fp16_bits(x):
     return np.uint16(((w & U(0x80000000)) >> U(16)) | magnitude)
 
 
-@called
+@function
 def fp16_value(h):
     """The float32 that the bits of a float16 stand for."""
     w = U(U(h) << U(16))
@@ -61,25 +60,25 @@ def fp16_value(h):
     return U((w & U(0x80000000)) | F(value).view(np.uint32)).view(F)
 
 
-@inlined
+@function
 def put16(y, at, h):
     """Two bytes, the lower first."""
     y[at], y[at + 1] = h & 255, h >> 8
 
 
-@inlined
+@function
 def nearest_int_of_one(v):
     """To the nearest integer by adding 1.5 * 2^23, which leaves no bits for a fraction."""
     return N((F(v + F(12582912)).view(np.int32) & N(0x7FFFFF)) - N(0x400000))
 
 
-@inlined
+@function
 def nearest_int(v):
     """The same of every lane."""
     return (bits(v + F(12582912)) & N(0x7FFFFF)) - N(0x400000)
 
 
-@inlined
+@function
 def clamp(v, low, high):
     """At least `low`, at most `high`."""
     v = where(v > N(low), v, N(low))
@@ -89,7 +88,7 @@ def clamp(v, low, high):
 # Q4_K and Q5_K: 8 sub-blocks of 32, each with a scale and a minimum of 6 bits ---------------------
 
 
-@inlined
+@function
 def make_qkx2_quants(x, weights, levels, nmax, rmin, nstep):
     """Scale and minimum of each sub-block, one in each lane: the best of `nstep` + 2 tries.
 
@@ -146,7 +145,7 @@ def make_qkx2_quants(x, weights, levels, nmax, rmin, nstep):
     return scale, -low, best_iscale, best_low
 
 
-@called
+@function
 def put_scales(y, scales, mins, d16, dmin16, inv_scale, inv_min, ds, dms):
     """The 6 bits of each scale and minimum, and what they are worth: `ds`, `dms`."""
     for j in range(8):
@@ -162,7 +161,7 @@ def put_scales(y, scales, mins, d16, dmin16, inv_scale, inv_min, ds, dms):
         ds[j], dms[j] = fp16_value(d16) * F(ls), fp16_value(dmin16) * F(lm)
 
 
-@inlined
+@function
 def q45_k(rows, out, nmax, rmin, nstep):
     """`rows` (blocks, 8, 32), `out` (blocks, bytes); the blocks fill all lanes, over and over."""
     x, weights = np.empty((32, LANES), F), np.empty((32, LANES), F)
@@ -170,7 +169,8 @@ def q45_k(rows, out, nmax, rmin, nstep):
     q, ds, dms = np.empty((8, 32), B), np.empty(8, F), np.empty(8, F)
     flat_rows, flat_x = rows.reshape(-1), x.reshape(-1)
     for start in range(0, len(rows), LANES // 8):
-        transpose(flat_rows[start * 256 :], flat_x)
+        for i in range(0, 32, LANES):
+            transpose(flat_rows[start * 256 + i :], flat_x[i * LANES :])
         v = load(x[0])
         sum_x2 = v * F(0)
         for i in range(32):
@@ -202,14 +202,14 @@ def q45_k(rows, out, nmax, rmin, nstep):
             put16(y, 2, dmin16)
             put_scales(y, scales, mins, d16, dmin16, inv_scale, inv_min, ds, dms)
             for j in range(8):
-                v = load(block[j])
+                v = load32(block[j])
                 # ggml keeps the levels of the best try where the scale has become 0.
                 v = (v + dms[j]) / ds[j] if ds[j] != F(0) else iscales[j] * (v - lows[j])
                 store(q[j], low_byte(clamp(nearest_int(v), 0, nmax)))
             quants = y[len(y) - 128 :]
-            fifth_bits = load(q[0]) & B(0)
+            fifth_bits = load32(q[0]) & B(0)
             for j in range(0, 8, 2):
-                even, odd = load(q[j]), load(q[j + 1])
+                even, odd = load32(q[j]), load32(q[j + 1])
                 store(quants[16 * j :], (even & B(15)) | (odd << B(4)))
                 fifth_bits |= ((even >> B(4)) << B(j)) | ((odd >> B(4)) << B(j + 1))
             if nmax > 15:
@@ -231,7 +231,7 @@ def q5_k(rows, out):
 # Q6_K: 16 sub-blocks of 16, each with a scale of 8 bits -------------------------------------------
 
 
-@inlined
+@function
 def make_qx_quants(x, w, wx):
     """The scale of each sub-block, one in each lane: the best of 19 tries, by weights x squared.
 
@@ -301,7 +301,7 @@ def q6_k(rows, out):
         put_q6_k(levels, y)
 
 
-@called
+@function
 def put_q6_k(levels, y):
     """The lower 4 bits of all levels, then the upper 2."""
     for h in range(2):
@@ -318,7 +318,7 @@ def put_q6_k(levels, y):
 # Q8_0, Q5_0, Q5_1: blocks of 32, one at a time ----------------------------------------------------
 
 
-@inlined
+@function
 def byte(v):
     """C's `(uint8_t) v` as x86 has it: 0 for NaN and for what is far outside."""
     return low_byte(integer(where(abs(v) < F(200), v, F(0))))
@@ -328,7 +328,7 @@ def byte(v):
 def q8_0(rows, out):
     """`rows` (blocks, 32), `out` (blocks, 34)."""
     for b in range(len(rows)):
-        x, y = load(rows[b]), out[b]
+        x, y = load32(rows[b]), out[b]
         d = largest(abs(x)) / F(127)
         inv = F(1) / d if d != F(0) else F(0)
         put16(y, 0, fp16_bits(d))
@@ -337,7 +337,7 @@ def q8_0(rows, out):
         store(y[2:], byte(v + half))
 
 
-@inlined
+@function
 def put_five_bits(y, at, q, v):
     """The fifth bits of all, then the lower four in pairs; `q`: room for 32 bytes."""
     high = bit_mask(v > B(15))
@@ -352,7 +352,7 @@ def q5_0(rows, out):
     """`rows` (blocks, 32), `out` (blocks, 22)."""
     q = np.empty(32, B)
     for b in range(len(rows)):
-        x, y = load(rows[b]), out[b]
+        x, y = load32(rows[b]), out[b]
         amax = largest(abs(x))
         top = rows[b, first(abs(x) == amax)] if amax != F(0) else F(0)
         d = top / F(-16)
@@ -367,7 +367,7 @@ def q5_1(rows, out):
     """`rows` (blocks, 32), `out` (blocks, 24)."""
     q = np.empty(32, B)
     for b in range(len(rows)):
-        x, y = load(rows[b]), out[b]
+        x, y = load32(rows[b]), out[b]
         # The first of several: zeros have signs.
         high, low = rows[b, first(x == largest(x))], rows[b, first(-x == largest(-x))]
         d = (high - low) / F(31)

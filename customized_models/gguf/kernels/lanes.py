@@ -250,17 +250,24 @@ def first(typing, mask):
     return types.int64(mask), emit
 
 
-def transposer(count):
-    """A function that turns `count` rows of `count` float32, one after the other, into columns."""
+def transposer(count, stride):
+    """A function that turns `count` rows of `count` float32 into columns, one after the other.
+
+    `stride`: how many numbers lie from the beginning of a row to that of the next.
+    """
 
     @intrinsic
     def transpose(typing, rows, columns):
         def emit(context, builder, signature, arguments):
             pairs = zip(signature.args, arguments, strict=True)
             source, target = (_pointer(context, builder, t, v, count) for t, v in pairs)
-            lines = [builder.load(builder.gep(source, [_I64(i)])) for i in range(count)]
-            for line in lines:
+            numbers = builder.bitcast(source, ir.FloatType().as_pointer())
+            lines = []
+            for i in range(count):
+                at = builder.gep(numbers, [_I64(i * stride)])
+                line = builder.load(builder.bitcast(at, source.type))
                 line.align = 4
+                lines.append(line)
             _butterfly(builder, lines)
             for i, line in enumerate(lines):
                 builder.store(line, builder.gep(target, [_I64(i)])).align = 4
