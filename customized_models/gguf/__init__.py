@@ -71,29 +71,57 @@ class GGUFPlan:
         return GGUFFile(path, size, digest)
 
 
-def check_architecture(config: Mapping[str, Any]) -> None:
+def check_architecture(config: Mapping[str, Any], llama_cpp: Path | None = None) -> None:
     """Whether a model with this `config.json` can become a GGUF file, by its class alone.
+
+    `llama_cpp`: a checkout of llama.cpp; its converter says when it plans whether it can.
 
     Raises:
         UnsupportedArchitectureError: it cannot; the message names the classes that can.
     """
-    family_of(config)
+    if llama_cpp is None:
+        family_of(config)
 
 
 def plan(
-    source: ModelSource, quantization: Quantization, *, name: str, chat_template: bool
+    source: ModelSource,
+    quantization: Quantization,
+    *,
+    name: str,
+    chat_template: bool,
+    llama_cpp: Path | None = None,
 ) -> GGUFPlan:
     """Plan the file from configuration, tokenizer and tensor headers; no tensor is read.
 
     `name`: `general.name` in the file. `chat_template`: whether `tokenizer.chat_template` goes in.
+    `llama_cpp`: a checkout of llama.cpp, whose converter is run for architectures that have no
+    family here; it is code that is executed.
 
     Raises:
         MalformedError: a file is missing or does not parse, or tensors do not fit `config.json`.
+        MissingDependencyError: nothing that quantizes is installed.
         UnsupportedError: the architecture, a setting, the tokenizer or the mode cannot be
-            converted exactly; or the wheel that quantizes is missing or not fit.
+            converted exactly.
     """
     from .planning import planned
 
     mode = MODES[checked_quantization(quantization)]
-    metadata, tensors = planned(source, mode, name=name, chat_template=chat_template)
+    metadata, tensors = planned(
+        source, mode, name=name, chat_template=chat_template, llama_cpp=llama_cpp
+    )
+    return GGUFPlan(source, preamble(metadata, tensors), tuple(tensors))
+
+
+def plan_projector(source: ModelSource, *, name: str, llama_cpp: Path | None) -> GGUFPlan:
+    """Plan the file for what a model sees or hears with, which llama.cpp calls `mmproj`.
+
+    It is not quantized. `name`, `llama_cpp`: see `plan`.
+
+    Raises:
+        UnsupportedArchitectureError: no checkout is named, or its converter cannot do it.
+        MalformedError: as `plan`.
+    """
+    from .planning import planned_projector
+
+    metadata, tensors = planned_projector(source, name=name, llama_cpp=llama_cpp)
     return GGUFPlan(source, preamble(metadata, tensors), tuple(tensors))

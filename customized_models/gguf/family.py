@@ -63,13 +63,22 @@ def family_of(config: Mapping[str, Any]) -> type[Family]:
     Raises:
         UnsupportedArchitectureError: there is none; the message names the classes that have one.
     """
-    named, known = config.get("architectures"), registered()
-    if not isinstance(named, list) or len(named) != 1 or named[0] not in known:
+    named = config.get("architectures")
+    if (family := registered_family(config)) is None:
         raise UnsupportedArchitectureError(
-            f"no GGUF mapping for the architecture {shown(named)}; "
-            f"there is one for {', '.join(sorted(known))}"
+            f"no GGUF mapping for the architecture {shown(named)}; there is one for "
+            f"{', '.join(sorted(registered()))}. Name a checkout of llama.cpp (llama_cpp=...), "
+            f"whose converter knows others, or give a finished file (gguf=...)"
         )
-    return known[named[0]]
+    return family
+
+
+def registered_family(config: Mapping[str, Any]) -> type[Family] | None:
+    """The family for a model with this `config.json`, if there is one."""
+    named = config.get("architectures")
+    if not isinstance(named, list) or len(named) != 1:
+        return None
+    return registered().get(named[0])
 
 
 @frozen
@@ -198,7 +207,8 @@ class Family:
         experts = self.settings.first(
             "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"
         )
-        return Network(self.architecture, self.layers, experts or 0)
+        heads, shared = (self.settings.get(f"num_{of}_heads") for of in ("attention", "key_value"))
+        return Network(self.architecture, self.layers, experts or 0, grouped=heads != shared)
 
     def common(self) -> Values:
         """What all text models say: upstream's `TextModel.set_gguf_parameters`."""

@@ -68,8 +68,8 @@ class Tensor:
     """A tensor of the file, and where its values come from.
 
     `shape`: outermost first, `(out, in)` for a matrix. `sources`: the checkpoint's tensors,
-    stacked or one below the other in this order; none if `values` are the tensor. `through`: the
-    type that values are rounded to first.
+    stacked or one below the other in this order; without any, `load` gives the values, or `values`
+    are them. `through`: the type that values are rounded to first.
     """
 
     name: str
@@ -77,6 +77,7 @@ class Tensor:
     sources: tuple[str, ...]
     change: Change | None = None
     values: tuple[float, ...] = ()
+    load: Callable[[], torch.Tensor] | None = None
     through: TensorType = F32
     type: TensorType = F32
 

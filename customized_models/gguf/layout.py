@@ -61,10 +61,18 @@ def file_tensors(family: Family, infos: Mapping[str, TensorInfo]) -> list[Tensor
     return family.extra_tensors() + _in_place(family, tensors, places)
 
 
+def shards_of(infos: Mapping[str, TensorInfo]) -> dict[str, list[str]]:
+    """Names by shard, both in order; what is in no file yet would come into the last."""
+    shards: dict[str, list[str]] = {}
+    last = max((info.file for info in infos.values()), default="") or "model.safetensors"
+    for name in sorted(infos, key=lambda name: (infos[name].file or last, name)):
+        shards.setdefault(infos[name].file or last, []).append(name)
+    return shards
+
+
 def converted_order(infos: Mapping[str, TensorInfo]) -> list[str]:
     """Shard by shard, by name: the order in which upstream reads a checkpoint."""
-    last = max((info.file for info in infos.values()), default="")
-    return sorted(infos, key=lambda name: (infos[name].file or last, name))
+    return [name for names in shards_of(infos).values() for name in names]
 
 
 def _stacked(name: str, members: list[_Member]) -> Tensor:

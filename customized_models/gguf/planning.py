@@ -7,16 +7,22 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import MalformedError, UnsupportedQuantizationError, shown
+from ..errors import (
+    MalformedError,
+    UnsupportedArchitectureError,
+    UnsupportedQuantizationError,
+    shown,
+)
 from ..files.reading import json_object
 from ..files.safetensors import ModelSource, TensorInfo
-from .family import Family, Values, checked, family_of
+from .family import Family, Values, checked, family_of, registered_family
 from .format import F32, PLAIN, Tensor, TensorType, f32, i32, text, u32
 from .kernels import check_quantizer
 from .layout import converted_order, file_tensors
 from .quantization import Mode, assign_types, converted, file_type, in_file_order
 from .settings import Settings
 from .tokenizer import TokenizerFiles
+from .upstream import Converted, converted_upstream
 
 _QUANTIZATION_VERSION = 2  # ggml's GGML_QNT_VERSION
 
@@ -41,44 +47,74 @@ Source: `Metadata.load` in `gguf-py/gguf/metadata.py` of llama.cpp b11434.
 
 
 def planned(
-    source: ModelSource, mode: Mode | None, *, name: str, chat_template: bool
+    source: ModelSource,
+    mode: Mode | None,
+    *,
+    name: str,
+    chat_template: bool,
+    llama_cpp: Path | None = None,
 ) -> tuple[Values, list[Tensor]]:
     """Key-values and tensors of the file; see `gguf.plan`.
 
     What upstream takes from a model card, or from the name of a directory, is left out.
     """
+    document = _configuration(source)
+    kind = matrix_type(source.tensors.infos)
+    if llama_cpp is not None and registered_family(document) is None:
+        model = converted_upstream(llama_cpp, source, kind, name=name, projector=False)
+    else:
+        family = family_of(document)(Settings(document))
+        model = _converted(family, source, kind, name)
+    metadata, tensors = model.metadata, model.tensors
+    if mode is not None:
+        check_quantizer()
+        tensors = assign_types(in_file_order(tensors), mode, model.network)
+        # `llama-quantize` sets both again, which puts them last.
+        for key in ("general.quantization_version", "general.file_type"):
+            metadata.pop(key, None)
+        metadata["general.quantization_version"] = u32(_QUANTIZATION_VERSION)
+        metadata["general.file_type"] = u32(file_type(mode, kind))
+    if not chat_template:
+        hidden = "tokenizer.chat_template"
+        metadata = {key: metadata[key] for key in metadata if not key.startswith(hidden)}
+    return metadata, tensors
+
+
+def planned_projector(
+    source: ModelSource, *, name: str, llama_cpp: Path | None
+) -> tuple[Values, list[Tensor]]:
+    """Key-values and tensors of the file for what a model sees with; see `gguf.plan_projector`."""
+    _configuration(source)
+    if llama_cpp is None:
+        raise UnsupportedArchitectureError(
+            "the file for what a model sees or hears with (mmproj) is made by llama.cpp's own "
+            "converter: name a checkout of it (llama_cpp=...)"
+        )
+    kind = matrix_type(source.tensors.infos)
+    model = converted_upstream(llama_cpp, source, kind, name=name, projector=True)
+    return model.metadata, model.tensors
+
+
+def _configuration(source: ModelSource) -> dict[str, Any]:
     if "config.json" not in source.files:
         raise MalformedError("the model directory has no config.json")
-    document = json_object(source.files["config.json"])
-    family = family_of(document)(Settings(document))
-    infos = source.tensors.infos
-    kind = matrix_type(infos)
-    tensors = checked_layout(family, infos)
-    size_label = _size_label(tensors)
-    tensors = converted(tensors, kind)
-    if mode:
-        check_quantizer()
-        tensors = assign_types(in_file_order(tensors), mode, family.network)
+    return json_object(source.files["config.json"])
+
+
+def _converted(family: Family, source: ModelSource, kind: TensorType, name: str) -> Converted:
+    """What the family makes of the model: the file without quantization."""
+    tensors = checked_layout(family, source.tensors.infos)
     metadata = {"general.architecture": text(family.architecture)}
     metadata |= _below(family, checked(family.architecture, family.leading_metadata))
-    metadata |= {"general.type": text("model")}
-    metadata |= _sampling(source.files)
-    metadata |= {"general.name": text(name), "general.size_label": text(size_label)}
+    metadata |= {"general.type": text("model")} | _sampling(source.files)
+    metadata |= {"general.name": text(name), "general.size_label": text(_size_label(tensors))}
     metadata |= _below(family, checked(family.architecture, family.metadata))
-    number = u32(file_type(mode, kind))
-    if mode is None and "general.file_type" in metadata:
-        metadata["general.file_type"] = number
-    else:
-        metadata.pop("general.file_type", None)
-    version = {"general.quantization_version": u32(_QUANTIZATION_VERSION)}
-    metadata |= {} if mode else version
-    files = TokenizerFiles(source.files, document)
-    tokens = family.tokenizer(files)
-    if not chat_template:
-        tokens = {key: tokens[key] for key in tokens if not key.startswith("chat_template")}
+    if "general.file_type" in metadata:
+        metadata["general.file_type"] = u32(file_type(None, kind))
+    metadata["general.quantization_version"] = u32(_QUANTIZATION_VERSION)
+    tokens = family.tokenizer(TokenizerFiles(source.files, _configuration(source)))
     metadata |= {f"tokenizer.{key}": value for key, value in tokens.items()}
-    # `llama-quantize` sets both again, which puts them last.
-    return metadata | (version | {"general.file_type": number} if mode else {}), tensors
+    return Converted(metadata, converted(tensors, kind), family.network)
 
 
 def matrix_type(infos: Mapping[str, TensorInfo]) -> TensorType:

@@ -51,14 +51,21 @@ _FLOAT32 = re.compile(
 """Matrices that the converter leaves in float32."""
 
 _AS_CONVERTED = re.compile(
-    r"_norm\.weight|ffn_gate_inp\.weight|ssm_conv1d|shortconv\.conv\.weight"
-    r"|^position_embd\.weight|^token_types\.weight"
+    r"_norm\.weight|ffn_gate_inp\.weight|ffn_gate_tid2eid\.weight|altup|laurel"
+    r"|per_layer_model_proj|^position_embd\.weight|^token_types\.weight|ssm_conv1d"
+    r"|shortconv\.conv\.weight|indexer\.[kq]_proj\.weight|time_mix_first\.weight"
+    r"|time_mix_[wvag][012]\.weight|time_mix_decay_w[12]\.weight|time_mix_lerp_fused\.weight"
+    r"|attn_rel_b\.weight|\.position_embd|sam\.pos_embd|sam\.neck\.|sam\.net_|\.rel_pos"
+    r"|\.patch_embd|\.patch_merger|a\.rvq\.codebook|mm\.a\.code_embd"
 )
 """Matrices that `llama-quantize` leaves as they are."""
 
+_LARGE = {"llama": 80, "qwen2": 80, "olmo": 80, "deci": 80, "jais2": 68}
+"""Layers of what is `LLM_TYPE_70B` in `src/models`, by architecture."""
+
 _BLOCK_NUMBER = re.compile(r"blk\.(\d+)\.")
 _OUTPUT = "output.weight"
-_EMBEDDING = "token_embd.weight"
+_EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
 _VALUES = ("attn_qkv.weight", "attn_kv_b.weight", "attn_v.weight")
 
 
@@ -66,14 +73,20 @@ _VALUES = ("attn_qkv.weight", "attn_kv_b.weight", "attn_v.weight")
 class Network:
     """What the rules ask about a model.
 
-    `architecture`: llama.cpp's name. `layers`, `experts`: how many, 0 for none. `large`: whether
-    it is what upstream calls the 70B model.
+    `architecture`: llama.cpp's name. `layers`, `experts`: how many, 0 for none. `grouped`: whether
+    fewer key-value heads than query heads share the work.
     """
 
     architecture: str
     layers: int
     experts: int = 0
-    large: bool = False
+    grouped: bool = False
+
+    @property
+    def is_large(self) -> bool:
+        """Whether it is what upstream calls the 70B model, which gets more bits for values."""
+        shared = self.grouped or self.architecture != "llama"
+        return shared and _LARGE.get(self.architecture) == self.layers
 
 
 def converted(tensors: Sequence[Tensor], kind: TensorType) -> list[Tensor]:
@@ -109,7 +122,7 @@ def assign_types(tensors: Sequence[Tensor], mode: Mode, network: Network) -> lis
         vector = len(_dimensions(tensor.shape)) < 2
         if vector or not name.endswith("weight") or _AS_CONVERTED.search(name):
             return tensor.type
-        if name == _OUTPUT or (tied and name == _EMBEDDING):
+        if name == _OUTPUT or (tied and name in _EMBEDDINGS):
             falcon = network.architecture == "falcon"
             whole = columns % mode.default.block == 0 and not falcon
             return _fitting(mode.output if whole else Q8_0, columns)
@@ -142,7 +155,7 @@ def _value_type(mode: Mode, network: Network, met: int, values: int) -> TensorTy
     wanted = mode.default
     if _gets_more(mode, met, values, 4):
         wanted = mode.more
-    if network.large and wanted == Q4_K:
+    if network.is_large and wanted == Q4_K:
         wanted = Q5_K
     return Q8_0 if network.experts == 8 else wanted
 

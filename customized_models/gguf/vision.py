@@ -16,4 +16,4 @@ def text_name(name: str) -> str | None:
     """
     if name.startswith(_OTHER) or any(part in name for part in _OTHER_INSIDE):
         return None
-    return name.replace("language_model.", "").replace("model.model.", "model.")
+    return name.replace("language_model.", "")

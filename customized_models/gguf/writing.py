@@ -78,6 +78,9 @@ def _chunks(
 
 def _blocks(tensor: Tensor, source: ModelSource) -> Iterator[torch.Tensor]:
     """The tensor's rows, changed, in blocks that nobody else writes to; a vector is one row."""
+    if tensor.load is not None:
+        yield from _cut(tensor.load().reshape(-1, tensor.shape[-1]))
+        return
     if not tensor.sources:
         yield torch.tensor(tensor.values, dtype=torch.float32).view(1, -1)
         return

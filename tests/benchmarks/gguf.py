@@ -130,7 +130,7 @@ def measured(command: list[str | Path]) -> tuple[float, float]:
     took = time.perf_counter() - before
     if status:
         sys.exit(f"{command} failed: {errors.decode()[-2000:]}")
-    return took, used.ru_maxrss / (1 if sys.platform == "darwin" else 1024) / 1000
+    return took, used.ru_maxrss / (1 << 20 if sys.platform == "darwin" else 1 << 10)
 
 
 def this(step: str, directory: Path, mode: str = "-") -> list[str | Path]:

@@ -110,6 +110,27 @@ def sentencepiece(directory: Path, **settings: Any) -> None:
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
+def gpt2_vocabulary(directory: Path) -> None:
+    """GPT-2's own tokenizer, out of what upstream has of it: one whose name upstream finds."""
+    import gguf
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    reader = gguf.GGUFReader(build_llama_cpp.directory() / "models" / "ggml-vocab-gpt-2.gguf")
+    tokens, merges = (
+        reader.fields[f"tokenizer.ggml.{column}"].contents() for column in ("tokens", "merges")
+    )
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [tuple(pair.split(" ")) for pair in merges]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    end = "<|endoftext|>"
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=end, eos_token=end, unk_token=end
+    ).save_pretrained(directory)
+
+
 def llama_sentencepiece(directory: Path) -> None:
     """The tokenizer of the first Llamas, out of what upstream has of it."""
     import gguf

@@ -87,7 +87,8 @@ def test_every_registered_family_has_a_tiny_model() -> None:
 
     mapping = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
     made = {mapping[getattr(transformers, tiny.config)].__name__ for tiny in MODELS.values()}
-    assert set(registered()) <= made
+    seeing = {name for name in registered() if name.endswith("ForConditionalGeneration")}
+    assert set(registered()) - seeing == made
 
 
 ALL = {"target_modules": "all-linear"}

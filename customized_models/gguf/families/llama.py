@@ -7,17 +7,13 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from attrs import evolve
-
 from .. import rotary
 from ..family import Family, Values, register
 from ..format import Change, Tensor, flag, u32
 from ..names import ATTENTION, GATED_MLP, PRE_NORMS, TEXT_MODEL, in_layers
-from ..quantization import Network
 from ..tokenizer import TokenizerFiles
 
 _SMALL_GRANITE = 49152  # a vocabulary that upstream takes for Granite's, which begins with no token
-_LARGE = 80  # layers of what upstream calls the 70B model, if key-value heads are shared
 
 
 @register("LlamaForCausalLM", "MistralForCausalLM")
@@ -54,9 +50,3 @@ class Llama(Family):
         if self.vocabulary == _SMALL_GRANITE:
             values["ggml.add_bos_token"] = flag(False)
         return values
-
-    @property
-    def network(self) -> Network:
-        heads, shared = (self.settings[f"num_{of}_heads"] for of in ("attention", "key_value"))
-        large = self.layers == _LARGE and heads != shared
-        return evolve(super().network, large=large)

@@ -13,5 +13,3 @@ class Qwen3(Qwen2):
 
     architecture = "qwen3"
     names = {**TEXT_MODEL, **in_layers({**ATTENTION, **QK_NORMS, **PRE_NORMS, **GATED_MLP})}
-
-    large_layers = None
