@@ -7,9 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.servers import build_ollama
+from tests.servers import build_llama_cpp, build_ollama
 from tests.servers.artifact import FileArtifact, tiny_artifact
 from tests.servers.counting_proxy import CountingProxy, counting_proxy
+from tests.servers.llama_cpp_oracle import Oracle, oracle
 from tests.servers.ollama_server import OllamaServer, ollama_server
 
 pytest_plugins = ["tests.models"]
@@ -24,17 +25,31 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter._session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
+def missing(reason: str) -> None:
+    """Skip what needs something that is not there; in CI it must be."""
+    if os.environ.get("CI"):
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
 @pytest.fixture(scope="session")
 def ollama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OllamaServer]:
     """A real Ollama, shared: tests remove what they create."""
     binary = build_ollama.binary()
     if not build_ollama.runs(binary):
-        reason = f"no Ollama at {binary}; tests/servers/build_ollama.py builds it"
-        if os.environ.get("CI"):
-            pytest.fail(reason)
-        pytest.skip(reason)
+        missing(f"no Ollama at {binary}; tests/servers/build_ollama.py builds it")
     with ollama_server(binary, tmp_path_factory.mktemp("ollama")) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def llama_cpp(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Oracle]:
+    """Upstream's converter and quantizer, whose bytes ours are compared with."""
+    directory = build_llama_cpp.directory()
+    if not build_llama_cpp.runs(directory):
+        missing(f"no llama.cpp in {directory}; tests/servers/build_llama_cpp.py builds it")
+    with oracle(directory, tmp_path_factory.mktemp("oracle") / "log") as running:
+        yield running
 
 
 @pytest.fixture(name="counting_proxy")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+BLOCK = 8 << 20  # bytes of a tensor that are read at once where it is read in pieces
 MAX_HEADER = 100_000_000  # bytes; the format's own cap
 MAX_DIMENSIONS = 64  # torch's own: more would take long to multiply and mean nothing
 
@@ -212,6 +213,21 @@ class Checkpoint:
         """The tensor of that checkpoint name."""
         info = self.infos[name]
         return read_tensor(self.directory / info.file, info)
+
+    def blocks(self, name: str) -> Iterator[torch.Tensor]:
+        """The tensor of `read` in pieces of some megabytes, its first rows first."""
+        import torch
+
+        info = self.infos[name]
+        count, *inner = info.shape or (1,)
+        row = max(1, info.size // max(1, count))  # bytes
+        step = max(1, BLOCK // row)
+        with opened(self.directory / info.file) as fd:
+            for start in range(0, count, step):
+                shape = [min(step, count - start), *inner] if info.shape else []
+                block = torch.empty(shape, dtype=torch_dtype(info.dtype))
+                read_into(tensor_bytes(block), fd, info.start + start * row, info.file)
+                yield block
 
 
 @frozen

@@ -8,23 +8,11 @@ from typing import Any
 
 from attrs import field, frozen
 
-from ..errors import MalformedError, UnsupportedArchitectureError, shown
-from ..files.reading import json_object
 from ..files.safetensors import ModelSource
 from ..models import Progress, Quantization, checked_quantization
-from .families.llama import ARCHITECTURES
-from .format import Tensor, f32, i32, padded, preamble, text, u32
-
-_QUANTIZATION_VERSION = 2  # ggml's GGML_QNT_VERSION
-
-_SAMPLING = {
-    "top_k": ("top_k",),
-    "top_p": ("top_p",),
-    "min_p": ("min_p",),
-    "temp": ("temperature",),
-    "penalty_repeat": ("penalty_repeat", "repetition_penalty"),
-}
-"""Keys under `general.sampling`, and what `generation_config.json` calls them."""
+from .family import family_of
+from .format import Tensor, padded, preamble
+from .quantization import MODES
 
 
 @frozen
@@ -83,72 +71,57 @@ class GGUFPlan:
         return GGUFFile(path, size, digest)
 
 
-def check_architecture(config: Mapping[str, Any]) -> None:
+def check_architecture(config: Mapping[str, Any], llama_cpp: Path | None = None) -> None:
     """Whether a model with this `config.json` can become a GGUF file, by its class alone.
+
+    `llama_cpp`: a checkout of llama.cpp; its converter says when it plans whether it can.
 
     Raises:
         UnsupportedArchitectureError: it cannot; the message names the classes that can.
     """
-    named = config.get("architectures")
-    if not isinstance(named, list) or len(named) != 1 or named[0] not in ARCHITECTURES:
-        raise UnsupportedArchitectureError(
-            f"no GGUF mapping for the architecture {shown(named)}; "
-            f"there is one for {', '.join(ARCHITECTURES)}"
-        )
+    if llama_cpp is None:
+        family_of(config)
 
 
 def plan(
-    source: ModelSource, quantization: Quantization, *, name: str, chat_template: bool
+    source: ModelSource,
+    quantization: Quantization,
+    *,
+    name: str,
+    chat_template: bool,
+    llama_cpp: Path | None = None,
 ) -> GGUFPlan:
     """Plan the file from configuration, tokenizer and tensor headers; no tensor is read.
 
     `name`: `general.name` in the file. `chat_template`: whether `tokenizer.chat_template` goes in.
+    `llama_cpp`: a checkout of llama.cpp, whose converter is run for architectures that have no
+    family here; it is code that is executed.
 
     Raises:
         MalformedError: a file is missing or does not parse, or tensors do not fit `config.json`.
+        MissingDependencyError: nothing that quantizes is installed.
         UnsupportedError: the architecture, a setting, the tokenizer or the mode cannot be
-            converted exactly; or the wheel that quantizes is missing or not fit.
+            converted exactly.
     """
-    from .families import llama as _llama
-    from .kernel import Kernel
-    from .quantization import file_type, in_file_order, mixed
-    from .tokenizer import tokenizer_metadata
+    from .planning import planned
 
-    checked_quantization(quantization)
-    if "config.json" not in source.files:
-        raise MalformedError("the model directory has no config.json")
-    config = json_object(source.files["config.json"])
-    check_architecture(config)
-    model = _llama.read_config(config)
-    stored = in_file_order(_llama.tensors(model, source.tensors.infos))
-    tensors = mixed(
-        stored, quantization, layers=model.layers, grouped=model.heads != model.kv_heads
+    mode = MODES[checked_quantization(quantization)]
+    metadata, tensors = planned(
+        source, mode, name=name, chat_template=chat_template, llama_cpp=llama_cpp
     )
-    if quantization != "no_quantization":
-        Kernel()
-    metadata = {"general.architecture": text("llama"), "general.type": text("model")}
-    metadata |= _sampling(source.files)
-    metadata["general.name"] = text(name)
-    metadata |= _llama.metadata(model)
-    metadata |= tokenizer_metadata(
-        source.files, config, model.vocabulary, chat_template=chat_template
-    )
-    metadata["general.quantization_version"] = u32(_QUANTIZATION_VERSION)
-    metadata["general.file_type"] = u32(file_type(tensors, quantization))
     return GGUFPlan(source, preamble(metadata, tensors), tuple(tensors))
 
 
-def _sampling(files: Mapping[str, Path]) -> dict[str, bytes]:
-    """The recommended sampler in `generation_config.json`, by the keys llama.cpp reads."""
-    if "generation_config.json" not in files:
-        return {}
-    generation = json_object(files["generation_config.json"])
-    result = {}
-    for key, names in _SAMPLING.items():
-        value = next((generation[n] for n in names if generation.get(n) is not None), None)
-        if value is None:
-            continue
-        if type(value) not in (int, float) or not abs(value) < 1 << 31:
-            raise MalformedError(f"generation_config.json: {names[-1]} is {shown(value)}")
-        result[f"general.sampling.{key}"] = i32(int(value)) if key == "top_k" else f32(value)
-    return result
+def plan_projector(source: ModelSource, *, name: str, llama_cpp: Path | None) -> GGUFPlan:
+    """Plan the file for what a model sees or hears with, which llama.cpp calls `mmproj`.
+
+    It is not quantized. `name`, `llama_cpp`: see `plan`.
+
+    Raises:
+        UnsupportedArchitectureError: no checkout is named, or its converter cannot do it.
+        MalformedError: as `plan`.
+    """
+    from .planning import planned_projector
+
+    metadata, tensors = planned_projector(source, name=name, llama_cpp=llama_cpp)
+    return GGUFPlan(source, preamble(metadata, tensors), tuple(tensors))

@@ -23,12 +23,14 @@ def read_bpe(document: Mapping[str, Any], tokenizer: tokenizers.Tokenizer, size:
     """The vocabulary of `tokenizer`, whose file holds `document`; `size` tokens.
 
     Raises:
-        MalformedError: a token's id is not below `size`, or the merges are no pairs.
+        MalformedError: a token's id is not below `size`.
         UnsupportedError: it is no byte-level BPE, or its pre-tokenizer is not known.
     """
     model = document.get("model")
     if not isinstance(model, dict) or model.get("type") != "BPE":
-        raise UnsupportedError("tokenizer.json holds no BPE; llama.cpp's Llama needs one")
+        raise UnsupportedError(
+            "tokenizer.json holds no BPE; llama.cpp needs one for this architecture"
+        )
     if model.get("byte_fallback") or (document.get("decoder") or {}).get("type") != "ByteLevel":
         raise UnsupportedError(
             "tokenizer.json holds a SentencePiece BPE without its scores; add tokenizer.model"
@@ -37,7 +39,7 @@ def read_bpe(document: Mapping[str, Any], tokenizer: tokenizers.Tokenizer, size:
     if any(affixes) or model.get("dropout"):
         raise UnsupportedError("tokenizer.json: affixes or dropout, which llama.cpp has not")
     pre = pre_tokenizer(document, tokenizer)
-    return Vocabulary("gpt2", pre, _tokens(tokenizer, size), _merges(model))
+    return Vocabulary("gpt2", pre, _tokens(tokenizer, size))
 
 
 def pre_tokenizer(document: Mapping[str, Any], tokenizer: tokenizers.Tokenizer) -> str:
@@ -106,8 +108,12 @@ def _tokens(tokenizer: tokenizers.Tokenizer, size: int) -> tuple[Token, ...]:
     return tuple(result)
 
 
-def _merges(model: Mapping[str, Any]) -> tuple[str, ...]:
-    """ "left right" each; a space inside a part becomes byte-level BPE's sign for it."""
+def merges_of(model: Mapping[str, Any]) -> tuple[str, ...]:
+    """ "left right" each, first merged first; a space inside becomes byte-level BPE's sign for it.
+
+    Raises:
+        MalformedError: one is no pair.
+    """
     result = []
     for merge in model.get("merges") or ():
         parts = merge.split(" ") if isinstance(merge, str) else merge

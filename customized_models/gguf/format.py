@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from attrs import frozen
+
+if TYPE_CHECKING:
+    import torch
 
 VERSION = 3
 ALIGNMENT = 32  # bytes; the format's default, to which each tensor is padded
@@ -18,23 +22,27 @@ ALIGNMENT = 32  # bytes; the format's default, to which each tensor is padded
 
 @frozen
 class TensorType:
-    """How a tensor's rows are stored: `size` bytes for every `block` weights of a row."""
+    """How a tensor's rows are stored: `size` bytes for every `block` weights of a row.
+
+    `scales`: where in a block its float16 numbers lie, by which all others are multiplied.
+    """
 
     name: str
     number: int
     block: int
     size: int
+    scales: tuple[int, ...] = ()
 
 
 # ggml/include/ggml.h `enum ggml_type` and ggml/src/ggml-common.h `block_*` of llama.cpp b11434.
 F32 = TensorType("F32", 0, 1, 4)
 F16 = TensorType("F16", 1, 1, 2)
-Q5_0 = TensorType("Q5_0", 6, 32, 22)
-Q5_1 = TensorType("Q5_1", 7, 32, 24)
-Q8_0 = TensorType("Q8_0", 8, 32, 34)
-Q4_K = TensorType("Q4_K", 12, 256, 144)
-Q5_K = TensorType("Q5_K", 13, 256, 176)
-Q6_K = TensorType("Q6_K", 14, 256, 210)
+Q5_0 = TensorType("Q5_0", 6, 32, 22, (0,))
+Q5_1 = TensorType("Q5_1", 7, 32, 24, (0, 2))
+Q8_0 = TensorType("Q8_0", 8, 32, 34, (0,))
+Q4_K = TensorType("Q4_K", 12, 256, 144, (0, 2))
+Q5_K = TensorType("Q5_K", 13, 256, 176, (0, 2))
+Q6_K = TensorType("Q6_K", 14, 256, 210, (208,))
 BF16 = TensorType("BF16", 30, 1, 2)
 
 PLAIN = {"F32": F32, "F16": F16, "BF16": BF16}
@@ -42,20 +50,36 @@ PLAIN = {"F32": F32, "F16": F16, "BF16": BF16}
 
 
 @frozen
+class Change:
+    """What the values of a checkpoint tensor go through before they are stored.
+
+    `apply`: values of any floating-point dtype to others. `rows`: how many rows it needs at once
+    (the rows of an attention head, say), counted from a multiple of that; 0 for all of them. A
+    vector is always given whole, and so is what `apply` needs whole, in its own shape; anything
+    else as a matrix of rows.
+    """
+
+    apply: Callable[[torch.Tensor], torch.Tensor]
+    rows: int = 1
+
+
+@frozen
 class Tensor:
     """A tensor of the file, and where its values come from.
 
-    `shape`: outermost first, `(out, in)` for a matrix. `source`: the checkpoint tensor; None if
-    `values` are the tensor. `head_size`: rows of one attention head, if the rows of each head
-    change from the checkpoint's rotary order to GGUF's; else 0.
+    `shape`: outermost first, `(out, in)` for a matrix. `sources`: the checkpoint's tensors,
+    stacked or one below the other in this order; without any, `load` gives the values, or `values`
+    are them. `through`: the type that values are rounded to first.
     """
 
     name: str
     shape: tuple[int, ...]
-    type: TensorType
-    source: str | None
-    head_size: int = 0
+    sources: tuple[str, ...]
+    change: Change | None = None
     values: tuple[float, ...] = ()
+    load: Callable[[], torch.Tensor] | None = None
+    through: TensorType = F32
+    type: TensorType = F32
 
     @property
     def size(self) -> int:
@@ -101,6 +125,16 @@ def texts(values: Sequence[bytes]) -> bytes:
 def i32s(values: Sequence[int]) -> bytes:
     """An array of signed 32-bit values."""
     return struct.pack(f"<IIQ{len(values)}i", 9, 5, len(values), *values)
+
+
+def u32s(values: Sequence[int]) -> bytes:
+    """An array of unsigned 32-bit values."""
+    return struct.pack(f"<IIQ{len(values)}I", 9, 4, len(values), *values)
+
+
+def flags(values: Sequence[bool]) -> bytes:
+    """An array of truth values."""
+    return struct.pack(f"<IIQ{len(values)}?", 9, 7, len(values), *values)
 
 
 def f32s(values: Sequence[float]) -> bytes:

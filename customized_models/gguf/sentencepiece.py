@@ -9,10 +9,8 @@ import struct
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from attrs import frozen
-
 from ..errors import MalformedError, UnsupportedError, shown
-from .vocabulary import Kind, Token, Vocabulary, added, padding
+from .vocabulary import Kind, Token, Vocabulary, padding
 
 _BPE = 2  # TrainerSpec.ModelType
 _KINDS = {1: Kind.NORMAL, 2: Kind.UNKNOWN, 3: Kind.CONTROL, 4: Kind.NORMAL, 5: Kind.UNUSED,
@@ -20,44 +18,39 @@ _KINDS = {1: Kind.NORMAL, 2: Kind.UNKNOWN, 3: Kind.CONTROL, 4: Kind.NORMAL, 5: K
 """ModelProto.SentencePiece.Type; upstream's converter also writes user-defined ones as normal."""
 
 
-@frozen
-class _Model:
-    pieces: tuple[Token, ...]
-    dummy_prefix: bool
-
-
 def read_sentencepiece(
     data: bytes,
     size: int,
-    additions: Mapping[int, tuple[str, bool]],
+    additions: Mapping[int, Token],
     listed: Mapping[str, int],
 ) -> Vocabulary:
     """The vocabulary in `tokenizer.model`, padded to `size`.
 
-    `additions`: text and whether special, by id, of tokens added since. `listed`: ids by token as
-    `tokenizer.json` has them, if there is one.
+    `additions`: tokens added since, by id. `listed`: ids by token as `tokenizer.json` has them, if
+    there is one.
 
     Raises:
         MalformedError: it does not parse, or disagrees with `listed` or `size`.
         UnsupportedError: it is no BPE, or normalizes text in ways that llama.cpp does not.
     """
-    model = _parse(data)
-    tokens = dict(enumerate(model.pieces))
+    pieces, space_prefix = _parse(data)
+    tokens = dict(enumerate(pieces))
     for number, piece in tokens.items():
         text = piece.text.decode(errors="replace")
         if listed and number not in additions and listed.get(text) != number:
             raise MalformedError(
                 f"tokenizer.model has {shown(text)} as token {number}, tokenizer.json has not"
             )
-    tokens |= {number: added(text, special=special) for number, (text, special) in
-               additions.items()}  # fmt: skip
+    since = {n: token for n, token in additions.items() if not (token.unlisted and n in tokens)}
+    tokens |= since
     if tokens and max(tokens) >= size:
         raise MalformedError(f"the tokenizer has the token id {max(tokens)}; the model has {size}")
     every = tuple(tokens.get(number) or padding(number) for number in range(size))
-    return Vocabulary("llama", "default", every, space_prefix=model.dummy_prefix)
+    return Vocabulary("llama", "default", every, space_prefix)
 
 
-def _parse(data: bytes) -> _Model:
+def _parse(data: bytes) -> tuple[list[Token], bool]:
+    """The pieces, and whether a space is put before a text."""
     try:
         pieces, trainer, normalizer = [], b"", b""
         for number, value in _fields(data):
@@ -73,12 +66,12 @@ def _parse(data: bytes) -> _Model:
             f"tokenizer.model is no SentencePiece model: {shown(error)}"
         ) from error
     if settings.get(3, 1) != _BPE:
-        raise UnsupportedError("tokenizer.model is no BPE; llama.cpp's Llama needs one")
+        raise UnsupportedError("tokenizer.model is no BPE; llama.cpp needs one here")
     if rules.get(2) or rules.get(4, 1):
         raise UnsupportedError(
             "tokenizer.model normalizes text or removes extra spaces; llama.cpp does neither"
         )
-    return _Model(tuple(pieces), bool(rules.get(3, 1)))
+    return pieces, bool(rules.get(3, 1))
 
 
 def _piece(fields: Mapping[int, Any]) -> Token:

@@ -20,11 +20,15 @@ class Kind(enum.IntEnum):
 
 @frozen
 class Token:
-    """`text`: UTF-8. `score`: higher merges first; only SentencePiece vocabularies use it."""
+    """`text`: UTF-8. `score`: higher merges first; only SentencePiece vocabularies use it.
+
+    `unlisted`: it stands in only where the vocabulary's own file has no token of that id.
+    """
 
     text: bytes
     kind: Kind
     score: float = 0.0
+    unlisted: bool = False
 
 
 @frozen
@@ -32,14 +36,12 @@ class Vocabulary:
     """Tokens by id, and what llama.cpp needs to split text into them.
 
     `model`: "gpt2" for byte-level BPE, "llama" for SentencePiece. `pre`: the pre-tokenizer's name
-    there. `merges`: "left right", first merged first; empty for SentencePiece. `space_prefix`:
-    whether a space is put before the text; None where that does not matter.
+    there. `space_prefix`: whether a space is put before a text; None where that does not matter.
     """
 
     model: str
     pre: str
     tokens: tuple[Token, ...]
-    merges: tuple[str, ...] = ()
     space_prefix: bool | None = None
 
 
@@ -48,14 +50,18 @@ def padding(number: int) -> Token:
     return Token(f"[PAD{number}]".encode(), Kind.UNUSED, -10000.0)
 
 
-def added(text: str, *, special: bool) -> Token:
+def added(content: str, *, special: bool, as_it_is: bool = False, unlisted: bool = False) -> Token:
     """A token that was added to a vocabulary, classed as upstream's converter does.
+
+    `as_it_is`: it keeps its text, and is a control token only if it says so. `unlisted`: a
+    vocabulary that has the token itself knows better.
 
     Source: `does_token_look_special` and its callers in `conversion/base.py` of llama.cpp b11434.
     """
-    if special or _looks_special(text):
-        return Token(text.encode(), Kind.CONTROL, -1000.0)
-    return Token(text.replace("\u2581", " ").encode(), Kind.USER_DEFINED, -1000.0)
+    if special or (not as_it_is and _looks_special(content)):
+        return Token(content.encode(), Kind.CONTROL, -1000.0, unlisted)
+    spaced = content if as_it_is else content.replace("\u2581", " ")
+    return Token(spaced.encode(), Kind.USER_DEFINED, -1000.0, unlisted)
 
 
 def _looks_special(text: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -16,7 +16,7 @@ from ..errors import IntegrityError, NonFiniteError, shown
 from ..files.safetensors import ModelSource, dtype_name
 from ..models import Progress
 from .format import PLAIN, Tensor, padded
-from .kernel import Kernel
+from .kernels import Quantizer, quantizer
 
 BLOCK = 4 << 20  # bytes of float32 rows that are worked on at once
 
@@ -35,11 +35,11 @@ def write(
     """
     total = len(preamble) + sum(padded(tensor.size) for tensor in tensors)
     plain = all(tensor.type.name in PLAIN for tensor in tensors)
-    kernel = None if plain else Kernel()
+    quantize = None if plain else quantizer()
     digest, done = hashlib.sha256(), 0
     try:
         with open(path, "wb", buffering=0) as file, ThreadPoolExecutor(_threads()) as pool:
-            for data in _chunks(preamble, tensors, source, kernel, pool):
+            for data in _chunks(preamble, tensors, source, quantize, pool):
                 _write_all(file.fileno(), data)
                 digest.update(data)
                 done += len(data)
@@ -56,17 +56,16 @@ def _chunks(
     preamble: bytes,
     tensors: Sequence[Tensor],
     source: ModelSource,
-    kernel: Kernel | None,
+    quantize: Quantizer | None,
     pool: ThreadPoolExecutor,
 ) -> Iterator[bytes | bytearray | memoryview]:
-    """The file's bytes in order. One tensor is in memory, and two blocks of it a thread."""
+    """The file's bytes in order: blocks of rows that are quantized side by side."""
     yield preamble
     for tensor in tensors:
-        values = _values(tensor, source)
         waiting: deque[Future[bytearray | memoryview]] = deque()
         try:
-            for block in _blocks(values, tensor.head_size):
-                waiting.append(pool.submit(_encoded, block, tensor, kernel))
+            for block in _blocks(tensor, source):
+                waiting.append(pool.submit(_encoded, block, tensor, quantize))
                 if len(waiting) > 2 * _threads():
                     yield waiting.popleft().result()
             while waiting:
@@ -77,49 +76,114 @@ def _chunks(
         yield bytes(padded(tensor.size) - tensor.size)
 
 
-def _values(tensor: Tensor, source: ModelSource) -> torch.Tensor:
-    """The tensor as read, its rows as a matrix: a vector is one row, or a column of heads."""
-    if tensor.source is None:
-        return torch.tensor(tensor.values, dtype=torch.float32).view(1, -1)
-    values = source.tensors.read(tensor.source)
-    dtype = dtype_name(values.dtype)
-    info = source.tensors.infos[tensor.source]
-    if tuple(values.shape) != tensor.shape or dtype != info.dtype:
-        raise IntegrityError(f"tensor {shown(tensor.source)} changed since the plan was made")
-    if values.dim() > 1:
-        return values
-    return values.view(-1, 1) if tensor.head_size else values.view(1, -1)
+def _blocks(tensor: Tensor, source: ModelSource) -> Iterator[torch.Tensor]:
+    """The tensor's rows, changed, in blocks that nobody else writes to; a vector is one row."""
+    if tensor.load is not None:
+        yield from _cut(tensor.load().reshape(-1, tensor.shape[-1]))
+        return
+    if not tensor.sources:
+        yield torch.tensor(tensor.values, dtype=torch.float32).view(1, -1)
+        return
+    for name in tensor.sources:
+        yield from _changed(tensor, name, source)
 
 
-def _blocks(values: torch.Tensor, head_size: int) -> Iterator[torch.Tensor]:
-    """Runs of whole rows, and of whole heads where heads are reordered."""
-    unit = head_size or 1
-    rows = max(unit, BLOCK // (4 * values.shape[1]) // unit * unit)
-    for start in range(0, values.shape[0], rows):
-        yield values[start : start + rows]
+def _changed(tensor: Tensor, name: str, source: ModelSource) -> Iterator[torch.Tensor]:
+    change, shape = tensor.change, source.tensors.infos[name].shape
+    whole = len(shape) < 2 or (change is not None and change.rows == 0)
+    if whole:
+        values = _counted(source, name)
+        pieces: Iterable[torch.Tensor] = [change.apply(_exact(values)) if change else values]
+    else:
+        rows = (piece.reshape(-1, shape[-1]) for piece in _read(source, name))
+        pieces = _runs(rows, change.rows if change else 1)
+        if change:
+            pieces = (change.apply(_exact(piece)) for piece in pieces)
+    for piece in pieces:
+        yield from _cut(piece.reshape(-1, tensor.shape[-1]))
 
 
-def _encoded(block: torch.Tensor, tensor: Tensor, kernel: Kernel | None) -> bytearray | memoryview:
-    if tensor.head_size:
-        block = reordered(block, tensor.head_size)
+def _read(source: ModelSource, name: str) -> Iterator[torch.Tensor]:
+    """The tensor as its source gives it: in blocks of rows, or whole.
+
+    Raises:
+        IntegrityError: it is not what the headers say.
+    """
+    info, done = source.tensors.infos[name], 0
+    blocks: Callable[[str], Iterator[torch.Tensor]] | None
+    blocks = getattr(source.tensors, "blocks", None)
+    for piece in blocks(name) if blocks else [source.tensors.read(name)]:
+        done += piece.shape[0] if piece.dim() else 1
+        if dtype_name(piece.dtype) != info.dtype or tuple(piece.shape[1:]) != info.shape[1:]:
+            raise IntegrityError(f"tensor {shown(name)} changed since the plan was made")
+        yield piece
+    if done != info.shape[0]:
+        raise IntegrityError(f"tensor {shown(name)} changed since the plan was made")
+
+
+def _counted(source: ModelSource, name: str) -> torch.Tensor:
+    pieces = [piece.clone() for piece in _read(source, name)]
+    return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+
+
+def _exact(values: torch.Tensor) -> torch.Tensor:
+    """As upstream computes with them: bfloat16 becomes float32, the others stay."""
+    return values.float() if values.dtype == torch.bfloat16 else values
+
+
+def _runs(pieces: Iterator[torch.Tensor], unit: int) -> Iterator[torch.Tensor]:
+    """The same rows, in runs whose length is a multiple of `unit`."""
+    left: torch.Tensor | None = None
+    for piece in pieces:
+        rows = piece if left is None else torch.cat([left, piece])
+        whole = len(rows) // unit * unit
+        left = rows[whole:].clone() if whole < len(rows) else None
+        if whole:
+            yield rows[:whole]
+    if left is not None:
+        yield left
+
+
+def _cut(rows: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Copies of runs of rows that are small enough to be worked on at once."""
+    count = max(1, BLOCK // (4 * rows.shape[1]))
+    for start in range(0, rows.shape[0], count):
+        yield rows[start : start + count].clone()
+
+
+def _encoded(
+    block: torch.Tensor, tensor: Tensor, quantize: Quantizer | None
+) -> bytearray | memoryview:
     if not torch.isfinite(block).all():
-        raise NonFiniteError(f"tensor {shown(tensor.source)} holds NaN or infinity")
-    if kernel and tensor.type.name not in PLAIN:
-        return kernel.quantize(block.to(torch.float32).contiguous(), tensor.type)
-    stored = block.to(_PLAIN_DTYPES[tensor.type.name]).contiguous()
-    if stored.dtype != block.dtype and not torch.isfinite(stored).all():
-        raise NonFiniteError(f"tensor {shown(tensor.source)} does not fit into {tensor.type.name}")
+        raise NonFiniteError(f"tensor {shown(_names(tensor))} holds NaN or infinity")
+    stored = _rounded(block, tensor, tensor.through.name)
+    if quantize and tensor.type.name not in PLAIN:
+        return _finite(quantize(stored.to(torch.float32).contiguous(), tensor.type), tensor)
+    stored = _rounded(stored, tensor, tensor.type.name).contiguous()
     return memoryview(stored.view(-1).view(torch.uint8).numpy().data)
 
 
-def reordered(rows: torch.Tensor, head_size: int) -> torch.Tensor:
-    """Rows of whole heads, from halves side by side to pairs side by side.
+def _finite(data: bytearray | memoryview, tensor: Tensor) -> bytearray | memoryview:
+    """`data`, if no scale has outgrown its float16."""
+    blocks = torch.frombuffer(data, dtype=torch.uint8).view(-1, tensor.type.size)
+    for place in tensor.type.scales:
+        scales = blocks[:, place : place + 2].contiguous().view(torch.float16)
+        if not torch.isfinite(scales).all():
+            raise NonFiniteError(
+                f"tensor {shown(_names(tensor))} does not fit into {tensor.type.name}"
+            )
+    return data
 
-    transformers rotates component i of a head with i + size/2, llama.cpp 2i with 2i + 1.
-    Source: `LlamaModel.permute` in `conversion/llama.py` of llama.cpp b11434.
-    """
-    heads = rows.view(-1, 2, head_size // 2, rows.shape[1])
-    return heads.transpose(1, 2).reshape(rows.shape)
+
+def _rounded(block: torch.Tensor, tensor: Tensor, name: str) -> torch.Tensor:
+    stored = block.to(_PLAIN_DTYPES[name])
+    if stored.dtype == torch.float16 != block.dtype and not torch.isfinite(stored).all():
+        raise NonFiniteError(f"tensor {shown(_names(tensor))} does not fit into {name}")
+    return stored
+
+
+def _names(tensor: Tensor) -> str:
+    return ", ".join(tensor.sources[:2]) or tensor.name
 
 
 def _threads() -> int:

@@ -162,7 +162,7 @@ class MergeExecution:
             UnsupportedArchitectureError: transformers does not save what it loads.
         """
         if name not in self.changed:
-            return iter([self._base.read(name)])
+            return self._base.blocks(name)
         return self._taken(name, self._strategies[name], read_next)
 
     def reference_blocks(self, name: str) -> Iterator[torch.Tensor]:

@@ -3,8 +3,7 @@
     python3 tests/servers/build_ollama.py
 
 Needs Go 1.24 or later, a C++ compiler and Go's module proxy; takes a few minutes. The binary lies
-outside the repository: in $CUSTOMIZED_MODELS_SERVERS, else below $XDG_CACHE_HOME or ~/.cache. Needs
-the standard library only.
+outside the repository, where `cache.py` says. Needs the standard library only.
 """
 
 from __future__ import annotations
@@ -17,6 +16,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+if __name__ == "__main__":  # run as a script, from anywhere
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+from tests.servers import cache
+
 # The newest version that `go install` builds without anything else.
 VERSION = "0.11.4"
 MODULE = "github.com/ollama/ollama"
@@ -24,9 +27,7 @@ MODULE = "github.com/ollama/ollama"
 
 def binary() -> Path:
     """Where the built server lies, or will."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    servers = os.environ.get("CUSTOMIZED_MODELS_SERVERS") or cache / "customized-models-servers"
-    return Path(servers) / f"ollama-{VERSION}" / "ollama"
+    return cache.directory() / f"ollama-{VERSION}" / "ollama"
 
 
 def runs(path: Path) -> bool:

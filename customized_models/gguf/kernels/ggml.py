@@ -7,20 +7,20 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UnsupportedQuantizationError, UnsupportedVersionError, shown
-from .format import BF16, F16, F32, Q4_K, Q5_0, Q5_1, Q5_K, Q6_K, Q8_0, TensorType
+from ...errors import MissingDependencyError, UnsupportedVersionError, shown
+from ..format import BF16, F16, F32, Q4_K, Q5_0, Q5_1, Q5_K, Q6_K, Q8_0, TensorType
 
 if TYPE_CHECKING:
     import torch
 
 _SYMBOLS = (
-    "ggml_quantize_chunk", "ggml_validate_row_data", "ggml_type_name", "ggml_row_size",
+    "ggml_quantize_chunk", "ggml_type_name", "ggml_row_size",
 )  # fmt: skip
 _TYPES = (F32, F16, BF16, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K)
-_INSTALL = "pip install customized-models[llama-cpp]"
+INSTALL = "pip install customized-models[llama-cpp]"
 
 
-class Kernel:
+class Ggml:
     """Float32 rows in, quantized rows out, bit for bit as `llama-quantize` has them.
 
     Calls release the interpreter lock, and rows do not depend on each other, so that blocks of
@@ -31,7 +31,7 @@ class Kernel:
         """Load the library and check that it means by each type what this package does.
 
         Raises:
-            UnsupportedQuantizationError: the wheel is not installed.
+            MissingDependencyError: the wheel is not installed.
             UnsupportedVersionError: its library lacks a function or disagrees on a type.
         """
         path = _library()
@@ -41,7 +41,7 @@ class Kernel:
                 getattr(self._library, symbol)
         except (OSError, AttributeError) as error:
             raise UnsupportedVersionError(
-                f"the installed xllamacpp has no ggml to quantize with ({shown(error)}); {_INSTALL}"
+                f"the installed xllamacpp has no ggml to quantize with ({shown(error)}); {INSTALL}"
             ) from error
         _declare(self._library)
         for type_ in _TYPES:
@@ -51,10 +51,10 @@ class Kernel:
                 name or b""
             ).decode().upper() != type_.name or size != 256 // type_.block * type_.size:
                 raise UnsupportedVersionError(
-                    f"the installed xllamacpp has another {type_.name} than llama.cpp; {_INSTALL}"
+                    f"the installed xllamacpp has another {type_.name} than llama.cpp; {INSTALL}"
                 )
 
-    def quantize(self, rows: torch.Tensor, type_: TensorType) -> bytearray:
+    def __call__(self, rows: torch.Tensor, type_: TensorType) -> bytearray:
         """`rows`: finite, contiguous float32 of shape `(rows, columns)`, whole blocks a row.
 
         Raises:
@@ -66,10 +66,7 @@ class Kernel:
         done = self._library.ggml_quantize_chunk(
             type_.number, rows.data_ptr(), ctypes.addressof(target), 0, count, columns, None
         )
-        valid = self._library.ggml_validate_row_data(
-            type_.number, ctypes.addressof(target), len(out)
-        )
-        if done != len(out) or not valid:
+        if done != len(out):
             raise UnsupportedVersionError(
                 f"the installed xllamacpp quantized {len(out)} bytes of {type_.name} wrongly"
             )
@@ -82,7 +79,10 @@ def _library() -> Path:
     for directory in directories:
         for path in sorted(Path(directory).glob("xllamacpp*.so")):
             return path
-    raise UnsupportedQuantizationError(f"quantizing needs the wheel xllamacpp: {_INSTALL}")
+    raise MissingDependencyError(
+        "quantizing needs Numba, which is faster, or xllamacpp: "
+        "pip install customized-models[gguf], or [llama-cpp]"
+    )
 
 
 def _declare(library: Any) -> None:
@@ -92,8 +92,6 @@ def _declare(library: Any) -> None:
         ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p,
         ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p,
     ]  # fmt: skip
-    library.ggml_validate_row_data.restype = ctypes.c_bool
-    library.ggml_validate_row_data.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
     library.ggml_type_name.restype = ctypes.c_char_p
     library.ggml_type_name.argtypes = [ctypes.c_int]
     library.ggml_row_size.restype = ctypes.c_size_t

@@ -1,0 +1,88 @@
+"""Every family's files as llama.cpp's own loader runs them, against transformers on the model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from customized_models import gguf as _gguf
+from customized_models.models import QUANTIZATIONS
+from tests.gguf.models import MODELS, tiny_model
+from tests.gguf.test_families import no_progress, source
+
+SERVE = """
+import json, sys, urllib.request
+import xllamacpp
+
+def ask(server, path, **body):
+    request = urllib.request.Request(
+        server.listening_address + path, json.dumps(body).encode(),
+        {"content-type": "application/json"},
+    )
+    with urllib.request.urlopen(request) as answer:
+        return json.load(answer)
+
+prompt, count, *paths = json.load(sys.stdin)
+results = []
+for path in paths:
+    params = xllamacpp.CommonParams()
+    params.model.path = path
+    params.n_ctx, params.n_parallel, params.warmup, params.port = 256, 1, False, 0
+    params.cpuparams.n_threads = 1
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    server = xllamacpp.Server(params)
+    done = ask(server, "/completion", prompt=prompt, n_predict=8, temperature=0, top_k=1,
+               return_tokens=True, cache_prompt=False, n_probs=count, ignore_eos=True)
+    first = done["completion_probabilities"][0]["top_logprobs"]
+    results.append([done["tokens"], {entry["id"]: entry["logprob"] for entry in first}])
+print("RESULT" + json.dumps(results))
+"""
+
+PROMPT = [1, 40, 77, 200, 31, 5, 300, 12, 90, 64, 7, 150]
+
+AGREEMENT = {"no_quantization": 0.99999, "q8_0": 0.999, "q4_K_M": 0.95, "q4_K_S": 0.95}
+"""Least correlation of the logits with those of transformers, by mode."""
+
+
+def served(paths: list[Path], count: int) -> list[tuple[list[int], dict[str, float]]]:
+    """Of each file, what llama.cpp continues with, and the first token's log-probabilities."""
+    request = json.dumps([PROMPT, count, *map(str, paths)])
+    run = subprocess.run(
+        [sys.executable, "-c", SERVE], input=request, capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout.split("RESULT")[-1])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_llama_cpp_makes_of_a_file_what_transformers_makes_of_the_model(
+    tmp_path: Path, name: str
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    directory = tiny_model(tmp_path / "model", MODELS[name], "float32")
+    paths = []
+    for mode in QUANTIZATIONS:
+        paths.append(tmp_path / f"{mode}.gguf")
+        plan = _gguf.plan(source(directory), mode, name="tiny", chat_template=True)
+        plan.write(paths[-1], no_progress)
+    model = AutoModelForCausalLM.from_pretrained(directory).eval()
+    expected, tokens = [], list(PROMPT)
+    with torch.no_grad():
+        for _ in range(8):
+            logits = model(torch.tensor([tokens])).logits[0, -1]
+            expected.append(logits)
+            tokens.append(int(logits.argmax()))
+    answers = served(paths, len(expected[0]))
+    assert answers[0][0][: len(tokens)] == tokens[len(PROMPT) :]
+    for mode, (_, logprobs) in zip(QUANTIZATIONS, answers, strict=True):
+        ids = sorted(map(int, logprobs))
+        ours = torch.tensor([logprobs[str(number)] for number in ids])
+        both = torch.stack([ours, expected[0][ids].log_softmax(0)])
+        agreement = torch.corrcoef(both)[0, 1]
+        assert agreement >= AGREEMENT[mode], f"{mode}: {agreement}"
