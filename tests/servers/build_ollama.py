@@ -3,8 +3,7 @@
     python3 tests/servers/build_ollama.py
 
 Needs Go 1.26 or later, a C++ compiler and Go's module proxy; takes a few minutes. Everything lies
-outside the repository: in $CUSTOMIZED_MODELS_SERVERS, else below $XDG_CACHE_HOME or ~/.cache. Needs
-the standard library only.
+outside the repository, where `cache.py` says. Needs the standard library only.
 
     ollama-<version>/bin/ollama
     ollama-<version>/bin/render-template       Ollama's template package alone; render_template.go
@@ -23,23 +22,21 @@ import sys
 import tempfile
 from pathlib import Path
 
+if __name__ == "__main__":  # run as a script, beside which the other modules lie
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+from servers import cache
+
 # The newest that `go install` builds with a runner inside, and a current one, which serves with
 # the llama-server in `../lib/ollama` beside the directory that holds it.
 VERSIONS = ("0.11.4", "0.34.1")
 WITH_LLAMA_SERVER = ("0.34.1",)
-LLAMA_SERVER = Path("llama-cpp-11434", "bin", "llama-server")
+LLAMA_SERVER = Path("llama-cpp-11434.0.0", "llama-server")
 MODULE = "github.com/ollama/ollama"
-
-
-def servers() -> Path:
-    """The directory of all servers that are built for tests."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("CUSTOMIZED_MODELS_SERVERS") or cache / "customized-models-servers")
 
 
 def place(version: str) -> Path:
     """Where all of one version lies, or will."""
-    return servers() / f"ollama-{version}"
+    return cache.directory() / f"ollama-{version}"
 
 
 def binary(version: str) -> Path:
@@ -57,8 +54,8 @@ def missing(version: str) -> str | None:
     here = binary(version)
     if not _runs(here, version):
         return f"no Ollama {version} at {here}; tests/servers/build_ollama.py builds it"
-    if version in WITH_LLAMA_SERVER and not (servers() / LLAMA_SERVER).exists():
-        return f"no {servers() / LLAMA_SERVER}; tests/servers/build_llama_cpp.py builds it"
+    if version in WITH_LLAMA_SERVER and not (cache.directory() / LLAMA_SERVER).exists():
+        return f"no {cache.directory() / LLAMA_SERVER}; tests/servers/build_llama_cpp.py builds it"
     return None
 
 
@@ -110,8 +107,8 @@ def link_llama_server(version: str) -> None:
     """Put a relative link to llama-server where that version looks for it."""
     link = place(version) / "lib" / "ollama" / LLAMA_SERVER.name
     link.parent.mkdir(parents=True, exist_ok=True)
-    if not link.is_symlink():
-        link.symlink_to(Path("..", "..", "..") / LLAMA_SERVER)
+    link.unlink(missing_ok=True)
+    link.symlink_to(Path("..", "..", "..") / LLAMA_SERVER)
 
 
 def _go(
