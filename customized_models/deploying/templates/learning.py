@@ -1,0 +1,229 @@
+"""Learns a chat template's `Pattern` from what it renders, without reading its Jinja.
+
+Sequences of roles are rendered with marks for contents, and cut at the marks. Then contents with
+odd edges, with thinking and without anything show what becomes of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise, product
+from typing import Any, get_args
+
+from attrs import evolve, frozen
+
+from .chat_template import ChatTemplate
+from .conversations import ASSISTANT, SYSTEM, USER, Message
+from .pattern import END, FINAL, START, Edges, Gap, Pattern, Placement, Strip
+
+_LONGEST = 5  # messages: system, user, assistant, user, assistant has every pair of roles
+_EDGES = "\n \tX y\t \n"
+_THOUGHT = "<think>\nR\n</think>\n\n X"
+_STRIPS: tuple[Strip, ...] = get_args(Strip)
+
+
+@frozen
+class Learnt:
+    """A pattern, and what of the chat template it does not express.
+
+    `refuses_system`: the chat template takes no system message; the pattern puts it before the
+    user's. `unexplained`: sequences of roles that are rendered otherwise. `notes`: the same for
+    contents, in words.
+    """
+
+    pattern: Pattern
+    unexplained: tuple[tuple[str, ...], ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def refuses_system(self) -> bool:
+        """Whether the chat template takes no system message."""
+        return self.pattern.placement is Placement.REFUSED
+
+
+def learnt(chat: ChatTemplate) -> Learnt:
+    """The pattern of a chat template."""
+    observed = _Observed(chat)
+    pattern = Pattern(_placement(observed), {}, {}, continues=observed.continues)
+    pattern, explained, unexplained = _with_gaps(pattern, observed)
+    notes: list[str] = []
+    for gap in [gap for gap in pattern.gaps if gap[1] != END]:
+        pattern = _with_edges(pattern, gap, _shortest(pattern, gap, explained), observed, notes)
+    if pattern.placement is Placement.REFUSED:
+        pattern = evolve(pattern, gaps=_with_system_before_user(pattern.gaps))
+    pattern = evolve(pattern, unthinking=_unthinking(observed))
+    return Learnt(pattern, tuple(unexplained), tuple(notes))
+
+
+class _Observed:
+    """Renderings without the beginning-of-text token that a served file adds."""
+
+    def __init__(self, chat: ChatTemplate) -> None:
+        self._chat = chat
+        self._bos = chat.bos if chat.file_adds_bos else ""
+        self.continues = True
+        self.continues = self.sequence((USER, ASSISTANT)) is not None
+
+    def __call__(self, messages: Sequence[Message], **variables: Any) -> str | None:
+        open_end = self.continues and messages[-1]["role"] == ASSISTANT
+        text = self._chat.observe(messages, open_end=open_end, **variables)
+        return None if text is None else text.removeprefix(self._bos)
+
+    def sequence(self, roles: Sequence[str]) -> str | None:
+        """The rendering of messages that have marks for contents."""
+        return self(_marked(roles))
+
+    def order(self, roles: Sequence[str]) -> list[int] | None:
+        """The places of the messages that are shown, in the order in which they are."""
+        text = self.sequence(roles)
+        if text is None:
+            return None
+        places = [place for place in range(len(roles)) if _mark(place) in text]
+        return sorted(places, key=lambda place: text.index(_mark(place)))
+
+
+def _mark(place: int) -> str:
+    return f"Qz{place}zQ"
+
+
+def _marked(roles: Sequence[str], **contents: str) -> list[Message]:
+    return [
+        Message(role=role, content=contents.get(f"m{place}", _mark(place)))
+        for place, role in enumerate(roles)
+    ]
+
+
+def _placement(observed: _Observed) -> Placement:
+    alone, between = observed.order((SYSTEM, USER)), observed.order((SYSTEM, USER, ASSISTANT, USER))
+    later = observed.order((USER, ASSISTANT, SYSTEM, USER))
+    if alone is None:
+        return Placement.REFUSED
+    if 0 not in alone:
+        return Placement.DROPPED
+    if between and 0 in between and between.index(0) > 1:
+        return Placement.LAST
+    return Placement.FRONT if later and later[0] == 2 else Placement.INLINE
+
+
+def _sequences() -> list[tuple[str, ...]]:
+    """Roles without equal neighbours, which Ollama joins; ordinary conversations first."""
+    every = [
+        roles
+        for length in range(1, _LONGEST + 1)
+        for roles in product((SYSTEM, USER, ASSISTANT), repeat=length)
+        if all(first != second for first, second in pairwise(roles))
+    ]
+    return sorted(every, key=lambda roles: (not is_ordinary(roles), len(roles)))
+
+
+def is_ordinary(roles: Sequence[str]) -> bool:
+    """Whether a conversation is of user and assistant in turn, with a system message at most."""
+    turns = tuple(roles[1:] if roles[0] == SYSTEM else roles)
+    return turns[:1] == (USER,) and SYSTEM not in turns
+
+
+def _with_gaps(
+    pattern: Pattern, observed: _Observed
+) -> tuple[Pattern, list[tuple[str, ...]], list[tuple[str, ...]]]:
+    """The pattern with its gaps; the sequences that it explains, and those that it does not."""
+    gaps: dict[Gap, str] = {}
+    explained, unexplained = [], []
+    for roles in _sequences():
+        text = observed.sequence(roles)
+        if text is None:
+            continue
+        new = _cut(text, pattern.shown(roles))
+        if new is None or any(gaps.get(gap, found) != found for gap, found in new.items()):
+            unexplained.append(roles)
+            continue
+        gaps |= new
+        explained.append(roles)
+    return evolve(pattern, gaps=gaps), explained, unexplained
+
+
+def _cut(text: str, shown: Sequence[tuple[int, str]]) -> dict[Gap, str] | None:
+    """The text between the marks; None if they do not stand once each, in that order."""
+    gaps: dict[Gap, str] = {}
+    previous = START
+    for place, role in shown:
+        before, found, text = text.partition(_mark(place))
+        if not found or gaps.setdefault((previous, role), before) != before:
+            return None
+        previous = role
+    gaps[previous, END] = text
+    return None if any("Qz" in gap for gap in gaps.values()) else gaps
+
+
+def _shortest(
+    pattern: Pattern, gap: Gap, explained: Sequence[tuple[str, ...]]
+) -> tuple[tuple[str, ...], int]:
+    """The shortest sequence with a gap, and the place of the message after it."""
+    found = []
+    for roles in explained:
+        shown = [(-1, START), *pattern.shown(roles)]
+        for (_, previous), (place, role) in pairwise(shown):
+            if (previous, role) == gap:
+                found.append((roles, place))
+    # A system message that comes last is shown oddly by some.
+    return min(found, key=lambda item: (item[1] == len(item[0]) - 1, len(item[0])))
+
+
+def _with_edges(
+    pattern: Pattern,
+    gap: Gap,
+    example: tuple[tuple[str, ...], int],
+    observed: _Observed,
+    notes: list[str],
+) -> Pattern:
+    """The pattern with what becomes of the content after a gap."""
+    (roles, place), role = example, gap[1]
+
+    def fits(tried: Pattern, content: str) -> bool:
+        messages = _marked(roles, **{f"m{place}": content})
+        return tried.text(messages) == observed(messages)
+
+    def having(edges: Edges) -> Pattern:
+        return evolve(pattern, edges={**pattern.edges, gap: edges})
+
+    where = f"{role} after {gap[0] or 'the start'}"
+    every = (Edges(left, right) for left, right in product(_STRIPS, _STRIPS))
+    edges = next((edges for edges in every if fits(having(edges), _EDGES)), None)
+    if edges is None:
+        notes.append(f"{where}: the ends of a content follow no rule that is known")
+        return having(Edges())
+    if role in (ASSISTANT, FINAL) and not fits(having(edges), _THOUGHT):
+        every = (evolve(edges, after_thinking=strip) for strip in _STRIPS)
+        without = next((edges for edges in every if fits(having(edges), _THOUGHT)), None)
+        if without is None and role == ASSISTANT:
+            notes.append(f"{where}: a content's thinking follows no rule that is known")
+        edges = without or edges
+    pattern = having(edges)
+    if role == FINAL or role in pattern.vanishing or fits(pattern, ""):
+        return pattern
+    vanishing = evolve(pattern, vanishing=pattern.vanishing | {role})
+    if fits(vanishing, ""):
+        return vanishing
+    notes.append(f"{where}: an empty content is shown in a way that is not known")
+    return pattern
+
+
+def _with_system_before_user(gaps: dict[Gap, str] | Any) -> dict[Gap, str]:
+    """Gaps that put a system message where the user's begins, with a blank line between."""
+    result: dict[Gap, str] = {(SYSTEM, USER): "\n\n", (SYSTEM, END): ""}
+    for previous in (START, USER, ASSISTANT):
+        before = ASSISTANT if previous == USER else previous
+        result[previous, SYSTEM] = gaps.get((before, USER), "")
+    return {**result, **gaps}
+
+
+def _unthinking(observed: _Observed) -> str:
+    question = _marked((USER,))
+    plain, without = observed(question), observed(question, enable_thinking=False)
+    if plain is None or without is None or not without.startswith(plain):
+        return ""
+    return without[len(plain) :]
+
+
+def role_sequences(unexplained: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Sequences of roles in words."""
+    return (", ".join(roles) for roles in unexplained)
