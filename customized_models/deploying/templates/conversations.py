@@ -43,8 +43,10 @@ FURTHER = (
     "assistant first",
     "system alone",
     "one role twice",
+    "unusual white space",
+    "trailing white space",
 )
-"""What some chat templates cannot say in Go: a difference is a limit of the template's."""
+"""What some templates or servers cannot do: a difference is a limit that is told."""
 
 _U, _A, _S = USER, ASSISTANT, SYSTEM
 _TURNS: tuple[tuple[str, ...], ...] = (
@@ -58,8 +60,9 @@ _SPECIAL = (
     "naïve 日本語 🙂", "a < b && c > d", 'say "x"\n\nand\ty', "{{ .Content }} {% x %} {# y #}",
     "1. one\n2. two", "<b>bold</b> \\n [x] 'y'",
 )  # fmt: skip
-# Ideographic and no-break spaces: Python strips them, and so do chat templates.
-_EDGES = ((" ", "\n\n"), ("\n", " \n"), ("\t\n ", "\u3000"), ("", "\xa0"), (" ", ""), ("\n", "\n"))
+_EDGES = ((" ", "\n\n"), ("\n", " \n"), ("\t\n ", "\r\n"), ("", "\t"), (" ", ""), ("\n", "\n"))
+# Python strips ideographic and no-break spaces, too, and so do chat templates.
+_UNUSUAL_EDGES = (("\n", "\u3000"), ("\xa0", "\n"), ("\u2028", ""), ("", "\x1c"))
 _THOUGHTS = (
     "<think>\nhm\n</think>\n\n{}", "<think></think>{}", "hm</think>\n{}",
     "<think>a</think>b</think> {}",
@@ -77,15 +80,20 @@ def _plain(kind: str, *every: tuple[str, ...]) -> Iterator[Conversation]:
         yield _conversation(kind, roles, words)
 
 
-def _odd() -> Iterator[Conversation]:
-    edges, special = cycle(_EDGES), cycle(_SPECIAL)
+def _edged(
+    kind: str, every: Sequence[tuple[str, ...]], edges: Sequence[tuple[str, str]]
+) -> Iterator[Conversation]:
+    following = cycle(edges)
+    for roles in every:
+        words = [f"x {i}".join(next(following)) for i in range(len(roles))]
+        yield _conversation(kind, roles, words)
+
+
+def _special() -> Iterator[Conversation]:
+    following = cycle(_SPECIAL)
     for roles in (*_EVERY, *_EVERY):
-        words = [f"x {i}".join(next(edges)) for i in range(len(roles))]
-        yield _conversation("white space", roles, words)
-        words = [f"{next(special)} {i}" for i in range(len(roles))]
+        words = [f"{next(following)} {i}" for i in range(len(roles))]
         yield _conversation("special characters", roles, words)
-    for roles in _ENDED_BY_ASSISTANT:
-        yield _conversation("trailing assistant", roles, [f" w {i}\n" for i in range(len(roles))])
 
 
 def _empty() -> Iterator[Conversation]:
@@ -107,11 +115,14 @@ CONVERSATIONS: tuple[Conversation, ...] = (
     *_plain("system", (_S, _U)),
     *_plain("several turns", *_TURNS),
     *_plain("trailing assistant", *_ENDED_BY_ASSISTANT),
-    *_odd(),
+    *_edged("white space", (*_EVERY, *_EVERY), _EDGES),
+    *_special(),
     *_empty(),
     *_thinking(),
     *_plain("later system", (_U, _S), (_U, _A, _S, _U), (_S, _U, _S, _U), (_S, _U, _A, _S, _U)),
     *_plain("assistant first", (_A, _U), (_S, _A, _U)),
     *_plain("system alone", (_S,)),
+    *_edged("unusual white space", _EVERY, _UNUSUAL_EDGES),
+    *_edged("trailing white space", _ENDED_BY_ASSISTANT, _EDGES),
     *_plain("one role twice", (_U, _U), (_S, _S, _U), (_U, _A, _A, _U), (_U, _A, _U, _U)),
 )
