@@ -34,6 +34,7 @@ from customized_models.deploying.templates import (
 )
 from customized_models.deploying.templates.ollama import OllamaTemplate, collated
 from customized_models.errors import (
+    InvalidOptionError,
     InvalidTemplateError,
     MalformedError,
     TemplateMismatchError,
@@ -287,6 +288,8 @@ def test_a_difference_can_be_accepted_by_its_kind() -> None:
     proof = check_template(template, chat, accept=(*kinds, "trailing assistant"))
     assert "no system" in proof.failed
     assert "1 different" in str(proof)
+    with pytest.raises(InvalidOptionError, match="no kind of conversation"):
+        check_template(template, chat, accept=("everything",))
 
 
 def test_an_assistants_last_words_may_be_continued_or_answered() -> None:

@@ -22,20 +22,19 @@ from servers.ollama_server import OllamaServer, ollama_server
 from customized_models import DeploymentTemplate
 from customized_models import gguf as _gguf
 from customized_models.deploying.templates import (
+    BEGINNING,
     CONVERSATIONS,
     REQUIRED,
     ChatTemplate,
     EndTokens,
     propose,
     propose_deployment_template,
-)
-from customized_models.deploying.templates.live import (
-    BEGINNING,
     prove_on_llama_cpp,
     prove_on_ollama,
 )
 from customized_models.errors import ServerAnswerError, TemplateMismatchError
 from customized_models.files.safetensors import Checkpoint, ModelSource
+from customized_models.models import Quantization
 from customized_models.testing import tiny_llama
 
 FEW = tuple({c.kind: c for c in reversed(CONVERSATIONS)}.values())[::-1]
@@ -77,7 +76,7 @@ class Model:
     with_chat_template: Path
 
     @classmethod
-    def made_of(cls, directory: Path) -> Model:
+    def made_of(cls, directory: Path, quantization: Quantization = "no_quantization") -> Model:
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(directory)
@@ -87,7 +86,7 @@ class Model:
         written = []
         for chat_template in (False, True):
             source = ModelSource(small, Checkpoint.open(directory))
-            plan = _gguf.plan(source, "no_quantization", name="m", chat_template=chat_template)
+            plan = _gguf.plan(source, quantization, name="m", chat_template=chat_template)
             written.append(directory / f"{chat_template}.gguf")
             plan.write(written[-1], ignore)
         return cls(directory, tokenizer, *written)

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 from servers.ollama_server import OllamaServer
-from test_live_templates import Model, at, deployed
+from test_live_templates import FEW, Model, at, deployed
 
 from customized_models import DeploymentTemplate
-from customized_models.deploying.templates import propose_deployment_template
-from customized_models.deploying.templates.live import prove_on_ollama
+from customized_models.deploying.templates import propose_deployment_template, prove_on_ollama
 
 DOCS = Path(__file__).parent.parent / "docs"
 CHAT_TEMPLATE = (
@@ -65,7 +64,7 @@ def fine_tuned(tmp_path_factory: pytest.TempPathFactory) -> Model:
     directory = tmp_path_factory.mktemp("fine-tuned")
     model.merge_and_unload().to(torch.bfloat16).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
-    return Model.made_of(directory)
+    return Model.made_of(directory, "q8_0")
 
 
 def test_a_model_that_would_go_on_is_stopped(each_ollama: OllamaServer, fine_tuned: Model) -> None:
@@ -75,7 +74,7 @@ def test_a_model_that_would_go_on_is_stopped(each_ollama: OllamaServer, fine_tun
     question = [{"role": "user", "content": "What do bees make?"}]
     body = {"messages": question, "stream": False, "options": options}
     with deployed(server, fine_tuned.file, DeploymentTemplate(template.text)) as name:
-        prove_on_ollama(server, name, fine_tuned.chat, fine_tuned).require()
+        prove_on_ollama(server, name, fine_tuned.chat, fine_tuned, conversations=FEW).require()
         endless = server.post("/api/chat", {"model": name, **body})
     assert endless["done_reason"] == "length"
     assert "Human:" in endless["message"]["content"]

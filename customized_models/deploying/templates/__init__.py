@@ -5,13 +5,15 @@ write is what the model was trained with: its chat template, rendered by transfo
 """
 
 from .chat_template import ChatTemplate
-from .conversations import CONVERSATIONS, FURTHER, REQUIRED, Conversation, Message
+from .conversations import BEGINNING, CONVERSATIONS, FURTHER, REQUIRED, Conversation, Message
 from .end_tokens import EndTokens
 from .fitness import check_completion_template, check_template, parsed_template
+from .live import Server, Tokenizer, prove_on_llama_cpp, prove_on_ollama
 from .proofs import Comparison, Difference, TemplateProof
 from .proposing import ProposedTemplate, propose, propose_deployment_template
 
 __all__ = [
+    "BEGINNING",
     "CONVERSATIONS",
     "FURTHER",
     "REQUIRED",
@@ -22,10 +24,14 @@ __all__ = [
     "EndTokens",
     "Message",
     "ProposedTemplate",
+    "Server",
     "TemplateProof",
+    "Tokenizer",
     "check_completion_template",
     "check_template",
     "parsed_template",
     "propose",
     "propose_deployment_template",
+    "prove_on_llama_cpp",
+    "prove_on_ollama",
 ]

@@ -36,6 +36,9 @@ REQUIRED = (
 )
 """What a template must get right."""
 
+BEGINNING = "beginning of text"
+"""The kind under which the number or ids of a whole prompt's tokens are recorded, if it is live."""
+
 FURTHER = (
     "empty content",
     "thinking",

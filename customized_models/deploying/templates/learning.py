@@ -6,11 +6,11 @@ odd edges, with thinking and without anything show what becomes of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise, product
 from typing import Any, get_args
 
-from attrs import evolve, frozen
+from attrs import evolve
 
 from .chat_template import ChatTemplate
 from .conversations import ASSISTANT, SYSTEM, USER, Message
@@ -22,37 +22,16 @@ _THOUGHT = "<think>\nR\n</think>\n\n X"
 _STRIPS: tuple[Strip, ...] = get_args(Strip)
 
 
-@frozen
-class Learnt:
-    """A pattern, and what of the chat template it does not express.
-
-    `refuses_system`: the chat template takes no system message; the pattern puts it before the
-    user's. `unexplained`: sequences of roles that are rendered otherwise. `notes`: the same for
-    contents, in words.
-    """
-
-    pattern: Pattern
-    unexplained: tuple[tuple[str, ...], ...] = ()
-    notes: tuple[str, ...] = ()
-
-    @property
-    def refuses_system(self) -> bool:
-        """Whether the chat template takes no system message."""
-        return self.pattern.placement is Placement.REFUSED
-
-
-def learnt(chat: ChatTemplate) -> Learnt:
-    """The pattern of a chat template."""
+def learnt(chat: ChatTemplate) -> Pattern:
+    """The pattern of a chat template, as far as it has one; only a comparison shows how far."""
     observed = _Observed(chat)
     pattern = Pattern(_placement(observed), {}, {}, continues=observed.continues)
-    pattern, explained, unexplained = _with_gaps(pattern, observed)
-    notes: list[str] = []
+    pattern, explained = _with_gaps(pattern, observed)
     for gap in [gap for gap in pattern.gaps if gap[1] != END]:
-        pattern = _with_edges(pattern, gap, _shortest(pattern, gap, explained), observed, notes)
+        pattern = _with_edges(pattern, gap, _shortest(pattern, gap, explained), observed)
     if pattern.placement is Placement.REFUSED:
         pattern = evolve(pattern, gaps=_with_system_before_user(pattern.gaps))
-    pattern = evolve(pattern, unthinking=_unthinking(observed))
-    return Learnt(pattern, tuple(unexplained), tuple(notes))
+    return evolve(pattern, unthinking=_unthinking(observed))
 
 
 class _Observed:
@@ -113,32 +92,27 @@ def _sequences() -> list[tuple[str, ...]]:
         for roles in product((SYSTEM, USER, ASSISTANT), repeat=length)
         if all(first != second for first, second in pairwise(roles))
     ]
-    return sorted(every, key=lambda roles: (not is_ordinary(roles), len(roles)))
+    return sorted(every, key=lambda roles: (not _is_ordinary(roles), len(roles)))
 
 
-def is_ordinary(roles: Sequence[str]) -> bool:
+def _is_ordinary(roles: Sequence[str]) -> bool:
     """Whether a conversation is of user and assistant in turn, with a system message at most."""
     turns = tuple(roles[1:] if roles[0] == SYSTEM else roles)
     return turns[:1] == (USER,) and SYSTEM not in turns
 
 
-def _with_gaps(
-    pattern: Pattern, observed: _Observed
-) -> tuple[Pattern, list[tuple[str, ...]], list[tuple[str, ...]]]:
-    """The pattern with its gaps; the sequences that it explains, and those that it does not."""
+def _with_gaps(pattern: Pattern, observed: _Observed) -> tuple[Pattern, list[tuple[str, ...]]]:
+    """The pattern with its gaps, and the sequences that it explains."""
     gaps: dict[Gap, str] = {}
-    explained, unexplained = [], []
+    explained = []
     for roles in _sequences():
         text = observed.sequence(roles)
-        if text is None:
-            continue
-        new = _cut(text, pattern.shown(roles))
-        if new is None or any(gaps.get(gap, found) != found for gap, found in new.items()):
-            unexplained.append(roles)
-            continue
-        gaps |= new
-        explained.append(roles)
-    return evolve(pattern, gaps=gaps), explained, unexplained
+        new = None if text is None else _cut(text, pattern.shown(roles))
+        # What an ordinary conversation has shown stands.
+        if new is not None and all(gaps.get(gap, found) == found for gap, found in new.items()):
+            gaps |= new
+            explained.append(roles)
+    return evolve(pattern, gaps=gaps), explained
 
 
 def _cut(text: str, shown: Sequence[tuple[int, str]]) -> dict[Gap, str] | None:
@@ -169,11 +143,7 @@ def _shortest(
 
 
 def _with_edges(
-    pattern: Pattern,
-    gap: Gap,
-    example: tuple[tuple[str, ...], int],
-    observed: _Observed,
-    notes: list[str],
+    pattern: Pattern, gap: Gap, example: tuple[tuple[str, ...], int], observed: _Observed
 ) -> Pattern:
     """The pattern with what becomes of the content after a gap."""
     (roles, place), role = example, gap[1]
@@ -185,29 +155,19 @@ def _with_edges(
     def having(edges: Edges) -> Pattern:
         return evolve(pattern, edges={**pattern.edges, gap: edges})
 
-    where = f"{role} after {gap[0] or 'the start'}"
     every = (Edges(left, right) for left, right in product(_STRIPS, _STRIPS))
-    edges = next((edges for edges in every if fits(having(edges), _EDGES)), None)
-    if edges is None:
-        notes.append(f"{where}: the ends of a content follow no rule that is known")
-        return having(Edges())
+    edges = next((edges for edges in every if fits(having(edges), _EDGES)), Edges())
     if role in (ASSISTANT, FINAL) and not fits(having(edges), _THOUGHT):
-        every = (evolve(edges, after_thinking=strip) for strip in _STRIPS)
-        without = next((edges for edges in every if fits(having(edges), _THOUGHT)), None)
-        if without is None and role == ASSISTANT:
-            notes.append(f"{where}: a content's thinking follows no rule that is known")
-        edges = without or edges
+        without = (evolve(edges, after_thinking=strip) for strip in _STRIPS)
+        edges = next((edges for edges in without if fits(having(edges), _THOUGHT)), edges)
     pattern = having(edges)
     if role == FINAL or role in pattern.vanishing or fits(pattern, ""):
         return pattern
     vanishing = evolve(pattern, vanishing=pattern.vanishing | {role})
-    if fits(vanishing, ""):
-        return vanishing
-    notes.append(f"{where}: an empty content is shown in a way that is not known")
-    return pattern
+    return vanishing if fits(vanishing, "") else pattern
 
 
-def _with_system_before_user(gaps: dict[Gap, str] | Any) -> dict[Gap, str]:
+def _with_system_before_user(gaps: Mapping[Gap, str]) -> dict[Gap, str]:
     """Gaps that put a system message where the user's begins, with a blank line between."""
     result: dict[Gap, str] = {(SYSTEM, USER): "\n\n", (SYSTEM, END): ""}
     for previous in (START, USER, ASSISTANT):
@@ -222,8 +182,3 @@ def _unthinking(observed: _Observed) -> str:
     if plain is None or without is None or not without.startswith(plain):
         return ""
     return without[len(plain) :]
-
-
-def role_sequences(unexplained: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Sequences of roles in words."""
-    return (", ".join(roles) for roles in unexplained)

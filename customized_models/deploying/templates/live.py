@@ -16,9 +16,9 @@ from contextlib import contextmanager
 from datetime import date
 from typing import Any, Protocol
 
-from ...errors import DeploymentError, ServerAnswerError, shown
+from ...errors import ServerAnswerError, shown
 from .chat_template import ChatTemplate
-from .conversations import CONVERSATIONS, REQUIRED, USER, Conversation, Message
+from .conversations import BEGINNING, CONVERSATIONS, REQUIRED, USER, Conversation, Message
 from .proofs import (
     Accepted,
     Comparison,
@@ -28,9 +28,6 @@ from .proofs import (
     accepted_by,
     compare,
 )
-
-BEGINNING = "beginning of text"
-"""The kind under which the number or ids of a whole prompt's tokens are recorded."""
 
 _BEGINNING = Conversation(BEGINNING, CONVERSATIONS[0].messages)
 # The date of a server elsewhere may be of the day before or after.
@@ -272,13 +269,3 @@ def _ids(answer: Mapping[str, Any], key: str) -> list[int]:
     if not isinstance(value, list) or not all(type(number) is int for number in value):
         raise ServerAnswerError(f"the server's answer has no token ids {key!r}: {shown(answer)}")
     return value
-
-
-__all__ = [
-    "BEGINNING",
-    "DeploymentError",
-    "Server",
-    "Tokenizer",
-    "prove_on_llama_cpp",
-    "prove_on_ollama",
-]

@@ -13,6 +13,7 @@ from attrs import evolve, frozen
 
 from . import go
 from .conversations import Message
+from .go.functions import json_function
 from .go.nodes import Action, Block, Branch, Call, Chain, Field, Node, Operand, Pipe, Template
 from .go.values import Map, PrintedSlice, Struct, Value
 
@@ -94,8 +95,6 @@ def collated(messages: Sequence[Message]) -> list[Message]:
 
 
 def _functions(today: date) -> dict[str, go.GoFunction]:
-    from .go.functions import json_function
-
     yesterday = today if today == date.min else today - timedelta(days=1)
 
     def unknown(_: Value) -> bytes:

@@ -8,9 +8,16 @@ from datetime import date, timedelta
 
 from attrs import frozen
 
-from ...errors import TemplateMismatchError
+from ...errors import InvalidOptionError, TemplateMismatchError, listed
 from .chat_template import ChatTemplate
-from .conversations import CONVERSATIONS, FURTHER, REQUIRED, Conversation, Message
+from .conversations import (
+    BEGINNING,
+    CONVERSATIONS,
+    FURTHER,
+    REQUIRED,
+    Conversation,
+    Message,
+)
 from .ollama import collated
 
 _AROUND = 30  # characters that are shown before and after a difference
@@ -109,7 +116,14 @@ class TemplateProof:
 
         Raises:
             TemplateMismatchError: some are not; the message has the first difference.
+            InvalidOptionError: there is no such kind in `accept`.
         """
+        unknown = set(accept) - {*REQUIRED, BEGINNING}
+        if unknown:
+            raise InvalidOptionError(
+                f"no kind of conversation is called {listed(unknown)}; there are "
+                f"{', '.join((*REQUIRED, BEGINNING))}"
+            )
         failed = [kind for kind in self.failed if kind not in accept]
         if not failed:
             return

@@ -13,7 +13,8 @@ from ...models import DeploymentTemplate
 from .chat_template import ChatTemplate
 from .end_tokens import EndTokens
 from .fitness import compare_template
-from .learning import Learnt, learnt
+from .learning import learnt
+from .pattern import Pattern, Placement
 from .proofs import TemplateProof
 from .stops import stop_strings
 from .writing import go_template
@@ -55,10 +56,9 @@ def propose_deployment_template(files: Mapping[str, Path]) -> ProposedTemplate:
 
 def propose(chat: ChatTemplate, ends: EndTokens) -> ProposedTemplate:
     """Like `propose_deployment_template`, for a chat template and end tokens that were read."""
-    found = learnt(chat)
-    bos = chat.bos if chat.file_adds_bos else ""
-    stop = stop_strings(found.pattern, ends, bos)
-    template = DeploymentTemplate(go_template(found.pattern), stop)
+    pattern = learnt(chat)
+    stop = stop_strings(pattern, ends, chat.bos if chat.file_adds_bos else "")
+    template = DeploymentTemplate(go_template(pattern), stop)
     proof = compare_template(template, chat, today=date.today())
     if not proof.compared:
         raise UnsupportedError(
@@ -72,21 +72,20 @@ def propose(chat: ChatTemplate, ends: EndTokens) -> ProposedTemplate:
             f"server that takes the chat template itself"
         )
     return ProposedTemplate(
-        template, chat.file_adds_bos, ends, proof, tuple(_limits(chat, ends, found, proof, stop))
+        template, chat.file_adds_bos, ends, proof, tuple(_limits(chat, ends, pattern, proof))
     )
 
 
 def _limits(
     chat: ChatTemplate,
     ends: EndTokens,
-    found: Learnt,
+    pattern: Pattern,
     proof: TemplateProof,
-    stop: tuple[str, ...],
 ) -> Iterator[str]:
     yield "one role twice: Ollama joins neighbours of one role by a blank line before any template"
     if "tools" in chat.text:
         yield "tools: the template does not write them; a model that calls tools needs another way"
-    if found.refuses_system:
+    if pattern.placement is Placement.REFUSED:
         yield "system: the chat template refuses it; here it stands before the user's message"
     if "<think>" in chat.text or "</think>" in chat.text:
         yield "thinking: an answer has it in its text, and not apart"
@@ -98,5 +97,3 @@ def _limits(
         yield f"beginning: the file must not add {chat.bos!r}, not to other texts either"
     if ends.lost:
         yield f"end tokens: llama.cpp goes on after {listed(map(str, ends.lost))}"
-    if not stop and not ends.ids:
-        yield "stop: nothing that ends an answer is known"
