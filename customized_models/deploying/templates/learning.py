@@ -65,11 +65,8 @@ def _mark(place: int) -> str:
     return f"Qz{place}zQ"
 
 
-def _marked(roles: Sequence[str], **contents: str) -> list[Message]:
-    return [
-        Message(role=role, content=contents.get(f"m{place}", _mark(place)))
-        for place, role in enumerate(roles)
-    ]
+def _marked(roles: Sequence[str]) -> list[Message]:
+    return [Message(role=role, content=_mark(place)) for place, role in enumerate(roles)]
 
 
 def _placement(observed: _Observed) -> Placement:
@@ -138,8 +135,9 @@ def _shortest(
         for (_, previous), (place, role) in pairwise(shown):
             if (previous, role) == gap:
                 found.append((roles, place))
-    # A system message that comes last is shown oddly by some.
-    return min(found, key=lambda item: (item[1] == len(item[0]) - 1, len(item[0])))
+    # Some show a system message that comes last in another way.
+    at_end = [gap[1] == SYSTEM and place == len(roles) - 1 for roles, place in found]
+    return min(zip(at_end, found, strict=True), key=lambda item: (item[0], len(item[1][0])))[1]
 
 
 def _with_edges(
@@ -149,7 +147,8 @@ def _with_edges(
     (roles, place), role = example, gap[1]
 
     def fits(tried: Pattern, content: str) -> bool:
-        messages = _marked(roles, **{f"m{place}": content})
+        messages = _marked(roles)
+        messages[place] = Message(role=roles[place], content=content)
         return tried.text(messages) == observed(messages)
 
     def having(edges: Edges) -> Pattern:
