@@ -23,8 +23,8 @@ import tempfile
 from pathlib import Path
 
 if __name__ == "__main__":  # run as a script, beside which the other modules lie
-    sys.path.insert(0, str(Path(__file__).parent.parent))
-from servers import cache
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+from tests.servers import cache
 
 # The newest that `go install` builds with a runner inside, and a current one, which serves with
 # the llama-server in `../lib/ollama` beside the directory that holds it.

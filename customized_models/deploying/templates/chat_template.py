@@ -15,7 +15,7 @@ from typing import Any
 from attrs import field, frozen
 
 from ...errors import MalformedError, UnsupportedError, listed, shown
-from ...files.safetensors import MAX_JSON, json_object, opened, read_at
+from ...files.reading import MAX_JSON, content, json_object
 from .conversations import ASSISTANT, USER, Message
 
 FILES = (
@@ -58,8 +58,8 @@ class ChatTemplate:
         """The chat template of a model directory, given its files by name.
 
         Raises:
-            UnsupportedError: there is none, or more than one and none called "default".
-            MalformedError: a file does not parse.
+            UnsupportedError: There is none, or more than one and none called "default".
+            MalformedError: A file does not parse.
         """
         settings = json_object(files[_CONFIG]) if _CONFIG in files else {}
         text = _text(files, settings)
@@ -95,9 +95,9 @@ class ChatTemplate:
         """The rendering with `DATES` for dates; None where the template refuses `messages`.
 
         Args:
-            open_end: end with the last message, to be continued, and not with the start of the
+            open_end: End with the last message, to be continued, and not with the start of the
                 next answer.
-            variables: further variables of the template, such as `enable_thinking`.
+            variables: Further variables of the template, such as `enable_thinking`.
 
         Source: `apply_chat_template` in `tokenization_utils_base.py` of transformers 5.
         """
@@ -170,12 +170,8 @@ def _text(files: Mapping[str, Path], settings: Mapping[str, Any]) -> str:
 
 
 def _decoded(path: Path) -> str:
-    with opened(path) as fd:
-        data = read_at(fd, 0, min(path.stat().st_size, MAX_TEMPLATE + 1), path.name)
-    if len(data) > MAX_TEMPLATE:
-        raise MalformedError(f"{path.name} has more than {MAX_TEMPLATE} bytes")
     try:
-        return data.decode()
+        return content(path, MAX_TEMPLATE).decode()
     except UnicodeDecodeError as error:
         raise MalformedError(f"{path.name} is not UTF-8") from error
 

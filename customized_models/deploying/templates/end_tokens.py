@@ -13,7 +13,7 @@ from typing import Any
 from attrs import field, frozen
 
 from ...errors import MalformedError, shown
-from ...files.safetensors import json_object
+from ...files.reading import json_object
 
 FILES = ("generation_config.json", "config.json", "tokenizer.json", "tokenizer_config.json")
 """The files of a model directory that are read here."""
@@ -51,7 +51,7 @@ class EndTokens:
         """The end tokens of a model directory, given its files by name.
 
         Raises:
-            MalformedError: a file does not parse, or an id is no number.
+            MalformedError: A file does not parse, or an id is no number.
         """
         objects = {name: json_object(files[name]) for name in FILES if name in files}
         ids = _ids(objects.get("generation_config.json", {})) or _ids(

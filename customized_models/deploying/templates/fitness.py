@@ -27,18 +27,18 @@ def check_template(
     """Render conversations with both templates and compare them, character by character.
 
     Args:
-        template: what would be sent.
-        chat: what the model was trained with.
-        accept: kinds of conversations that may differ; see `REQUIRED` in `conversations`.
-        today: the day of both; the system's if None.
+        template: What would be sent.
+        chat: What the model was trained with.
+        accept: Kinds of conversations that may differ; see `REQUIRED` in `conversations`.
+        today: The day of both; the system's if None.
 
     Returns:
         What was compared, with the differences in what need not be equal.
 
     Raises:
-        InvalidTemplateError: it does not parse.
-        TemplateMismatchError: a prompt differs; the message shows where.
-        UnsupportedError: it uses something of Go's templates that is not known here.
+        InvalidTemplateError: It does not parse.
+        TemplateMismatchError: A prompt differs; the message shows where.
+        UnsupportedError: It uses something of Go's templates that is not known here.
     """
     proof = compare_template(template, chat, today=today or date.today())
     proof.require(accept, hint=_hint(template, chat, proof))
@@ -67,8 +67,8 @@ def check_completion_template(template: DeploymentTemplate) -> None:
     """Check a template for a model that continues text and knows no conversations.
 
     Raises:
-        InvalidTemplateError: it does not parse, or does not write the prompt and nothing else.
-        UnsupportedError: it uses something of Go's templates that is not known here.
+        InvalidTemplateError: It does not parse, or does not write the prompt and nothing else.
+        UnsupportedError: It uses something of Go's templates that is not known here.
     """
     text = "Once upon a time"
     try:
@@ -90,8 +90,8 @@ def parsed_template(template: DeploymentTemplate) -> OllamaTemplate:
     """The template as Ollama parses it.
 
     Raises:
-        InvalidTemplateError: it does not parse.
-        UnsupportedError: it uses something of Go's templates that is not known here.
+        InvalidTemplateError: It does not parse.
+        UnsupportedError: It uses something of Go's templates that is not known here.
     """
     try:
         return OllamaTemplate.parsed(template.text)

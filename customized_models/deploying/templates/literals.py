@@ -21,11 +21,11 @@ def literal(text: str, *, trimmed: bool) -> str:
     """Text as it stands in a Go template.
 
     Args:
-        text: what the template is to write, with `DATES` in it.
-        trimmed: whether the next action trims white space to its left.
+        text: What the template is to write, with `DATES` in it.
+        trimmed: Whether the next action trims white space to its left.
 
     Raises:
-        UnsupportedError: a date is in a form that Go templates cannot write.
+        UnsupportedError: A date is in a form that Go templates cannot write.
     """
     return "".join(_parts(text, trimmed))
 
@@ -61,7 +61,7 @@ def _date(form: str) -> str:
     """Actions that write today's date in a form of `strftime`.
 
     Raises:
-        UnsupportedError: the form has more than year, month, day and the month's English name.
+        UnsupportedError: The form has more than year, month, day and the month's English name.
     """
     result, position = "", 0
     for directive in re.finditer("%.", form):

@@ -72,7 +72,7 @@ def prove_on_ollama(
     weights, which is deleted again.
 
     Raises:
-        DeploymentError: the server does not answer as its API says.
+        DeploymentError: The server does not answer as its API says.
     """
     accepted = accepted_by(chat, today or date.today(), days=_DAYS)
     bos = chat.bos if chat.file_adds_bos else ""
@@ -101,7 +101,7 @@ def prove_on_llama_cpp(
     """Compare what llama.cpp makes of the chat template in its file with what transformers does.
 
     Raises:
-        DeploymentError: the server does not answer as its API says.
+        DeploymentError: The server does not answer as its API says.
     """
     accepted = accepted_by(chat, today or date.today(), days=_DAYS, joined=False)
     bos = chat.bos if chat.file_adds_bos else ""

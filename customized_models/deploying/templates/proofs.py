@@ -115,8 +115,8 @@ class TemplateProof:
         """Raise unless every kind that must be equal is, but for those in `accept`.
 
         Raises:
-            TemplateMismatchError: some are not; the message has the first difference.
-            InvalidOptionError: there is no such kind in `accept`.
+            TemplateMismatchError: Some are not; the message has the first difference.
+            InvalidOptionError: There is no such kind in `accept`.
         """
         unknown = set(accept) - {*REQUIRED, BEGINNING}
         if unknown:
@@ -165,10 +165,10 @@ def accepted_by(chat: ChatTemplate, today: date, *, days: int = 0, joined: bool 
     """What a chat template writes for messages.
 
     Args:
-        chat: the template.
-        today: the day for its dates.
-        days: how many days another machine's calendar may be off.
-        joined: whether the server joins neighbours of one role first, as Ollama does.
+        chat: The template.
+        today: The day for its dates.
+        days: How many days another machine's calendar may be off.
+        joined: Whether the server joins neighbours of one role first, as Ollama does.
     """
     shifts = range(-days, days + 1) if chat.has_dates else range(1)
     dates = sorted((today + timedelta(days=shift) for shift in shifts), key=lambda d: d != today)
@@ -189,11 +189,11 @@ def compare(
     """Compare what `render` writes with what is accepted, character by character.
 
     Args:
-        where: what renders, for the record.
-        accepted: see `accepted_by`.
-        render: the whole text for messages, with a beginning-of-text token that is added to it;
+        where: What renders, for the record.
+        accepted: See `accepted_by`.
+        render: The whole text for messages, with a beginning-of-text token that is added to it;
             raises RenderingFailed.
-        conversations: what to render.
+        conversations: What to render.
     """
     counts: dict[str, list[int]] = {}
     differences: dict[str, Difference] = {}

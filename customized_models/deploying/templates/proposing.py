@@ -44,12 +44,12 @@ def propose_deployment_template(files: Mapping[str, Path]) -> ProposedTemplate:
     contents, and that is what a Go template can write. Then both are rendered and compared.
 
     Args:
-        files: paths by name; those in `chat_template.FILES` and `end_tokens.FILES` are read.
+        files: Paths by name; those in `chat_template.FILES` and `end_tokens.FILES` are read.
 
     Raises:
-        UnsupportedError: the model has no chat template, or one that Go cannot express: it
+        UnsupportedError: The model has no chat template, or one that Go cannot express: it
             refuses every conversation, needs tools, or depends on contents.
-        MalformedError: a file does not parse.
+        MalformedError: A file does not parse.
     """
     return propose(ChatTemplate.read(files), EndTokens.read(files))
 

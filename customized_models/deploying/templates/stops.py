@@ -19,9 +19,9 @@ def stop_strings(pattern: Pattern, ends: EndTokens, bos: str) -> tuple[str, ...]
     A model that misses its end token writes the next turn's head, so that one stops it, too.
 
     Args:
-        pattern: what the chat template writes.
-        ends: the model's end tokens.
-        bos: the beginning-of-text token, which no answer is ended by.
+        pattern: What the chat template writes.
+        ends: The model's end tokens.
+        bos: The beginning-of-text token, which no answer is ended by.
     """
     gap = pattern.gaps.get((ASSISTANT, USER)) or pattern.gaps.get((ASSISTANT, END), "")
     marks = [mark.strip() for mark in _MARK.findall(gap)]

@@ -29,7 +29,7 @@ def go_template(pattern: Pattern) -> str:
     """The Go template that writes what the pattern says.
 
     Raises:
-        UnsupportedError: the pattern has a date in a form that Go templates cannot write.
+        UnsupportedError: The pattern has a date in a form that Go templates cannot write.
     """
     body = _Body(pattern)
     text = _written(body.segments())

@@ -36,8 +36,8 @@ def executed(template: Template, data: Value, functions: Mapping[str, GoFunction
     """What a template writes for `data`; `functions`: besides those that every template has.
 
     Raises:
-        GoExecutionError: the template ends with an error.
-        GoUnsupportedError: it needs something that is not known here.
+        GoExecutionError: The template ends with an error.
+        GoUnsupportedError: It needs something that is not known here.
     """
     run = _Run(template.blocks, {**BUILT_IN, **functions})
     try:

@@ -57,7 +57,7 @@ def tokens(template: str) -> Iterator[Token]:
     """The tokens of a template, trim markers applied and comments left out.
 
     Raises:
-        GoSyntaxError: an action or comment is not closed, or holds what Go does not know.
+        GoSyntaxError: An action or comment is not closed, or holds what Go does not know.
     """
     position, trim = 0, False
     while True:
@@ -170,8 +170,8 @@ def number(token: Token) -> int | float:
     """The value of a number or character constant.
 
     Raises:
-        GoSyntaxError: there is no such number.
-        GoUnsupportedError: a number in a spelling that is not known here.
+        GoSyntaxError: There is no such number.
+        GoUnsupportedError: A number in a spelling that is not known here.
     """
     if token.kind == "character":
         characters = unquoted(token).decode("utf-8", "replace")

@@ -35,8 +35,8 @@ def parsed(template: str, functions: Container[str]) -> Template:
     """The tree of a template that may call `functions`.
 
     Raises:
-        GoSyntaxError: it does not parse.
-        GoUnsupportedError: a number in a spelling that is not known here.
+        GoSyntaxError: It does not parse.
+        GoUnsupportedError: A number in a spelling that is not known here.
     """
     try:
         return _Parser(list(tokens(template)), functions).template()

@@ -115,7 +115,7 @@ def member(value: Value, name: str) -> Value:
     Source: `text/template/exec.go`, `evalField`.
 
     Raises:
-        GoExecutionError: its type has no such field.
+        GoExecutionError: Its type has no such field.
     """
     if isinstance(value, Map):
         return value.values.get(name)

@@ -6,13 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from servers.ollama_server import OllamaServer
-from test_live_templates import FEW, Model, at, deployed
 
 from customized_models import DeploymentTemplate
 from customized_models.deploying.templates import propose_deployment_template, prove_on_ollama
+from tests.servers.ollama_server import OllamaServer
 
-DOCS = Path(__file__).parent.parent / "docs"
+from .test_live import FEW, Model, at, deployed
+
+DOCS = Path(__file__).parents[3] / "docs"
 CHAT_TEMPLATE = (
     "{% set names = {'system': 'Setting', 'user': 'Human', 'assistant': 'Helper'} %}"
     "{% for m in messages %}{{ names[m.role] + ': ' + m.content + '\n' }}{% endfor %}"

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from servers import cache
-
 from customized_models.deploying.templates import ChatTemplate
+from tests.servers import cache
 
 DIRECTORY = cache.directory() / "llama-cpp-11434.0.0" / "models" / "templates"
 """Where `build_llama_cpp.py` puts them."""

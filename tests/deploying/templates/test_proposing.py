@@ -11,13 +11,9 @@ from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 
-import chat_templates
 import pytest
-from conftest import skip_without
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from servers import build_ollama
-from servers.template_package import TemplatePackage, template_package
 
 from customized_models import DeploymentTemplate
 from customized_models.deploying.templates import (
@@ -42,6 +38,11 @@ from customized_models.errors import (
 )
 from customized_models.testing import tiny_llama
 from customized_models.testing.tiny_models import CHAT_TEMPLATE, tiny_tokenizer
+from tests.conftest import skip_without
+from tests.servers import build_ollama
+from tests.servers.template_package import TemplatePackage, template_package
+
+from . import chat_templates
 
 CHATML = (
     "{{ range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}"

@@ -7,16 +7,16 @@ from contextlib import suppress
 from datetime import date
 
 import pytest
-from conftest import skip_without
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from servers import build_ollama
-from servers.template_package import TemplatePackage, template_package
 
 from customized_models.deploying.templates import Message
 from customized_models.deploying.templates.go import GoExecutionError, GoSyntaxError
 from customized_models.deploying.templates.go import GoUnsupportedError as Unsupported
 from customized_models.deploying.templates.ollama import OllamaTemplate, collated
+from tests.conftest import skip_without
+from tests.servers import build_ollama
+from tests.servers.template_package import TemplatePackage, template_package
 
 
 @pytest.fixture(scope="module", params=build_ollama.VERSIONS)

@@ -12,12 +12,6 @@ from typing import Any
 import httpx
 import pytest
 from attrs import field, frozen
-from conftest import skip_without
-from servers import build_ollama
-from servers import llama_server as llama_cpp
-from servers.artifact import ignore
-from servers.llama_server import llama_server
-from servers.ollama_server import OllamaServer, ollama_server
 
 from customized_models import DeploymentTemplate
 from customized_models import gguf as _gguf
@@ -36,6 +30,12 @@ from customized_models.errors import ServerAnswerError, TemplateMismatchError
 from customized_models.files.safetensors import Checkpoint, ModelSource
 from customized_models.models import Quantization
 from customized_models.testing import tiny_llama
+from tests.conftest import skip_without
+from tests.servers import build_ollama
+from tests.servers import llama_server as llama_cpp
+from tests.servers.artifact import ignore
+from tests.servers.llama_server import llama_server
+from tests.servers.ollama_server import OllamaServer, ollama_server
 
 FEW = tuple({c.kind: c for c in reversed(CONVERSATIONS)}.values())[::-1]
 """One conversation of each kind."""
