@@ -36,6 +36,8 @@
     + NoEnvironmentError             (also a LookupError)
     + NoTemplateError
     + ServedModelChangedError
+    + InvalidTemplateError           (also a ValueError)
+    + TemplateMismatchError          (also a ValueError)
     + InvalidOptionError             (also a ValueError)
     + ServerUnreachableError         (also a ConnectionError)
     + ServerAnswerError
@@ -240,6 +242,21 @@ class NoTemplateError(DeploymentError):
 
 class ServedModelChangedError(DeploymentError):
     """What the deployment tool serves under the name is not what was deployed; it is left alone."""
+
+
+class InvalidTemplateError(DeploymentError, ValueError):
+    """The deployment template does not parse, or does not write what it is given."""
+
+
+class TemplateMismatchError(DeploymentError, ValueError):
+    """The deployment template writes another prompt than the model's chat template.
+
+    `kinds` has the kinds of conversations that differ.
+    """
+
+    def __init__(self, message: str, kinds: Iterable[str] = ()) -> None:
+        super().__init__(message)
+        self.kinds = tuple(kinds)
 
 
 class InvalidOptionError(DeploymentError, ValueError):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 
 import pytest
 
@@ -25,21 +27,42 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter._session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
-def missing(reason: str) -> None:
-    """Skip what needs something that is not there; in CI it must be."""
-    if os.environ.get("CI"):
+@pytest.fixture(scope="session")
+def start_ollama(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Callable[[str], OllamaServer]]:
+    """Starts a version of Ollama, once; all are ended with the tests."""
+    with ExitStack() as running:
+
+        @functools.cache
+        def start(version: str) -> OllamaServer:
+            skip_without(build_ollama.missing(version))
+            directory = tmp_path_factory.mktemp(f"ollama-{version}")
+            return running.enter_context(ollama_server(version, directory))
+
+        yield start
+
+
+def skip_without(reason: str | None) -> None:
+    """Skip a test for that reason, or fail in CI, which has all that a test needs."""
+    if reason is not None and os.environ.get("CI"):
         pytest.fail(reason)
-    pytest.skip(reason)
+    if reason is not None:
+        pytest.skip(reason)
 
 
 @pytest.fixture(scope="session")
-def ollama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OllamaServer]:
-    """A real Ollama, shared: tests remove what they create."""
-    binary = build_ollama.binary()
-    if not build_ollama.runs(binary):
-        missing(f"no Ollama at {binary}; tests/servers/build_ollama.py builds it")
-    with ollama_server(binary, tmp_path_factory.mktemp("ollama")) as server:
-        yield server
+def ollama(start_ollama: Callable[[str], OllamaServer]) -> OllamaServer:
+    """A real Ollama of the version that has all its parts in one program, shared by tests."""
+    return start_ollama(build_ollama.VERSIONS[0])
+
+
+@pytest.fixture(scope="session", params=build_ollama.VERSIONS)
+def each_ollama(
+    request: pytest.FixtureRequest, start_ollama: Callable[[str], OllamaServer]
+) -> OllamaServer:
+    """Every real Ollama in turn, shared: tests remove what they create."""
+    return start_ollama(request.param)
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +70,7 @@ def llama_cpp(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Oracle]:
     """Upstream's converter and quantizer, whose bytes ours are compared with."""
     directory = build_llama_cpp.directory()
     if not build_llama_cpp.runs(directory):
-        missing(f"no llama.cpp in {directory}; tests/servers/build_llama_cpp.py builds it")
+        skip_without(f"no llama.cpp in {directory}; tests/servers/build_llama_cpp.py builds it")
     with oracle(directory, tmp_path_factory.mktemp("oracle") / "log") as running:
         yield running
 

@@ -11,14 +11,18 @@ import importlib
 import pkgutil
 import struct
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from attrs import frozen
 
 from ..errors import MalformedError, UnsupportedArchitectureError, shown
-from . import rotary
 from .format import Change, Tensor, f32, u32
 from .quantization import Network
+from .rotary import TYPES as ROPE_TYPES
+from .rotary import kind_of as rope_kind_of
+from .rotary import scaling as rope_scaling
+from .rotary import sections as rope_sections
 from .settings import Settings
 
 if TYPE_CHECKING:
@@ -50,10 +54,8 @@ def register(*classes: str) -> Callable[[F], F]:
 
 def registered() -> Mapping[str, type[Family]]:
     """Every family by the class of model: those in `families`, and any registered since."""
-    from . import families
-
-    for module in pkgutil.iter_modules(families.__path__):
-        importlib.import_module(f"{families.__name__}.{module.name}")
+    for module in pkgutil.iter_modules([str(Path(__file__).with_name("families"))]):
+        importlib.import_module(f"{__package__}.families.{module.name}")
     return _REGISTERED
 
 
@@ -121,7 +123,7 @@ class Family:
     architecture: ClassVar[str]
     names: ClassVar[Mapping[str, str | None]]
     assumes: ClassVar[Mapping[str, tuple[object, ...]]] = {}
-    rope_types: ClassVar[tuple[str, ...]] = rotary.TYPES
+    rope_types: ClassVar[tuple[str, ...]] = ROPE_TYPES
     partial_rotary: ClassVar[bool] = False
     some_layers: ClassVar[tuple[str, ...]] = ()
 
@@ -141,7 +143,7 @@ class Family:
                     f"config.json: {key} is {shown(settings[key])}; llama.cpp has only "
                     f"{', '.join(map(str, values))} for this architecture"
                 )
-        if (kind := rotary.kind_of(settings.full_rope)) not in self.rope_types:
+        if (kind := rope_kind_of(settings.full_rope)) not in self.rope_types:
             raise UnsupportedArchitectureError(
                 f"config.json: rope type {shown(kind)}; supported are {', '.join(self.rope_types)}"
             )
@@ -226,9 +228,9 @@ class Family:
             "dense_intermediate_size", "intermediate_size", "n_inner", "hidden_dim")  # fmt: skip
         put("attention.head_count", u32, "num_attention_heads", "n_head", "n_heads")
         put("attention.head_count_kv", u32, "num_key_value_heads", "n_kv_heads")
-        values |= rotary.scaling(rope)
+        values |= rope_scaling(rope)
         if "mrope_section" in settings.rope:
-            values["rope.dimension_sections"] = rotary.sections(settings.rope["mrope_section"])
+            values["rope.dimension_sections"] = rope_sections(settings.rope["mrope_section"])
         if rope.get("rope_theta") is not None:
             values["rope.freq_base"] = f32(rope["rope_theta"])
         local = settings.rope.get("sliding_attention", {}).get("rope_theta")

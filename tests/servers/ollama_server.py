@@ -15,6 +15,8 @@ from pathlib import Path
 
 from attrs import frozen
 
+from . import build_ollama
+
 START_SECONDS = 60
 
 
@@ -26,6 +28,7 @@ class OllamaServer:
     port: int
     models: Path
     pid: int
+    version: str
 
     @property
     def names(self) -> set[str]:
@@ -50,8 +53,11 @@ def free_port() -> int:
 
 
 @contextmanager
-def ollama_server(binary: Path, directory: Path) -> Iterator[OllamaServer]:
-    """The server, once it answers; ended with all it started when the block ends."""
+def ollama_server(version: str, directory: Path, **settings: str) -> Iterator[OllamaServer]:
+    """The server, once it answers; ended with all it started when the block ends.
+
+    `settings`: further environment variables of its.
+    """
     port, models = free_port(), directory / "models"
     environment = {
         "PATH": os.environ["PATH"],
@@ -59,14 +65,19 @@ def ollama_server(binary: Path, directory: Path) -> Iterator[OllamaServer]:
         "OLLAMA_HOST": f"127.0.0.1:{port}",
         "OLLAMA_MODELS": str(models),
         "OLLAMA_CONTEXT_LENGTH": "512",
+        **settings,
     }
     with (directory / "log").open("wb") as log:
         process = subprocess.Popen(
-            [binary, "serve"], env=environment, stdout=log, stderr=log, start_new_session=True
+            [build_ollama.binary(version), "serve"],
+            env=environment,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
         )
     try:
         _wait(process, port, directory / "log")
-        yield OllamaServer("127.0.0.1", port, models, process.pid)
+        yield OllamaServer("127.0.0.1", port, models, process.pid, version)
     finally:
         process.terminate()
         try:
