@@ -129,16 +129,21 @@ class ChatTemplate:
     ) -> str | None:
         """The rendering on a day; None where the template refuses `messages`."""
         text = self.observe(messages, open_end=open_end, **variables)
-        return None if text is None else DATES.sub(lambda form: today.strftime(form[1]), text)
+        return None if text is None else _dated(text, today)
 
-    def accepted(self, messages: Sequence[Message], *, today: date) -> tuple[str, ...]:
-        """The renderings that a server may give; none where the template refuses `messages`.
+    def accepted(self, messages: Sequence[Message], *, dates: Sequence[date]) -> tuple[str, ...]:
+        """The renderings that a server may give on `dates`; none where the template refuses.
 
         A last message of the assistant may be continued or answered.
         """
         endings = (True, False) if messages[-1]["role"] == ASSISTANT else (False,)
-        texts = (self.render(messages, today=today, open_end=ending) for ending in endings)
-        return tuple(dict.fromkeys(text for text in texts if text is not None))
+        texts = [self.observe(messages, open_end=ending) for ending in endings]
+        every = (_dated(text, day) for day in dates for text in texts if text is not None)
+        return tuple(dict.fromkeys(every))
+
+
+def _dated(text: str, day: date) -> str:
+    return DATES.sub(lambda form: day.strftime(form[1]), text)
 
 
 def _text(files: Mapping[str, Path], settings: Mapping[str, Any]) -> str:

@@ -111,10 +111,11 @@ def prove_on_llama_cpp(
             answer = server.post("/apply-template", {"messages": list(messages)})
         except ServerAnswerError as error:
             raise RenderingFailed(shown(error)) from error
-        return bos + _text(answer, "prompt").removeprefix(bos)
+        return bos + _text(answer, "prompt")
 
     proof = compare("llama.cpp", accepted, render, conversations)
     messages = _BEGINNING.messages
+    # As the server itself does before it answers messages.
     prompt = render(messages).removeprefix(bos)
     body = {"content": prompt, "add_special": True, "parse_special": True}
     found = _ids(server.post("/tokenize", body), "tokens")

@@ -175,7 +175,7 @@ def accepted_by(chat: ChatTemplate, today: date, *, days: int = 0, joined: bool 
 
     def accepted(messages: Sequence[Message]) -> Sequence[str]:
         given = collated(messages) if joined else messages
-        return [text for day in dates for text in chat.accepted(given, today=day)]
+        return chat.accepted(given, dates=dates)
 
     return accepted
 

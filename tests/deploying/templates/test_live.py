@@ -217,6 +217,19 @@ def test_a_server_is_proven_whichever_template_it_is_told_to_use(
             prove_on_ollama(server, name, model.chat, model, conversations=FEW).require()
 
 
+def test_a_server_that_is_told_to_ignore_the_template_is_found_out(
+    beginning: Model, tmp_path: Path
+) -> None:
+    version = build_ollama.VERSIONS[-1]
+    skip_without(build_ollama.missing(version))
+    template = propose_deployment_template(beginning.files).template
+    with ollama_server(version, tmp_path, OLLAMA_GO_TEMPLATE="0") as running:
+        server = at(running)
+        with deployed(server, beginning.file, template) as name:
+            proof = prove_on_ollama(server, name, beginning.chat, beginning, conversations=FEW)
+    assert {"no system", "several turns"} <= set(proof.failed)
+
+
 def test_llama_cpp_is_proven_with_the_chat_template_in_its_file(
     model: Model, tmp_path: Path
 ) -> None:

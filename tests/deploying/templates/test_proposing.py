@@ -128,7 +128,7 @@ def test_a_real_models_chat_template_becomes_one_of_ollamas(
     compared = 0
     for conversation in CONVERSATIONS:
         messages = list(conversation.messages)
-        accepted = chat.accepted(collated(messages), today=date.today())
+        accepted = chat.accepted(collated(messages), dates=[date.today()])
         if accepted and conversation.kind not in proposed.proof.limits:
             compared += 1
             for package in packages:
@@ -154,7 +154,7 @@ def test_whatever_is_said_both_templates_write_the_same(
     # transformers strips the text before it, too, where nothing is there to be continued.
     nothing = messages[-1]["role"] == "assistant" and not messages[-1]["content"].strip()
     if messages[-1]["role"] != "system" and not nothing:
-        accepted = chat.accepted(messages, today=date.today())
+        accepted = chat.accepted(messages, dates=[date.today()])
         here = OllamaTemplate.parsed(proposed.template.text).render(messages, today=date.today())
         for package in packages:
             assert written(proposed, chat, package, messages) in accepted
