@@ -45,6 +45,8 @@ def fine_tuned(tmp_path_factory: pytest.TempPathFactory) -> Model:
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.chat_template = CHAT_TEMPLATE
     torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # on a busy machine, threads that wait for each other take minutes
     whole = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(whole, lora)
@@ -62,6 +64,7 @@ def fine_tuned(tmp_path_factory: pytest.TempPathFactory) -> Model:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+    torch.set_num_threads(threads)
     directory = tmp_path_factory.mktemp("fine-tuned")
     model.merge_and_unload().to(torch.bfloat16).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
