@@ -6,7 +6,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from ..errors import BaseModelMismatch, listed, shown
+from ..errors import BaseModelMismatch, MalformedError, listed, shown
 from ..files.reading import opened
 from ..files.safetensors import ModelSource
 from ..models import Progress
@@ -39,6 +39,8 @@ def check_finished(
     _compare(path, found, metadata, shapes)
     with opened(path) as fd, os.fdopen(os.dup(fd), "rb", buffering=0) as file:
         size = os.fstat(fd).st_size
+        if size <= found.last:
+            raise MalformedError(f"{shown(path.name)} ends at byte {size}, before its last tensor")
         digest, done = hashlib.sha256(), 0
         while data := file.read(_CHUNK):
             digest.update(data)

@@ -25,12 +25,13 @@ class Preamble:
     """What stands before the data.
 
     `metadata`: encoded values by key, as `format` encodes them. `shapes`: by tensor, outermost
-    first. `end`: bytes of the file up to the first tensor's data.
+    first. `end`: bytes of the file up to the first tensor's data. `last`: up to the last's.
     """
 
     metadata: Mapping[str, bytes]
     shapes: Mapping[str, tuple[int, ...]]
     end: int
+    last: int
 
 
 def read_preamble(path: Path) -> Preamble:
@@ -47,12 +48,14 @@ def read_preamble(path: Path) -> Preamble:
             raise ValueError(f"no GGUF file of version {VERSION}")
         tensors, keys = cursor.number("<Q"), cursor.number("<Q")
         metadata = dict(_entry(cursor) for _ in range(keys))
-        shapes = dict(_tensor(cursor) for _ in range(tensors))
+        infos = [_tensor(cursor) for _ in range(tensors)]
+        shapes = {name: shape for name, shape, _ in infos}
         if len(metadata) != keys or len(shapes) != tensors:
             raise ValueError("a name stands twice")
     except (ValueError, struct.error, UnicodeDecodeError) as error:
         raise MalformedError(f"{shown(path.name)} does not parse: {shown(error)}") from error
-    return Preamble(metadata, shapes, padded(cursor.position))
+    end = padded(cursor.position)
+    return Preamble(metadata, shapes, end, end + max((at for _, _, at in infos), default=0))
 
 
 class _Cursor:
@@ -102,13 +105,14 @@ def _entry(cursor: _Cursor) -> tuple[str, bytes]:
     return key, bytes(cursor.data[start : cursor.position])
 
 
-def _tensor(cursor: _Cursor) -> tuple[str, tuple[int, ...]]:
+def _tensor(cursor: _Cursor) -> tuple[str, tuple[int, ...], int]:
+    """Name, shape, and where its data begins, from the first's."""
     name, dimensions = cursor.text(), cursor.number("<I")
     if dimensions > 4:
         raise ValueError(f"a tensor of {dimensions} dimensions")
     shape = tuple(cursor.number("<Q") for _ in range(dimensions))
     cursor.number("<I")
-    cursor.number("<Q")
+    offset = cursor.number("<Q")
     if math.prod(shape) >= 1 << 63:
         raise ValueError("a tensor of impossible size")
-    return name, shape[::-1]
+    return name, shape[::-1], offset

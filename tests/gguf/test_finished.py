@@ -37,6 +37,13 @@ def test_a_file_of_the_model_is_taken_whatever_its_types_and_name(made: tuple[Pa
     assert reports[-1] == ("hashing", len(data), len(data))
 
 
+def test_a_file_whose_data_were_cut_is_refused(tmp_path: Path, made: tuple[Path, Path]) -> None:
+    directory, path = made
+    (tmp_path / "cut.gguf").write_bytes(path.read_bytes()[:100_000])
+    with pytest.raises(MalformedError, match="ends at byte 100000"):
+        check_finished(tmp_path / "cut.gguf", source(directory), no_progress)
+
+
 @pytest.mark.parametrize(
     ("changes", "difference"),
     [
