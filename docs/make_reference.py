@@ -7,6 +7,8 @@ import importlib
 import inspect
 from pathlib import Path
 
+from customized_models.gguf.family import registered
+
 MODULES = (
     "customized_models",
     "customized_models.training",
@@ -25,7 +27,18 @@ def reference() -> str:
         parts += [f"## `{name}`", inspect.getdoc(module) or ""]
         for public in module.__all__:
             parts += entry(public, getattr(module, public))
+    parts += architectures()
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def architectures() -> list[str]:
+    """The table of what becomes a GGUF file, from the families that are registered."""
+    families = registered()
+    rows = [f"| `{name}` | `{families[name].architecture}` |" for name in sorted(families)]
+    table = "\n".join(
+        ["| class in `config.json` | architecture in llama.cpp |", "|---|---|", *rows]
+    )
+    return ["## Architectures that become GGUF files", table]
 
 
 def entry(name: str, item: object) -> list[str]:

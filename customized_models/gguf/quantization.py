@@ -119,7 +119,7 @@ def assign_types(tensors: Sequence[Tensor], mode: Mode, network: Network) -> lis
 
     def final(tensor: Tensor) -> TensorType:
         name, columns = tensor.name, tensor.shape[-1]
-        vector = len(_dimensions(tensor.shape)) < 2
+        vector = len(dimensions(tensor.shape)) < 2
         if vector or not name.endswith("weight") or _AS_CONVERTED.search(name):
             return tensor.type
         if name == _OUTPUT or (tied and name in _EMBEDDINGS):
@@ -141,7 +141,7 @@ def assign_types(tensors: Sequence[Tensor], mode: Mode, network: Network) -> lis
         return _fitting(wanted, columns)
 
     return [
-        evolve(tensor, type=final(tensor), shape=_dimensions(tensor.shape)) for tensor in tensors
+        evolve(tensor, type=final(tensor), shape=dimensions(tensor.shape)) for tensor in tensors
     ]
 
 
@@ -180,7 +180,7 @@ def _more_bits(layer: int, layers: int) -> bool:
     return layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
 
 
-def _dimensions(shape: tuple[int, ...]) -> tuple[int, ...]:
+def dimensions(shape: tuple[int, ...]) -> tuple[int, ...]:
     """`shape` as ggml has it, which counts no outer dimensions of size 1."""
     while len(shape) > 1 and shape[0] == 1:
         shape = shape[1:]
