@@ -36,6 +36,7 @@
     + NoEnvironmentError             (also a LookupError)
     + NoTemplateError
     + ServedModelChangedError
+    + ProofFailedError
     + InvalidTemplateError           (also a ValueError)
     + TemplateMismatchError          (also a ValueError)
     + InvalidOptionError             (also a ValueError)
@@ -242,6 +243,18 @@ class NoTemplateError(DeploymentError):
 
 class ServedModelChangedError(DeploymentError):
     """What the deployment tool serves under the name is not what was deployed; it is left alone."""
+
+
+class ProofFailedError(DeploymentError):
+    """A live model is not shown to be what was trained; it was not given the served name.
+
+    Attributes:
+        proofs: The names of the proofs that failed.
+    """
+
+    def __init__(self, message: str, proofs: Iterable[str] = ()) -> None:
+        super().__init__(message)
+        self.proofs = tuple(proofs)
 
 
 class InvalidTemplateError(DeploymentError, ValueError):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import enum
+import ipaddress
 import os
 import re
 import uuid
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -245,11 +247,28 @@ class Served(Shown):
 
 
 @frozen
+class Proof(Shown):
+    """What a deployment has shown of a live model.
+
+    `name`: "content", "template" or "greedy". `passed`: None where it was measured or could not
+    be compared. `compared`: what with what. `found`: how it came out.
+    """
+
+    name: str
+    passed: bool | None
+    compared: str
+    found: str
+
+
+@frozen
 class LiveModel(Shown):
     """A model handed to a deployment tool.
 
-    `source`: the complete or customized model it was made from. `state`: "live" until it is
-    undeployed; what the tool says at this moment is `Deployer.status(live)`.
+    `source`: the complete or customized model it was made from. `state`: "live" while it has its
+    served name; "superseded" once another took it, and `Deployer.rollback` can give it back;
+    "undeployed" at the end. What the tool says at this moment is `Deployer.status(live)`.
+    `replaces`: the live model that had the served name before. `proofs`: what was shown before it
+    took the name. `note`: what its undeployment left, in words.
     """
 
     name: str
@@ -263,8 +282,11 @@ class LiveModel(Shown):
     created: datetime = field(repr=False)
     source_digest: str = field(repr=False)
     template_digest: str | None = field(default=None, repr=False)
-    state: Literal["live", "undeployed"] = "live"
+    state: Literal["live", "superseded", "undeployed"] = "live"
     card: ModelCard = field(factory=ModelCard, hash=False, repr=False)
+    replaces: str | None = field(default=None, repr=False)
+    proofs: tuple[Proof, ...] = field(default=(), repr=False)
+    note: str = field(default="", repr=False)
 
     @property
     def digest(self) -> str:
@@ -296,9 +318,46 @@ def _frozen_mapping(value: Mapping[str, Any]) -> dict[str, Any]:
     return dict(value)
 
 
+def _host(value: str | None) -> str | None:
+    """A host's name or IP address, as it stands in a URL but without brackets.
+
+    What is refused is not shown: it may hold a password.
+    """
+    if value is None:
+        return None
+    bare = value[1:-1] if value[:1] == "[" and value[-1:] == "]" else value
+    with suppress(ValueError):
+        return str(ipaddress.ip_address(bare))
+    with suppress(UnicodeError):
+        name = value.encode("idna").decode().lower() if not value.isascii() else value
+        # Names of services, as in a compose file, may have an underscore.
+        if re.fullmatch(r"(?!-)[A-Za-z0-9_.-]{1,253}", name):
+            return name
+    raise InvalidOptionError(
+        "address must be a bare host name or IP address; scheme, port, path and secrets have "
+        "arguments of their own"
+    )
+
+
+def _scheme(value: Any) -> Any:
+    return value.lower() if isinstance(value, str) else value
+
+
+def _prefix(value: str) -> str:
+    """A path before that of the tool's API: with a slash before it, and none after it."""
+    path = value.rstrip("/")
+    path = f"/{path}" if path and not path.startswith("/") else path
+    if not re.fullmatch(r"(/(?:[A-Za-z0-9._~:@!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+)*", path):
+        raise InvalidOptionError("path must look like '/prefix', without a query")
+    return path
+
+
 @frozen
 class DeploymentEnvironment(Shown):
     """Where models are deployed to: a tool and its address.
+
+    `address`: a host's name or IP address. `port`: that of the tool's own default if None.
+    `path`: a prefix that a proxy takes off.
 
     Everything here can be stored, so a secret cannot: `token_env` names the environment variable
     that holds the bearer token. `settings` go to the backend, which refuses what it does not know.
@@ -309,10 +368,10 @@ class DeploymentEnvironment(Shown):
 
     name: str
     backend: str
-    address: str | None = None
+    address: str | None = field(default=None, converter=_host)
     port: int | None = None
-    scheme: Literal["http", "https"] = field(default="http", kw_only=True)
-    path: str = field(default="", kw_only=True)
+    scheme: Literal["http", "https"] = field(default="http", converter=_scheme, kw_only=True)
+    path: str = field(default="", converter=_prefix, kw_only=True)
     token_env: str | None = field(default=None, kw_only=True)
     settings: Mapping[str, Any] = field(
         factory=dict, converter=_frozen_mapping, kw_only=True, hash=False
@@ -323,25 +382,21 @@ class DeploymentEnvironment(Shown):
         if self.port is not None and not (type(self.port) is int and 0 < self.port < 65536):
             raise InvalidOptionError(f"port {shown(self.port)} is not between 1 and 65535")
         if self.scheme not in ("http", "https"):
-            raise InvalidOptionError(f"scheme {shown(self.scheme)} is neither http nor https")
-        if self.address is not None and not re.fullmatch(
-            r"[A-Za-z0-9.-]{1,253}|\[[0-9A-Fa-f:.]+\]", self.address
-        ):
-            raise InvalidOptionError(
-                f"address {shown(self.address)} must be a bare host name or IP address; "
-                f"scheme, port and path have arguments of their own"
-            )
-        if self.path and not re.fullmatch(r"(/[A-Za-z0-9._~-]+)+", self.path):
-            raise InvalidOptionError(f"path {shown(self.path)} must look like '/prefix'")
+            raise InvalidOptionError("scheme must be http or https")
 
     @property
     def url(self) -> str:
-        """Scheme, address, port and path; no trailing slash.
+        """Scheme, address, port if one is stated, and path; no trailing slash.
 
         Raises:
-            InvalidOptionError: the environment has no address.
+            InvalidOptionError: The environment has no address.
         """
+        return self.url_with(None)
+
+    def url_with(self, default_port: int | None) -> str:
+        """As `url`, with the port that the backend's tool listens on where none is stated."""
         if self.address is None:
             raise InvalidOptionError(f"environment {shown(self.name)} has no address")
-        port = f":{self.port}" if self.port else ""
-        return f"{self.scheme}://{self.address}{port}{self.path}"
+        host = f"[{self.address}]" if ":" in self.address else self.address
+        port = self.port or default_port
+        return f"{self.scheme}://{host}{f':{port}' if port else ''}{self.path}"

@@ -11,7 +11,12 @@ from .errors import InvalidNameError, shown
 TECHNICAL_NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,23}", re.ASCII)
 TRAIN_NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,47}", re.ASCII)
 ENVIRONMENT_NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,47}", re.ASCII)
-SERVED_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,79}", re.ASCII)
+SERVED_NAME = re.compile(
+    r"([a-z0-9_][a-z0-9_-]{0,79}/)?[a-z0-9][a-z0-9._-]{0,79}(:[a-z0-9_][a-z0-9._-]{0,79})?",
+    re.ASCII,
+)
+"""`[namespace/]model[:tag]`, in lower case: `isPartValid` in `types/model/name.go` of Ollama."""
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 

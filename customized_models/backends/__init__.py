@@ -2,12 +2,18 @@
 
 from ..gguf import GGUFFile
 from ..models import Progress, Quantization
-from .opening import BackendFactory, check_environment, open_backend
+from .connection import Secrets
+from .opening import BackendFactory, Tools, check_environment, open_backend
 from .protocol import (
     AdapterBesideBase,
     Artifact,
     Backend,
+    Describing,
     Plan,
+    Probe,
+    Probing,
+    Promoting,
+    Unloading,
     checked_options,
     chosen_served_name,
 )
@@ -17,10 +23,17 @@ __all__ = [
     "Artifact",
     "Backend",
     "BackendFactory",
+    "Describing",
     "GGUFFile",
     "Plan",
+    "Probe",
+    "Probing",
     "Progress",
+    "Promoting",
     "Quantization",
+    "Secrets",
+    "Tools",
+    "Unloading",
     "check_environment",
     "checked_options",
     "chosen_served_name",

@@ -9,11 +9,16 @@ import socket
 import sys
 import time
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from attrs import Attribute, asdict, field, frozen
 
+from ..deploying.templates.chat_template import ChatTemplate
+from ..deploying.templates.conversations import Conversation
+from ..deploying.templates.live import Tokenizer, prove_on_llama_cpp
+from ..deploying.templates.proofs import TemplateProof
 from ..errors import (
     AlreadyExistsError,
     InvalidOptionError,
@@ -24,7 +29,8 @@ from ..errors import (
 )
 from ..models import DeploymentEnvironment, Progress, Served, Status
 from ..processes import Process
-from .http import JSONServer, answer_timeout, bearer_token
+from .connection import DEFAULT_SECONDS, Connection, Secrets, bearer_token, checked_settings
+from .http import JSONServer
 from .process import end, output_of_start, processes_with
 from .protocol import Artifact, Plan, checked_options, chosen_served_name
 
@@ -34,6 +40,7 @@ _HOST = "127.0.0.1"
 _SERVER = Path(__file__).resolve().with_name("llama_server.py")
 _PORT_SECONDS = 2.0  # the system frees the port of a killed server a moment after it is gone
 _START_SECONDS = 600.0  # a large file on a slow disk
+_ANSWER_SECONDS = 600.0  # a few tokens of a large model on a slow processor
 
 
 def _positive(_: object, attribute: Attribute[Any], value: object) -> None:
@@ -67,7 +74,9 @@ class LlamaCpp:
 
     options = LlamaCppOptions
 
-    def __init__(self, environment: DeploymentEnvironment) -> None:
+    def __init__(
+        self, environment: DeploymentEnvironment, *, secrets: Secrets = os.environ.get
+    ) -> None:
         if environment.address not in (None, _HOST, "localhost"):
             raise InvalidOptionError(
                 f"environment {shown(environment.name)}: llama_cpp starts servers on this "
@@ -76,7 +85,8 @@ class LlamaCpp:
         if environment.scheme != "http" or environment.path:
             raise InvalidOptionError("the backend llama_cpp takes no scheme or path")
         self._environment = environment
-        self._timeout = answer_timeout(environment)
+        self._timeout = float(checked_settings(environment).get("timeout", DEFAULT_SECONDS))
+        self._secrets = secrets
 
     def preflight(self, artifact: Artifact, served_name: str | None, options: Any) -> Plan:
         """See `Backend.preflight`.
@@ -92,7 +102,7 @@ class LlamaCpp:
             raise MissingDependencyError(
                 "the backend llama_cpp needs xllamacpp: pip install 'customized-models[llama-cpp]'"
             )
-        bearer_token(self._environment)
+        self._token()
         self._refuse_taken_port()
         return Plan(artifact, name, options, details={"mark": uuid.uuid4().hex})
 
@@ -114,6 +124,10 @@ class LlamaCpp:
         details = {**plan.details, "process": asdict(process), "port": port}
         endpoint = f"http://{_HOST}:{port}/v1"
         return Served(plan.served_name, endpoint, "openai", file.digest, details=details)
+
+    def probe(self, served: Served) -> LlamaCppProbe:
+        """See `Probing`."""
+        return LlamaCppProbe(self._server(served.details["port"]))
 
     def status(self, served: Served) -> Status:
         """See `Backend.status`."""
@@ -161,12 +175,41 @@ class LlamaCpp:
 
     def _aliases(self, port: int) -> list[str]:
         """The names that the server at that port goes by."""
-        url = f"http://{_HOST}:{port}"
-        server = JSONServer("llama.cpp", url, self._timeout, bearer_token(self._environment))
+        server = self._server(port)
         models = server.get("/v1/models").get("data")
         if not isinstance(models, list) or not all(isinstance(model, dict) for model in models):
-            raise ServerAnswerError(f"the server at {url} does not list models")
+            raise ServerAnswerError(f"the server at {server.url} does not list models")
         return [str(model.get("id")) for model in models]
+
+    def _server(self, port: int) -> JSONServer:
+        token = self._token()
+        authorization = None if token is None else f"Bearer {token}"
+        url = f"http://{_HOST}:{port}"
+        return JSONServer("llama.cpp", Connection(url, self._timeout, authorization))
+
+    def _token(self) -> str | None:
+        return bearer_token(self._environment, self._secrets)
+
+
+@frozen
+class LlamaCppProbe:
+    """What a llama.cpp server is asked for its proofs; see `Probe`."""
+
+    server: JSONServer
+
+    def template(
+        self, chat: ChatTemplate, tokenizer: Tokenizer, conversations: Sequence[Conversation]
+    ) -> TemplateProof:
+        """See `Probe.template`: of the chat template in the file, by `/apply-template`."""
+        return prove_on_llama_cpp(self.server, chat, tokenizer, conversations=conversations)
+
+    def tensor_types(self) -> None:
+        """See `Probe.tensor_types`: llama.cpp does not tell; it reads our file itself."""
+
+    def greedy(self, prompt: str, count: int) -> str:
+        """See `Probe.greedy`."""
+        body = {"prompt": prompt, "n_predict": count, "temperature": 0, "top_k": 1, "seed": 0}
+        return str(self.server.post("/completion", body, seconds=_ANSWER_SECONDS).get("content"))
 
 
 def _bind_error(port: int) -> OSError | None:

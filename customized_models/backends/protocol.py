@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from attrs import field, frozen
 
@@ -14,6 +14,12 @@ from ..errors import InvalidOptionError, shown
 from ..gguf import GGUFFile
 from ..models import DeploymentTemplate, Progress, Quantization, Served, Status
 from ..naming import SERVED_NAME, checked_name
+
+if TYPE_CHECKING:
+    from ..deploying.templates.chat_template import ChatTemplate
+    from ..deploying.templates.conversations import Conversation
+    from ..deploying.templates.live import Tokenizer
+    from ..deploying.templates.proofs import TemplateProof
 
 _Options = TypeVar("_Options")
 
@@ -90,6 +96,83 @@ class Artifact(Protocol):
         """
 
 
+@runtime_checkable
+class Promoting(Protocol):
+    """A backend whose `push` makes a version of a model, which then takes the name others call.
+
+    `push` returns the version under a name of its own; it is proven before it takes the served
+    name, and the one that had it before is kept beside it.
+    """
+
+    def identity(self, served: Served) -> str:
+        """What tells this version from others under the same name, such as a digest."""
+
+    def refuse_taken(self, name: str, replaced: Collection[str] | None) -> None:
+        """Refuse a name that stands for something already, before anything is sent.
+
+        Args:
+            name: The served name.
+            replaced: The identities that may be replaced; None for anything.
+
+        Raises:
+            AlreadyExistsError: It stands for something else.
+        """
+
+    def promote(self, served: Served, name: str, replaced: Collection[str] | None) -> Served:
+        """Let `name` stand for this version, unless someone else takes it at the same time.
+
+        Args:
+            served: The version, or another that had the name before.
+            name: The served name.
+            replaced: As for `refuse_taken`.
+
+        Returns:
+            What is called by the served name now.
+
+        Raises:
+            AlreadyExistsError: It stands for something else; nothing was changed.
+        """
+
+
+@runtime_checkable
+class Probing(Protocol):
+    """A backend that can be asked what it serves, so that a deployment can be proven."""
+
+    def probe(self, served: Served) -> Probe:
+        """What to ask of the model."""
+
+
+class Probe(Protocol):
+    """What is asked of a live model for its proofs; errors are `DeploymentError`."""
+
+    def template(
+        self, chat: ChatTemplate, tokenizer: Tokenizer, conversations: Sequence[Conversation]
+    ) -> TemplateProof | None:
+        """What the server makes of conversations, compared; None if it cannot tell."""
+
+    def tensor_types(self) -> Mapping[str, str] | None:
+        """The type of each tensor by its name, as the server has it; None if it does not tell."""
+
+    def greedy(self, prompt: str, count: int) -> str:
+        """The text of `count` tokens, the likeliest each time, after a prompt taken as it is."""
+
+
+@runtime_checkable
+class Unloading(Protocol):
+    """A backend that can free a model's memory before its name is taken away."""
+
+    def unload(self, served: Served, seconds: float) -> bool:
+        """Free the memory; False if it is still in use after `seconds`, and goes by itself."""
+
+
+@runtime_checkable
+class Describing(Protocol):
+    """A backend whose server tells of itself."""
+
+    def describe(self) -> Mapping[str, Any]:
+        """The version, and what it can do; raises `ServerUnreachableError` if it is not there."""
+
+
 @frozen
 class Plan:
     """What `preflight` found possible, and `push` will do.
@@ -98,6 +181,8 @@ class Plan:
         artifact: The model.
         served_name: What callers will put into `model`.
         options: The backend's own.
+        template: The deployment template that the tool will render with, if it does; whether it
+            fits the model's chat template is checked before anything is sent.
         details: What `undeploy` needs to find and remove what a killed `push` has left, as JSON
             can hold it. It is recorded before `push` is called.
     """
@@ -106,6 +191,7 @@ class Plan:
     served_name: str
     options: Any
     details: Mapping[str, Any] = field(factory=dict)
+    template: DeploymentTemplate | None = None
 
 
 class Backend(Protocol):

@@ -51,6 +51,10 @@ STAGED: tuple[type[Any], ...] = (CustomizedModel, CompleteModel, LiveModel)
 """The classes whose rows have a stage."""
 
 
+DEPLOYED = ("live", "superseded")
+"""The states of a live model that is at a tool."""
+
+
 @frozen
 class Unfinished:
     """A change whose operation has ended before the change was made or undone.
@@ -220,6 +224,33 @@ class Levels:
         if row is not None and row["operation"] == operation:
             remove_row(connection, TABLES[type(value)], value.name)
 
+    def live_at(self, connection: Connection, environment: str) -> list[LiveModel]:
+        """The live models that have a served name at an environment, or are about to have it."""
+        table = TABLES[LiveModel]
+        query = select(table).where(
+            table.c.environment == environment,
+            table.c.state == "live",
+            table.c.stage.in_(("visible", "pending")),
+        )
+        return [value_of(LiveModel, row) for row in connection.execute(query).mappings()]
+
+    def change_pending(self, connection: Connection, value: Any, operation: str) -> None:
+        """Say more of a value that is about to be made.
+
+        Raises:
+            JobLost: Its row was taken over meanwhile.
+        """
+        row = find_row(connection, TABLES[type(value)], name=value.name)
+        if row is None or (row["stage"], row["operation"]) != ("pending", operation):
+            raise JobLost(f"{value.name} was given up while this process was stopped")
+        update_value(connection, value)
+
+    def change_state(self, connection: Connection, name: str, state: Any) -> LiveModel:
+        """Give a live model another state; what it is then."""
+        live = evolve(self.in_transaction(connection, LiveModel, name), state=state)
+        update_value(connection, live, state=state)
+        return live
+
     def note_artifact(self, connection: Connection, live: LiveModel, key: str) -> None:
         """Say which file a pending live model will be served from."""
         change_row(connection, TABLES[LiveModel], live.name, artifact=key)
@@ -273,10 +304,16 @@ class Levels:
             if of:
                 raise InUseError(f"{value.name} is the base of {listed(of)}")
         if isinstance(value, DeploymentEnvironment):
-            of = names(connection, TABLES[LiveModel], environment=value.name, state="live")
-            if of:
-                raise InUseError(f"{value.name} still serves {listed(of)}")
-        if isinstance(value, LiveModel) and row["state"] == "live":
+            table = TABLES[LiveModel]
+            query = select(table.c.name).where(
+                table.c.environment == value.name, table.c.state.in_(DEPLOYED)
+            )
+            if of := list(connection.execute(query).scalars()):
+                raise InUseError(
+                    f"{value.name} still serves {listed(of)}; undeploy what is there, with "
+                    f"forget=True if the server is gone"
+                )
+        if isinstance(value, LiveModel) and row["state"] in DEPLOYED:
             raise InUseError(f"{value.name} is deployed; Deployer.undeploy it first")
 
 
