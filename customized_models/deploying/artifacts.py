@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -22,7 +24,8 @@ from ..errors import (
 )
 from ..files.digests import FileDigest, digest_of
 from ..files.manifest import Manifest
-from ..gguf import GGUFFile, check_architecture
+from ..files.model_directory import CARRIED, files_of
+from ..gguf import GGUFFile, check_architecture, check_ready_file
 from ..gguf import plan as plan_gguf
 from ..models import (
     BaseModel,
@@ -33,7 +36,9 @@ from ..models import (
     Quantization,
 )
 from ..shelf import Shelf
-from ..sources import model_source
+from ..sources import combined_files, model_source
+from .templates.chat_template import ChatTemplate
+from .templates.end_tokens import EndTokens
 
 if TYPE_CHECKING:
     from ..catalog.catalog import Catalog
@@ -57,6 +62,15 @@ class RegistryArtifact:
         quantization: The mode of a file.
         holding: Called with the key of a file before it is made or used, to keep it from being
             removed.
+        template: In place of the base model's.
+        ready: A finished GGUF file of the model, to be given as it is.
+        llama_cpp: A checkout of llama.cpp, whose converter makes files of architectures that
+            have none here.
+
+    Attributes:
+        key: Under which the file that `gguf` gave is stored; None before, or if it was ready.
+        file: That file.
+        types: The type of each tensor in it, by its name.
     """
 
     def __init__(
@@ -67,15 +81,23 @@ class RegistryArtifact:
         name: str,
         quantization: Quantization,
         holding: Holding,
+        *,
+        template: DeploymentTemplate | None = None,
+        ready: Path | None = None,
+        llama_cpp: str | None = None,
     ) -> None:
         self.name = name
+        self.model = model
         self.quantization = quantization
         self.key: str | None = None
+        self.file: GGUFFile | None = None
+        self.types: Mapping[str, str] = {}
         self._shelf = shelf
-        self._model = model
         self._holding = holding
+        self._ready = ready
+        self._llama_cpp = None if llama_cpp is None else Path(llama_cpp)
         self._base = catalog.levels.get(BaseModel, model.base)
-        self.template: DeploymentTemplate | None = self._base.deployment_template
+        self.template = template or self._base.deployment_template
         told_by = self._base if isinstance(model, CustomizedModel) else model
         self._config = shelf.document(told_by, "config.json")
         self._given = ExitStack()
@@ -96,22 +118,22 @@ class RegistryArtifact:
         """See `backends.Artifact.architecture`."""
         named = self._config.get("architectures")
         if not isinstance(named, list) or not named:
-            raise UnsupportedArchitectureError(f"config.json of {self._model.name} names no class")
+            raise UnsupportedArchitectureError(f"config.json of {self.model.name} names no class")
         return str(named[0])
 
     def check_gguf(self) -> None:
         """See `backends.Artifact.check_gguf`."""
-        check_architecture(self._config)
+        if self._ready is None and self._llama_cpp is None:
+            check_architecture(self._config)
 
     def gguf(self, progress: Progress, *, chat_template: bool) -> GGUFFile:
         """See `backends.Artifact.gguf`."""
         self.check_gguf()
-        recipe = {
-            "source": self._model.digest,
-            "quantization": self.quantization,
-            "chat_template": chat_template,
-            "name": self._model.name,
-        }
+        if self._ready is not None:
+            with model_source(self._shelf, self._base, self.model) as (source, _):
+                self.file, self.types = check_ready_file(self._ready, source)
+            return self.file
+        recipe = self._recipe(chat_template)
         key = f"gguf/{digest_of(recipe).partition(':')[2]}"
         self._holding(key)
         file = self._cached(key, recipe)
@@ -122,8 +144,37 @@ class RegistryArtifact:
                 raise IntegrityError(
                     f"the file that was just written under {shown(key)} is damaged"
                 )
-        self.key = key
+        self.key, self.file = key, file
         return file
+
+    def _recipe(self, chat_template: bool) -> dict[str, Any]:
+        """What the file's bytes depend on; it is stored under the digest of this."""
+        with self.small_files() as (_, files):
+            keys = serving_keys(files, chat_template=chat_template)
+        return {
+            "source": self.model.digest,
+            "quantization": self.quantization,
+            "chat_template": chat_template,
+            "keys": keys,
+            "name": self.model.name,
+            "converter": "llama.cpp" if self._llama_cpp else "own",
+        }
+
+    @contextmanager
+    def small_files(self) -> Iterator[tuple[Path, dict[str, Path]]]:
+        """A directory with the model's configuration and tokenizer, and its files by name."""
+        with ExitStack() as stack:
+            directory = Path(stack.enter_context(TemporaryDirectory()))
+            if isinstance(self.model, CompleteModel):
+                stored = stack.enter_context(self._shelf.opened(self.model))
+                files = files_of(stored, *CARRIED)
+            else:
+                base = stack.enter_context(self._shelf.opened(self._base))
+                files = combined_files(base, stack.enter_context(self._shelf.opened(self.model)))
+            for name, path in files.items():
+                (directory / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, directory / name)
+            yield directory, {name: directory / name for name in files}
 
     def _cached(self, key: str, recipe: Mapping[str, Any]) -> GGUFFile | None:
         """The file under a key, if it is there and every byte is what its recipe gave."""
@@ -134,6 +185,7 @@ class RegistryArtifact:
             if manifest.recipe != recipe:
                 raise IntegrityError(f"{shown(key)} was made by another recipe")
             manifest.verify(directory)
+            self.types = manifest.record["types"]
         except NotFoundError:
             return None
         except (IntegrityError, MalformedError):
@@ -146,18 +198,21 @@ class RegistryArtifact:
         storage = self._shelf.storage
         with (
             storage.staging(f"gguf-{uuid.uuid4().hex}") as staging,
-            model_source(self._shelf, self._base, self._model) as (source, finish),
+            model_source(self._shelf, self._base, self.model) as (source, finish),
         ):
             plan = plan_gguf(
                 source,
                 self.quantization,
-                name=self._model.name,
+                name=self.model.name,
                 chat_template=recipe["chat_template"],
+                keys=recipe["keys"],
+                llama_cpp=self._llama_cpp,
             )
             file = plan.write(staging / GGUF_NAME, progress)
             finish(progress)
             content = {GGUF_NAME: FileDigest(file.size, file.digest)}
-            Manifest("gguf", content, {"source": self._model.digest}, recipe, {}).write(staging)
+            parents, record = {"source": self.model.digest}, {"types": dict(plan.types)}
+            Manifest("gguf", content, parents, recipe, record).write(staging)
             try:
                 storage.publish(staging, key)
             except AlreadyExistsError:
@@ -167,11 +222,11 @@ class RegistryArtifact:
     def directory(self) -> Iterator[Path]:
         """See `backends.Artifact.directory`."""
         self._refuse_quantization("a model directory")
-        if not isinstance(self._model, CompleteModel):
+        if not isinstance(self.model, CompleteModel):
             raise UnsupportedError(
-                f"{self._model.name} is an adapter; save it with Merger(registry).save first"
+                f"{self.model.name} is an adapter; save it with Merger(registry).save first"
             )
-        with self._shelf.proven(self._model) as (directory, finish):
+        with self._shelf.proven(self.model) as (directory, finish):
             finish(_silent)
             yield directory
 
@@ -179,11 +234,11 @@ class RegistryArtifact:
     def adapter(self) -> Iterator[AdapterBesideBase]:
         """See `backends.Artifact.adapter`."""
         self._refuse_quantization("an adapter")
-        if not isinstance(self._model, CustomizedModel):
-            raise UnsupportedError(f"{self._model.name} is a complete model, and has no adapter")
+        if not isinstance(self.model, CustomizedModel):
+            raise UnsupportedError(f"{self.model.name} is a complete model, and has no adapter")
         with (
             self._shelf.proven(self._base) as (base, finish_base),
-            self._shelf.proven(self._model) as (adapter, finish),
+            self._shelf.proven(self.model) as (adapter, finish),
         ):
             finish(_silent)
             finish_base(_silent)
@@ -195,6 +250,23 @@ class RegistryArtifact:
                 f"{what} is not quantized here (asked for {self.quantization}); the tool may "
                 f"have a setting of its own"
             )
+
+
+def serving_keys(files: Mapping[str, Path], *, chat_template: bool) -> dict[str, bool | int]:
+    """What a served file must say beside what a converted one does.
+
+    Every token that ends an answer, where there are several. And, for a tool that renders with a
+    deployment template, whether a beginning-of-text token is to be added: what the tokenizer does
+    to plain texts need not be what conversations are made with.
+    """
+    keys: dict[str, bool | int] = {
+        f"tokenizer.ggml.{name}": id for name, id in EndTokens.read(files).file_keys.items()
+    }
+    if not chat_template:
+        with suppress(UnsupportedError):  # it has no chat template, and continues texts
+            adds = ChatTemplate.read(files).file_adds_bos
+            keys["tokenizer.ggml.add_bos_token"] = adds
+    return keys
 
 
 def _silent(phase: str, done: int, total: int) -> None:
