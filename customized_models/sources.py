@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -121,6 +122,28 @@ def model_source(
     else:
         with shelf.proven(model) as (directory, finish):
             yield ModelSource(files_of(directory, *CARRIED), Checkpoint.open(directory)), finish
+
+
+@contextmanager
+def small_files(
+    shelf: Shelf, base: BaseModel, model: BaseModel | CustomizedModel | CompleteModel
+) -> Iterator[tuple[Path, dict[str, Path]]]:
+    """A directory with a model's configuration and tokenizer as whoever opens it has them.
+
+    Yields:
+        The directory, and its files by name; both are there while the block lasts.
+    """
+    with ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        opened = stack.enter_context(shelf.opened(model))
+        if isinstance(model, CustomizedModel):
+            files = combined_files(stack.enter_context(shelf.opened(base)), opened)
+        else:
+            files = files_of(opened, *CARRIED)
+        for name, path in files.items():
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, directory / name)
+        yield directory, {name: directory / name for name in files}
 
 
 def _silent(phase: str, done: int, total: int) -> None:

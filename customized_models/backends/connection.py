@@ -30,7 +30,8 @@ Secrets: TypeAlias = Callable[[str], "str | None"]
 DEFAULT_SECONDS = 30.0  # a busy server may take a while for a short answer
 MAX_SECONDS = 3600.0  # a proxy may hand an upload on only once it has all of it
 
-_SETTINGS = ("timeout", "ca_file", "client_certificate", "client_key", "basic_auth_env", "proxy", "llama_cpp")
+_FILES = ("ca_file", "client_certificate", "client_key")
+_SETTINGS = ("timeout", *_FILES, "basic_auth_env", "proxy", "llama_cpp")
 
 
 @frozen
@@ -134,7 +135,7 @@ def checked_settings(environment: DeploymentEnvironment) -> Mapping[str, Any]:
         elif name == "llama_cpp":
             if not Path(value, "convert_hf_to_gguf.py").is_file():
                 raise InvalidOptionError("the setting 'llama_cpp' names no checkout of llama.cpp")
-        elif name in ("ca_file", "client_certificate", "client_key") and not Path(value).is_file():
+        elif name in _FILES and not Path(value).is_file():
             raise InvalidOptionError(f"the setting {shown(name)} names no file")
         elif name == "proxy" and not re.fullmatch(r"(https?|socks5h?)://[^\s@]+", value):
             raise InvalidOptionError(

@@ -22,10 +22,24 @@ from ..errors import (
 )
 from ..gguf import GGUFFile
 from ..models import DeploymentEnvironment, Progress, Served, Status
-from . import ollama_api as api
 from .connection import Connection, Secrets, checked_settings
 from .http import JSONServer
-from .ollama_api import Name
+from .ollama_api import (
+    CREATE_SECONDS,
+    Name,
+    claimed,
+    copy_model,
+    create_model,
+    digest_of,
+    is_made_of,
+    listed_models,
+    refuse_taken_name,
+    remove_model,
+    server_version,
+    show_model,
+    unload_model,
+    upload_file,
+)
 from .ollama_host import DEFAULT_PORT, environment_from_host
 from .ollama_options import OllamaOptions
 from .protocol import Artifact, Plan, checked_options, chosen_served_name
@@ -82,7 +96,7 @@ class Ollama:
                 f"template='infer' to have it made from the chat template"
             )
         server = self._server()
-        found = api.version(server)
+        found = server_version(server)
         options.refuse_unfit(found)
         tag = f"{VERSION}{uuid.uuid4().hex[:12]}"
         served = name.model if name.tag == "latest" else str(name)
@@ -94,10 +108,10 @@ class Ollama:
         chat_template = plan.options.use_chat_template
         file = plan.artifact.gguf(progress, chat_template=chat_template)
         server, version = self._server(), Name.of(plan.details["version"])
-        api.upload(server, file, progress)
+        upload_file(server, file, progress)
         try:
             progress("creating", 0, 0)
-            api.create(server, version, file, self._body(plan), progress)
+            create_model(server, version, file, self._body(plan), progress)
             manifest = self._verified(server, version, plan, file)
         except BaseException as error:
             _take_back(server, version, file.digest, error)
@@ -121,14 +135,14 @@ class Ollama:
     def _verified(self, server: JSONServer, version: Name, plan: Plan, file: GGUFFile) -> str:
         """The digest of the new manifest, once the server shows that it is what was sent."""
         where = f"Ollama at {server.url}, {shown(version)}"
-        told, body = api.show(server, version), self._body(plan)
-        if not api.is_made_of(told, file.digest):
+        told, body = show_model(server, version), self._body(plan)
+        if not is_made_of(told, file.digest):
             raise ServerAnswerError(f"{where}: it does not serve the file it was given")
         if "template" in body and told.get("template") != body["template"]:
             raise ServerAnswerError(f"{where}: its template is not the one it was given")
         if (told.get("system") or None) != plan.options.system:
             raise ServerAnswerError(f"{where}: its system message is not the one it was given")
-        digest = api.digest_of(server, version)
+        digest = digest_of(server, version)
         if digest is None:
             raise ServerAnswerError(f"{where}: it was created, and is not listed")
         return digest
@@ -140,7 +154,7 @@ class Ollama:
     def refuse_taken(self, name: str, replaced: Collection[str] | None) -> None:
         """See `Promoting.refuse_taken`."""
         if replaced is not None:
-            api.refuse_taken(self._server(), Name.of(name), lambda d: d is None or d in replaced)
+            refuse_taken_name(self._server(), Name.of(name), lambda d: d is None or d in replaced)
 
     def promote(self, served: Served, name: str, replaced: Collection[str] | None) -> Served:
         """See `Promoting.promote`. Digests are those of manifests."""
@@ -150,9 +164,9 @@ class Ollama:
         def free(digest: str | None) -> bool:
             return replaced is None or digest in (None, own, *replaced)
 
-        with api.claimed(server, target, version, free):
-            api.copy(server, version, target)
-            if api.digest_of(server, target) != own:
+        with claimed(server, target, version, free):
+            copy_model(server, version, target)
+            if digest_of(server, target) != own:
                 raise ServerAnswerError(
                     f"Ollama at {server.url} does not serve {shown(target)} as it was told to"
                 )
@@ -166,13 +180,13 @@ class Ollama:
         """See `Backend.status`."""
         server, name = self._server(), Name.of(served.name)
         try:
-            digest = api.digest_of(server, name)
+            digest = digest_of(server, name)
             if digest is None:
                 return Status.ABSENT
             if digest != served.details["manifest"]:
                 return Status.CHANGED
             names = {str(name), str(Name.of(served.details["version"]))}
-            loaded = names & api.entries(server, "/api/ps").keys()
+            loaded = names & listed_models(server, "/api/ps").keys()
         except (ServerUnreachableError, ServerAnswerError):
             return Status.UNREACHABLE
         return Status.LOADED if loaded else Status.LIVE
@@ -181,8 +195,8 @@ class Ollama:
         """See `Unloading`."""
         server = self._server()
         names = dict.fromkeys((Name.of(served.name), Name.of(served.details["version"])))
-        ours = [n for n in names if api.digest_of(server, n) == served.details.get("manifest")]
-        free = [api.unload(server, name, seconds) for name in ours]
+        ours = [n for n in names if digest_of(server, n) == served.details.get("manifest")]
+        free = [unload_model(server, name, seconds) for name in ours]
         return all(free)
 
     def undeploy(self, served: Served) -> None:
@@ -190,14 +204,14 @@ class Ollama:
         server, version = self._server(), Name.of(served.details["version"])
         digest = served.details.get("manifest")
         if digest is None:  # of a push that was killed: the tag was drawn for it alone
-            api.remove(server, version, None)
+            remove_model(server, version, None)
             return
         for name in (Name.of(served.name), version):
-            api.remove(server, name, digest)
+            remove_model(server, name, digest)
 
     def describe(self) -> Mapping[str, Any]:
         """See `Describing`: the version, and what it can do."""
-        version = api.version(self._server())
+        version = server_version(self._server())
         return {
             "version": ".".join(map(str, version.number)),
             "shows renderings": version.renders,
@@ -238,14 +252,14 @@ class OllamaProbe:
         body = {
             "model": self.name, "prompt": prompt, "raw": True, "stream": False, "options": options,
         }  # fmt: skip
-        answer = self.server.post("/api/generate", body, seconds=api.CREATE_SECONDS)
+        answer = self.server.post("/api/generate", body, seconds=CREATE_SECONDS)
         return str(answer.get("response"))
 
 
 def _take_back(server: JSONServer, version: Name, digest: str, error: BaseException) -> None:
     """Delete what a failed creation left under the tag that was drawn for it."""
     try:
-        api.remove(server, version, None)
+        remove_model(server, version, None)
     except DeploymentError as second:
         error.add_note(
             f"{shown(version)} may be left at the server, which could not be asked: {second}"

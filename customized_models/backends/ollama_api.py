@@ -106,12 +106,12 @@ class Name:
         return Name(self.model, tag)
 
 
-def version(server: JSONServer) -> Version:
+def server_version(server: JSONServer) -> Version:
     """The server's version."""
     return Version.of(server.connection.masked(server.get("/api/version").get("version")))
 
 
-def entries(server: JSONServer, path: str = "/api/tags") -> dict[str, dict[str, Any]]:
+def listed_models(server: JSONServer, path: str = "/api/tags") -> dict[str, dict[str, Any]]:
     """What a listing has, by name in lower case: Ollama's names ignore case."""
     models = server.get(path).get("models") or []
     if not isinstance(models, list) or not all(isinstance(model, dict) for model in models):
@@ -121,7 +121,7 @@ def entries(server: JSONServer, path: str = "/api/tags") -> dict[str, dict[str, 
 
 def digest_of(server: JSONServer, name: Name) -> str | None:
     """The digest of the manifest that a name stands for; None if it stands for nothing."""
-    entry = entries(server).get(str(name))
+    entry = listed_models(server).get(str(name))
     if entry is None:
         return None
     digest = str(entry.get("digest"))
@@ -130,7 +130,7 @@ def digest_of(server: JSONServer, name: Name) -> str | None:
     return digest
 
 
-def show(server: JSONServer, name: Name) -> dict[str, Any]:
+def show_model(server: JSONServer, name: Name) -> dict[str, Any]:
     """What the server tells of a model."""
     return server.post("/api/show", {"model": str(name)})
 
@@ -146,14 +146,14 @@ def is_made_of(told: Mapping[str, Any], digest: str) -> bool:
     return weights is not None and weights[0].rstrip().endswith(digest.replace(":", "-"))
 
 
-def upload(server: JSONServer, file: GGUFFile, progress: Progress) -> None:
+def upload_file(server: JSONServer, file: GGUFFile, progress: Progress) -> None:
     """Send a file, unless the server has it: a server that does would not read it."""
     blob = f"/api/blobs/{file.digest}"
     if not server.has(blob):
         server.upload(blob, file, progress)
 
 
-def create(
+def create_model(
     server: JSONServer, name: Name, file: GGUFFile, body: Mapping[str, Any], progress: Progress
 ) -> None:
     """Make a model of an uploaded file; `body`: template, parameters and system message.
@@ -172,7 +172,7 @@ def create(
         # A server that restarts drops what no model uses yet.
         if server.has(f"/api/blobs/{file.digest}"):
             raise
-        upload(server, file, progress)
+        upload_file(server, file, progress)
         _create(server, name, file, body)
 
 
@@ -196,17 +196,17 @@ def _appears(server: JSONServer, name: Name, file: GGUFFile) -> bool:
     while time.monotonic() < until:
         with suppress(DeploymentError):
             if digest_of(server, name) is not None:
-                return is_made_of(show(server, name), file.digest)
+                return is_made_of(show_model(server, name), file.digest)
         time.sleep(_POLL_SECONDS)
     return False
 
 
-def copy(server: JSONServer, source: Name, target: Name) -> None:
+def copy_model(server: JSONServer, source: Name, target: Name) -> None:
     """Let a name stand for what another stands for; whatever it stood for before is replaced."""
     server.send("/api/copy", {"source": str(source), "destination": str(target)})
 
 
-def remove(server: JSONServer, name: Name, digest: str | None) -> bool:
+def remove_model(server: JSONServer, name: Name, digest: str | None) -> bool:
     """Take a name away if it stands for that digest (for anything, if None); False if not."""
     found = digest_of(server, name)
     if found is None or (digest is not None and found != digest):
@@ -215,16 +215,16 @@ def remove(server: JSONServer, name: Name, digest: str | None) -> bool:
     return True
 
 
-def unload(server: JSONServer, name: Name, seconds: float) -> bool:
+def unload_model(server: JSONServer, name: Name, seconds: float) -> bool:
     """Take a model out of memory; False if it is still used after `seconds`.
 
     Then it goes as soon as the last answer is finished.
     """
-    if str(name) not in entries(server, "/api/ps"):
+    if str(name) not in listed_models(server, "/api/ps"):
         return True
     server.post("/api/generate", {"model": str(name), "keep_alive": 0, "stream": False})
     until = time.monotonic() + seconds
-    while str(name) in entries(server, "/api/ps"):
+    while str(name) in listed_models(server, "/api/ps"):
         if time.monotonic() > until:
             return False
         time.sleep(_POLL_SECONDS)
@@ -252,12 +252,12 @@ def claimed(
     """
     claim = name.with_tag(f"{CLAIM}{uuid.uuid4().hex}")
     while True:
-        refuse_taken(server, name, free)
-        copy(server, version, claim)
+        refuse_taken_name(server, name, free)
+        copy_model(server, version, claim)
         try:
-            listed = entries(server)
+            listed = listed_models(server)
             if not _others(listed, claim):
-                refuse_taken(server, name, free)
+                refuse_taken_name(server, name, free)
                 yield
                 return
         finally:
@@ -269,7 +269,7 @@ CLAIM = "cm-claim-"
 """How the tags of claims begin."""
 
 
-def refuse_taken(server: JSONServer, name: Name, free: Callable[[str | None], bool]) -> None:
+def refuse_taken_name(server: JSONServer, name: Name, free: Callable[[str | None], bool]) -> None:
     """Raise `AlreadyExistsError` unless `free` says that the name may be taken."""
     if not free(digest_of(server, name)):
         raise AlreadyExistsError(

@@ -49,7 +49,7 @@ def environment_from_host(
         "ollama",
         address,
         port,
-        scheme=scheme,  # type: ignore[arg-type]  # checked there
+        scheme=scheme,
         path=path,
         token_env=token_env,
     )

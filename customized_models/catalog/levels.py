@@ -245,6 +245,21 @@ class Levels:
             raise JobLost(f"{value.name} was given up while this process was stopped")
         update_value(connection, value)
 
+    def put(self, connection: Connection, value: Any, **columns: Any) -> None:
+        """Put a changed value in place of the visible one of its name."""
+        self.in_transaction(connection, type(value), value.name)
+        update_value(connection, value, **columns)
+
+    def follow(self, connection: Connection, live: LiveModel) -> None:
+        """Let what third parties see of a live model say where it is now."""
+        row = find_row(connection, TABLES[ThirdPartyModel], name=live.name)
+        if row is not None:
+            offered = value_of(ThirdPartyModel, row)
+            update_value(
+                connection,
+                evolve(offered, endpoint=live.served.endpoint, environment=live.environment),
+            )
+
     def change_state(self, connection: Connection, name: str, state: Any) -> LiveModel:
         """Give a live model another state; what it is then."""
         live = evolve(self.in_transaction(connection, LiveModel, name), state=state)

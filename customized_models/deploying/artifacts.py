@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -24,9 +22,9 @@ from ..errors import (
 )
 from ..files.digests import FileDigest, digest_of
 from ..files.manifest import Manifest
-from ..files.model_directory import CARRIED, files_of
-from ..gguf import GGUFFile, check_architecture, check_ready_file
+from ..gguf import GGUFFile, check_architecture
 from ..gguf import plan as plan_gguf
+from ..gguf.finished import check_finished
 from ..models import (
     BaseModel,
     CompleteModel,
@@ -36,7 +34,7 @@ from ..models import (
     Quantization,
 )
 from ..shelf import Shelf
-from ..sources import combined_files, model_source
+from ..sources import model_source, small_files
 from .templates.chat_template import ChatTemplate
 from .templates.end_tokens import EndTokens
 
@@ -131,7 +129,7 @@ class RegistryArtifact:
         self.check_gguf()
         if self._ready is not None:
             with model_source(self._shelf, self._base, self.model) as (source, _):
-                self.file, self.types = check_ready_file(self._ready, source)
+                self.file = check_finished(self._ready, source, progress, llama_cpp=self._llama_cpp)
             return self.file
         recipe = self._recipe(chat_template)
         key = f"gguf/{digest_of(recipe).partition(':')[2]}"
@@ -160,21 +158,9 @@ class RegistryArtifact:
             "converter": "llama.cpp" if self._llama_cpp else "own",
         }
 
-    @contextmanager
-    def small_files(self) -> Iterator[tuple[Path, dict[str, Path]]]:
+    def small_files(self) -> AbstractContextManager[tuple[Path, dict[str, Path]]]:
         """A directory with the model's configuration and tokenizer, and its files by name."""
-        with ExitStack() as stack:
-            directory = Path(stack.enter_context(TemporaryDirectory()))
-            if isinstance(self.model, CompleteModel):
-                stored = stack.enter_context(self._shelf.opened(self.model))
-                files = files_of(stored, *CARRIED)
-            else:
-                base = stack.enter_context(self._shelf.opened(self._base))
-                files = combined_files(base, stack.enter_context(self._shelf.opened(self.model)))
-            for name, path in files.items():
-                (directory / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, directory / name)
-            yield directory, {name: directory / name for name in files}
+        return small_files(self._shelf, self._base, self.model)
 
     def _cached(self, key: str, recipe: Mapping[str, Any]) -> GGUFFile | None:
         """The file under a key, if it is there and every byte is what its recipe gave."""
@@ -259,9 +245,7 @@ def serving_keys(files: Mapping[str, Path], *, chat_template: bool) -> dict[str,
     deployment template, whether a beginning-of-text token is to be added: what the tokenizer does
     to plain texts need not be what conversations are made with.
     """
-    keys: dict[str, bool | int] = {
-        f"tokenizer.ggml.{name}": id for name, id in EndTokens.read(files).file_keys.items()
-    }
+    keys: dict[str, bool | int] = {**EndTokens.read(files).file_keys}
     if not chat_template:
         with suppress(UnsupportedError):  # it has no chat template, and continues texts
             adds = ChatTemplate.read(files).file_adds_bos

@@ -70,9 +70,9 @@ def prove_content(
     compared = f"digest {file_digest}"
     if served_digest != file_digest:
         return Proof("content", False, compared, f"the server has {served_digest}")
-    told = probe.tensor_types()
+    told = probe.tensor_types() if types else None
     if told is None:
-        return Proof("content", True, compared, "equal; the server does not tell tensors' types")
+        return Proof("content", True, compared, "equal; tensors' types are not known on both sides")
     different = {name for name in types.keys() | told.keys() if types.get(name) != told.get(name)}
     compared = f"{compared}, types of {len(types)} tensors"
     if different:
@@ -115,8 +115,8 @@ def prove_greedy(
     agreed, total, first = 0, 0, ""
     for prompt, ids in zip(prompts, expected, strict=True):
         found = list(tokenizer.encode(probe.greedy(prompt, len(ids))))
-        same = next((n for n, pair in enumerate(zip(ids, found)) if pair[0] != pair[1]), None)
-        length = min(len(ids), len(found)) if same is None else same
+        pairs = enumerate(zip(ids, found, strict=False))
+        length = next((n for n, (a, b) in pairs if a != b), min(len(ids), len(found)))
         agreed, total = agreed + length, total + len(ids)
         if length < len(ids) and not first:
             first = f"; first after {length} tokens of {shown(prompt[-40:], 50)}"

@@ -1,4 +1,4 @@
-"""Deployments that were killed on their way: finished if they have taken their name, else undone."""
+"""Deployments that were killed: finished if they have taken their name, else undone."""
 
 from __future__ import annotations
 

@@ -165,9 +165,7 @@ class _Deployment:
         self.intent = evolve(intent, served=evolve(served, name=intent.served.name))
         with self.work.catalog.database.write() as connection:
             self.work.lease.check(connection)
-            self.work.catalog.levels.change_pending(
-                connection, self.intent, self.work.lease.owner
-            )
+            self.work.catalog.levels.change_pending(connection, self.intent, self.work.lease.owner)
 
     def _prove(self, artifact: RegistryArtifact, served: Served) -> list[Proof]:
         wanted = self.request.proofs

@@ -11,29 +11,41 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
-from ..errors import CustomizedModelsError, JobFailed, shown
+from ..errors import CustomizedModelsError, JobFailed, UnsupportedError, shown
 from .queue import pickled
 from .standby import add_search_path, command, environment, search_path
 
 T = TypeVar("T")
-P = ParamSpec("P")
 
 
-def run_isolated(task: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
+def run_isolated(
+    task: Callable[..., T], *arguments: Any, seconds: float | None = None, **named: Any
+) -> T:
     """`task(...)`, a function of this package, run in an interpreter of its own.
 
+    Args:
+        task: The function.
+        arguments: Its arguments, which need to pickle.
+        seconds: After which it is ended, if not None.
+        named: Its arguments by name.
+
     Raises:
+        UnsupportedError: It did not end within `seconds`.
         CustomizedModelsError: What the task raised of our errors, as it raised it.
         JobFailed: It met any other error, or was killed; the message ends with its last output.
     """
-    ended = subprocess.run(  # kills it if the caller is interrupted
-        command("isolated"),
-        input=pickle.dumps(search_path()) + pickled(task, arguments, named),
-        capture_output=True,
-        env=environment(),
-    )
+    try:
+        ended = subprocess.run(  # kills it if the caller is interrupted
+            command("isolated"),
+            input=pickle.dumps(search_path()) + pickled(task, arguments, named),
+            capture_output=True,
+            env=environment(),
+            timeout=seconds,
+        )
+    except subprocess.TimeoutExpired as late:
+        raise UnsupportedError(f"{task.__name__} did not end in {seconds:g} seconds") from late
     if ended.returncode:
         said = ended.stderr.decode(errors="replace")[-2000:]
         raise JobFailed(f"{task.__name__} ended with {ended.returncode}: {shown(said, 2000)}")

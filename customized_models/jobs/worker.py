@@ -13,7 +13,7 @@ from typing import Any
 
 from ..catalog.catalog import Catalog
 from ..catalog.leases import Lease
-from ..deploying.deployer import run_deploy
+from ..deploying.running import run_deploy
 from ..errors import CustomizedModelsError, JobCancelled, JobFailed, JobLost
 from ..merging import preload
 from ..merging.merger import run_save

@@ -31,7 +31,6 @@ from customized_models.errors import (
 )
 from customized_models.files.safetensors import Checkpoint, ModelSource
 from customized_models.gguf import writing as _write
-from customized_models.gguf.endings import further_endings
 from customized_models.gguf.quantization import MODES
 from customized_models.gguf.rotary import pairs_of_halves
 from customized_models.models import QUANTIZATIONS
@@ -791,13 +790,3 @@ def test_a_sentencepiece_file_that_disagrees_with_tokenizer_json_is_refused(
     tiny_tokenizer().save_pretrained(sentencepiece)
     with pytest.raises(MalformedError, match=r"tokenizer\.json has not"):
         _gguf.plan(source(sentencepiece), "no_quantization", name="tiny", chat_template=True)
-
-
-def test_further_tokens_that_end_an_answer_are_told_by_their_text(tiny: Path) -> None:
-    assert further_endings(source(tiny).files) == ()
-    edit(tiny, "generation_config.json", eos_token_id=[2, 0, 77, 0])
-    word = tiny_tokenizer().convert_ids_to_tokens(77)
-    assert further_endings(source(tiny).files) == ("<|endoftext|>", word)
-    edit(tiny, "generation_config.json", eos_token_id=[2, 320])
-    with pytest.raises(MalformedError, match="'320' is no token"):
-        further_endings(source(tiny).files)
