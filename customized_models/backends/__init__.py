@@ -2,7 +2,7 @@
 
 from ..gguf import GGUFFile
 from ..models import Progress, Quantization
-from .connection import Secrets
+from .connection import Secrets, environment_variable
 from .opening import BackendFactory, Tools, check_environment, open_backend
 from .protocol import (
     AdapterBesideBase,
@@ -37,5 +37,6 @@ __all__ = [
     "check_environment",
     "checked_options",
     "chosen_served_name",
+    "environment_variable",
     "open_backend",
 ]

@@ -27,6 +27,12 @@ if TYPE_CHECKING:
 Secrets: TypeAlias = Callable[[str], "str | None"]
 """Gives the secret of a name, such as an environment variable's; None if there is none."""
 
+
+def environment_variable(name: str) -> str | None:
+    """The secrets of who says nothing else: what the environment variable of that name holds."""
+    return os.environ.get(name)
+
+
 DEFAULT_SECONDS = 30.0  # a busy server may take a while for a short answer
 MAX_SECONDS = 3600.0  # a proxy may hand an upload on only once it has all of it
 

@@ -29,7 +29,14 @@ from ..errors import (
 )
 from ..models import DeploymentEnvironment, Progress, Served, Status
 from ..processes import Process
-from .connection import DEFAULT_SECONDS, Connection, Secrets, bearer_token, checked_settings
+from .connection import (
+    DEFAULT_SECONDS,
+    Connection,
+    Secrets,
+    bearer_token,
+    checked_settings,
+    environment_variable,
+)
 from .http import JSONServer
 from .process import end, output_of_start, processes_with
 from .protocol import Artifact, Plan, checked_options, chosen_served_name
@@ -75,7 +82,7 @@ class LlamaCpp:
     options = LlamaCppOptions
 
     def __init__(
-        self, environment: DeploymentEnvironment, *, secrets: Secrets = os.environ.get
+        self, environment: DeploymentEnvironment, *, secrets: Secrets = environment_variable
     ) -> None:
         if environment.address not in (None, _HOST, "localhost"):
             raise InvalidOptionError(

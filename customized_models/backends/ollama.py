@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import uuid
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -22,7 +21,7 @@ from ..errors import (
 )
 from ..gguf import GGUFFile
 from ..models import DeploymentEnvironment, Progress, Served, Status
-from .connection import Connection, Secrets, checked_settings
+from .connection import Connection, Secrets, checked_settings, environment_variable
 from .http import JSONServer
 from .ollama_api import (
     CREATE_SECONDS,
@@ -70,7 +69,7 @@ class Ollama:
         self,
         environment: DeploymentEnvironment,
         *,
-        secrets: Secrets = os.environ.get,
+        secrets: Secrets = environment_variable,
         client: httpx.Client | None = None,
     ) -> None:
         self._environment = environment

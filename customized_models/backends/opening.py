@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from importlib.metadata import entry_points
@@ -12,7 +11,7 @@ from attrs import field, frozen
 
 from ..errors import InvalidOptionError, shown
 from ..models import DeploymentEnvironment
-from .connection import Secrets
+from .connection import Secrets, environment_variable
 from .llama_cpp import LlamaCpp
 from .ollama import Ollama
 from .protocol import Backend
@@ -35,7 +34,7 @@ class Tools:
     """
 
     backends: Mapping[str, BackendFactory] = field(factory=dict)
-    secrets: Secrets = os.environ.get
+    secrets: Secrets = environment_variable
 
 
 def open_backend(environment: DeploymentEnvironment, tools: Tools | None = None) -> Backend:

@@ -19,6 +19,7 @@ from ..backends import (
     Secrets,
     Tools,
     Unloading,
+    environment_variable,
     open_backend,
 )
 from ..errors import (
@@ -98,7 +99,7 @@ class Deployer:
         registry: ModelRegistry,
         *,
         backends: Mapping[str, BackendFactory] | None = None,
-        secrets: Secrets = os.environ.get,
+        secrets: Secrets = environment_variable,
     ) -> None:
         self._catalog = registry.catalog
         self._shelf = registry.shelf
