@@ -29,6 +29,7 @@ from customized_models import (
     CustomizedModel,
     IntegrityError,
     InUseError,
+    Job,
     JobCancelled,
     JobFailed,
     JobLost,
@@ -352,9 +353,11 @@ def test_a_running_job_keeps_what_it_needs_from_being_deleted(
     registry.delete(customized)
 
 
-def wait_for_merging(registry: ModelRegistry) -> None:
+def wait_for_merging(job: Job[CompleteModel], registry: ModelRegistry) -> None:
     """Until the worker has begun to write shards."""
-    until(lambda: list((registry.root / ".staging").glob("save-*/*.safetensors")))
+    staging = registry.root / ".staging" / f"save-{job.id}"
+    until(lambda: list(staging.glob("*.safetensors")) or job.state not in ("queued", "running"))
+    assert job.state == "running"
 
 
 def test_a_cancelled_save_leaves_nothing(
@@ -362,7 +365,7 @@ def test_a_cancelled_save_leaves_nothing(
 ) -> None:
     registry, customized = slow
     job = Merger(registry).save(customized)
-    wait_for_merging(registry)
+    wait_for_merging(job, registry)
     assert job.cancel() is True
 
     with pytest.raises(JobCancelled):
@@ -389,7 +392,7 @@ def test_a_killed_worker_is_a_lost_job_and_frees_what_it_held(
 ) -> None:
     registry, customized = slow
     job = Merger(registry).save(customized)
-    wait_for_merging(registry)
+    wait_for_merging(job, registry)
     os.kill(worker_of(job.id), signal.SIGKILL)
 
     with pytest.raises(JobLost, match="nothing was published"):
@@ -441,7 +444,7 @@ def test_another_process_sees_a_killed_worker_within_the_lease(
         [sys.executable, "-c", script, str(registry.root), customized.name], text=True
     )
     job = registry.job(uuid.UUID(output.strip()))
-    wait_for_merging(registry)
+    wait_for_merging(job, registry)
     os.kill(worker_of(job.id), signal.SIGKILL)
 
     with pytest.raises(JobLost):
@@ -476,7 +479,7 @@ def test_a_worker_stopped_beyond_its_lease_publishes_nothing_and_disturbs_nobody
 ) -> None:
     registry, customized = slow
     job = Merger(registry).save(customized)
-    wait_for_merging(registry)
+    wait_for_merging(job, registry)
     worker = worker_of(job.id)
     stop_outside_a_transaction(worker, registry)
     try:
