@@ -48,7 +48,7 @@ print("RESULT" + json.dumps(results))
 
 PROMPT = [1, 40, 77, 200, 31, 5, 300, 12, 90, 64, 7, 150]
 
-AGREEMENT = {"no_quantization": 0.99999, "q8_0": 0.999, "q4_K_M": 0.95, "q4_K_S": 0.95}
+AGREEMENT = {"no_quantization": 0.99999, "q8_0": 0.98, "q4_K_M": 0.6, "q4_K_S": 0.6}
 """Least correlation of the logits with those of transformers, by mode."""
 
 
