@@ -19,6 +19,7 @@ from ..errors import (
     shown,
     to_record,
 )
+from ..processes import Process
 from .database import Database
 from .leases import Leases
 from .rows import add_row, change_row, checked_row, find_row
@@ -43,6 +44,7 @@ class Jobs:
         name: Callable[[uuid.UUID], str],
         arguments: Mapping[str, Any],
         holds: Iterable[str],
+        process: Process | None = None,
     ) -> uuid.UUID:
         """Record a job, which holds `holds` from now on; returns its id.
 
@@ -52,6 +54,7 @@ class Jobs:
                 another id is drawn.
             arguments: All that the work depends on, as JSON can hold it.
             holds: What must not be deleted while it runs.
+            process: The one whose end is the job's, until its worker begins; this one if None.
         """
         with self._database.write() as connection:
             id = self._free_id(connection, name)
@@ -70,7 +73,7 @@ class Jobs:
                 created=datetime.now(UTC).isoformat(),
             )
             keys = (f"job/{id}", *holds)
-            self._leases.take(connection, str(id), keys, f"{kind} {name(id)}")
+            self._leases.take(connection, str(id), keys, f"{kind} {name(id)}", process)
         return id
 
     @staticmethod

@@ -53,11 +53,26 @@ class Leases:
         self._database = database
         self._watched: dict[str, tuple[float, float]] = {}  # owner: last renewal, seen since
 
-    def take(self, connection: Connection, owner: str, keys: Iterable[str], purpose: str) -> None:
-        """Hold `keys` for this process, so that `refuse_if_held` refuses them to others."""
+    def take(
+        self,
+        connection: Connection,
+        owner: str,
+        keys: Iterable[str],
+        purpose: str,
+        process: Process | None = None,
+    ) -> None:
+        """Hold `keys`, so that `refuse_if_held` refuses them to others.
+
+        Args:
+            connection: Of the transaction.
+            owner: Who holds them.
+            keys: What to hold.
+            purpose: What for.
+            process: Whose end is that of the hold; this process if None.
+        """
         for key in keys:
             self.end(connection, owner, key)
-            add_row(connection, leases, owner=owner, key=key, purpose=purpose, **_now())
+            add_row(connection, leases, owner=owner, key=key, purpose=purpose, **_now(process))
 
     def end(self, connection: Connection, owner: str, key: str | None = None) -> None:
         """Release what `owner` holds: one key, or everything."""
@@ -128,9 +143,9 @@ class Leases:
         return time.monotonic() - since > LEASE_SECONDS
 
 
-def _now() -> dict[str, Any]:
+def _now(holder: Process | None = None) -> dict[str, Any]:
     """Who renews a lease, and when: the columns of its row."""
-    process = json.dumps(asdict(Process.current()), sort_keys=True)
+    process = json.dumps(asdict(holder or Process.current()), sort_keys=True)
     return {"process": process, "renewed": time.monotonic()}
 
 

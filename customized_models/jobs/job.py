@@ -7,7 +7,6 @@ that opens the registry can watch, await or cancel it.
 from __future__ import annotations
 
 import asyncio
-import subprocess
 import time
 import uuid
 from collections.abc import Generator, Mapping
@@ -18,6 +17,7 @@ from ..display import html_table
 from ..errors import JobCancelled, JobLost, JobTimeoutError, from_record, shown
 from ..models import CompleteModel, LiveModel
 from .bar import Bar
+from .workers import Worker
 
 if TYPE_CHECKING:
     from ..catalog.catalog import Catalog
@@ -31,7 +31,7 @@ RESULT_TYPES: Mapping[str, type[Any]] = {"save": CompleteModel, "deploy": LiveMo
 _POLL_SECONDS = 0.1
 _RUNNING = ("queued", "running")
 
-workers: dict[str, subprocess.Popen[bytes]] = {}
+workers: dict[str, Worker] = {}
 """The workers that this process has started, by the ids of their jobs."""
 
 
@@ -123,8 +123,8 @@ class Job(Generic[T_co]):
     def _reap(self) -> None:
         """If the worker is our child and has ended, nobody need wait for its lease."""
         worker = workers.get(str(self.id))
-        if worker is not None and worker.poll() is not None:
-            workers.pop(str(self.id), None)
+        if worker is not None and worker.has_ended:
+            workers.pop(str(self.id)).close()
             with self._catalog.database.write() as connection:
                 self._catalog.leases.end(connection, str(self.id))
 

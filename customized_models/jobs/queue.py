@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import pickle
-import subprocess
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import JobFailed, shown
 from ..files.writing import disk_errors
+from ..processes import Process
 from ..shelf import Shelf
 from .job import Job, workers
-from .standby import command, search_path, start, start_ahead, take_started
+from .workers import pickled, start_worker, warm_up
 
 if TYPE_CHECKING:
     from ..catalog.catalog import Catalog
@@ -54,7 +52,9 @@ class JobQueue:
             JobFailed: The registry or an object does not pickle, or is defined in `__main__`.
         """
         payload = pickled(self._catalog, self._shelf, *objects)
-        id = self._catalog.jobs.add(kind, name, arguments, holds)
+        # The job is held by the server that will fork its worker: this process may end before.
+        server = Process.of(warm_up())
+        id = self._catalog.jobs.add(kind, name, arguments, holds, server)
         self._start(str(id), payload)
         return self.job(id)
 
@@ -69,52 +69,18 @@ class JobQueue:
 
     def warm_up(self) -> None:
         """See `Merger.warm_up`."""
-        start_ahead(command("worker", "stand_by"))
+        warm_up()
 
     def _log(self, id: str) -> Path:
         return self._logs / f"{id}.log"
 
     def _start(self, id: str, payload: bytes) -> None:
-        """Hand the job to the interpreter that waits for one, or to a new one, on its stdin."""
         log = self._log(id)
         with disk_errors("the job's output has no place"):
             log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        job = pickle.dumps((id, str(log), search_path(), payload))
-        worker = take_started()
-        if worker is None or not _handed_over(job, worker):
-            with log.open("wb") as output:
-                worker = start([*command("worker"), id], output)  # the id shows in `ps`
-            _handed_over(job, worker)  # if it died already, its log says why
-        for other in [other for other, known in workers.items() if known.returncode == 0]:
-            workers.pop(other, None)
-        workers[id] = worker
-
-
-def pickled(*objects: Any) -> bytes:
-    """Objects as another interpreter can load them.
-
-    Raises:
-        JobFailed: One does not pickle, or is defined in `__main__`.
-    """
-    try:
-        payload = pickle.dumps(objects)
-    except Exception as error:
-        raise JobFailed(
-            f"a job needs a storage and backends that pickle; {shown(error)}"
-        ) from error
-    if b"__main__" in payload:
-        raise JobFailed(
-            "a job cannot import a storage or backend defined in __main__; put it in a module"
-        )
-    return payload
-
-
-def _handed_over(job: bytes, worker: subprocess.Popen[bytes]) -> bool:
-    """False if it had ended before it could begin."""
-    assert worker.stdin is not None
-    try:
-        with worker.stdin:
-            worker.stdin.write(job)
-    except BrokenPipeError:
-        return False
-    return True
+            output = log.open("wb")
+        with output:
+            arguments = pickled(id, str(log), payload)
+            workers[id] = start_worker("customized_models.jobs.worker:run", arguments, output)
+        for other in [other for other, known in workers.items() if known.has_ended]:
+            workers.pop(other).close()

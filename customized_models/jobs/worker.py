@@ -1,11 +1,9 @@
-"""The worker process of one job, which comes pickled on its stdin. It imports everything."""
+"""What the worker process of a job does. It imports everything that does the work."""
 
 from __future__ import annotations
 
-import os
 import pickle
-import sys
-import threading
+import socket
 import time
 import traceback
 from collections.abc import Mapping
@@ -15,10 +13,9 @@ from ..catalog.catalog import Catalog
 from ..catalog.leases import Lease
 from ..deploying.running import run_deploy
 from ..errors import CustomizedModelsError, JobCancelled, JobFailed, JobLost
-from ..merging import preload
 from ..merging.merger import run_save
 from ..shelf import Shelf
-from .standby import add_search_path
+from .fork_server import Turn
 from .work import Work
 
 REPORT_SECONDS = 0.5  # between two writes of the progress
@@ -53,17 +50,29 @@ class Reporter:
         self._catalog.jobs.report(self._id, phase, done, total)
 
 
-def run(catalog: Catalog, shelf: Shelf, id: str, log: str, *objects: Any) -> None:
-    """Do the job; its end is in its row."""
+def run(connection: socket.socket, turn: Turn, id: str, log: str, payload: bytes) -> None:
+    """Do a job when it is its turn; its end is in its row.
+
+    Args:
+        connection: Closed when the process ends, which tells whoever submitted the job.
+        turn: Of the process.
+        id: The job's.
+        log: The file that takes what the worker prints.
+        payload: The catalog, the shelf and what else the work needs, pickled.
+    """
+    catalog, shelf, *objects = pickle.loads(payload)  # from a process of ours
+    _run(catalog, shelf, turn, id, log, objects)
+
+
+def _run(catalog: Catalog, shelf: Shelf, turn: Turn, id: str, log: str, objects: list[Any]) -> None:
     with catalog.lease(id) as lease:
         row = catalog.jobs.begin(id)
         if row is None:
             return
         progress = Reporter(catalog, id, lease)
         work = Work.of(row, catalog, shelf, lease, log, progress)
-        if _imports.is_alive():
-            _imports.join()  # what it fails at, this thread will fail at too
         try:
+            turn.wait(lambda: progress("waiting for other jobs", 0, 0))
             RUN[row["kind"]](work, *objects)
         except JobLost:
             raise
@@ -79,29 +88,3 @@ def _end(work: Work, state: str, error: CustomizedModelsError | None = None) -> 
     with work.catalog.database.write() as connection:
         work.lease.check(connection)
         work.end(connection, state, error)
-
-
-_imports = threading.Thread(target=preload, name="imports")
-
-
-def main() -> None:
-    """Read a job from stdin, do it, exit."""
-    try:
-        id, log, path, payload = pickle.load(sys.stdin.buffer)  # from who started us
-    except EOFError:
-        return  # it has no job for us, or has ended
-    with open(log, "ab") as output:
-        os.dup2(output.fileno(), 1)
-        os.dup2(output.fileno(), 2)
-    add_search_path(path)
-    catalog, shelf, *objects = pickle.loads(payload)
-    run(catalog, shelf, id, log, *objects)
-
-
-def stand_by() -> None:
-    """As `main`, ahead of the job: what a merge takes seconds to import is there when it comes.
-
-    It may come before; its lease is kept meanwhile.
-    """
-    _imports.start()
-    main()

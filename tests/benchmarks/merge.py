@@ -298,7 +298,7 @@ def compare(others: Mapping[str, Callable[[Path], list[str]]], directory: Path, 
 def step(name: str, directory: Path) -> None:
     """Do it in a process of its own: this one stays small, and imports nothing."""
     command = [sys.executable, __file__, "--step", name, "--disk", str(directory)]
-    from customized_models.jobs.standby import environment
+    from customized_models.jobs.workers import environment
 
     output = None if name == "profile" else subprocess.DEVNULL
     subprocess.run(command, check=True, stderr=output, env=environment())
