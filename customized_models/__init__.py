@@ -1,5 +1,7 @@
 """Carries a trained PEFT adapter to a live model: register it, save it, deploy it, delete it."""
 
+from typing import TYPE_CHECKING
+
 from .deploying.deployer import Deployer
 from .errors import (
     AlreadyExistsError,
@@ -124,3 +126,15 @@ __all__ = [
     "UnsupportedQuantizationError",
     "UnsupportedVersionError",
 ]
+
+if TYPE_CHECKING:
+    __version__: str
+else:
+
+    def __getattr__(name: str) -> str:
+        """`__version__`: that of the installed package, looked up when it is asked for."""
+        if name != "__version__":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib.metadata import version
+
+        return version("customized-models")

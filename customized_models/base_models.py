@@ -1,4 +1,4 @@
-"""A base model where it lies: which of its files count, their digests, and whether they changed."""
+"""A base model's directory: its content files, their digests, and whether they have changed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .models import Progress
 
 @frozen
 class KnownFile:
-    """A file's digest, and by what we see that it has not been touched since."""
+    """A file's digest, and the modification time and inode that it had when it was hashed."""
 
     content: FileDigest
     mtime_ns: int
@@ -35,29 +35,34 @@ class KnownFile:
 
     @property
     def identity(self) -> Identity:
-        """What it had when it was hashed."""
+        """Its size, modification time and inode when it was hashed."""
         return Identity(self.content.size, self.mtime_ns, self.inode)
 
 
 @frozen
 class Location:
-    """Where a base model lies on this host, and what its files were when they were hashed."""
+    """A base model's directory on this host, and its content files as they were hashed.
+
+    Attributes:
+        path: The resolved path.
+        files: Its content files by name.
+    """
 
     path: str
     files: Mapping[str, KnownFile]
 
     @property
     def digest(self) -> str:
-        """`blake3:` over the names, sizes and digests of the content files."""
+        """BLAKE3 of the names, sizes and digests of the content files, as `blake3:...`."""
         return digest_of(to_document(self.digests))
 
     @property
     def digests(self) -> dict[str, FileDigest]:
-        """Size and digest of each content file."""
+        """Size and digest of each content file, by name."""
         return {name: file.content for name, file in self.files.items()}
 
     def refuse_changed(self, names: Collection[str]) -> CustomizedModelsError:
-        """The error that says that these of its files have other bytes now."""
+        """The error for files whose bytes are not those that were hashed."""
         return BaseModelMismatch(
             f"the base model at {shown(self.path)} is not the one that was added: "
             f"{listed(names)} changed"
@@ -67,17 +72,17 @@ class Location:
 def hash_base_model(directory: Path, progress: Progress) -> Location:
     """Hash the content files of the base model in `directory`.
 
-    Links are followed only inside a Hub cache, from its snapshots to its blobs.
+    Links are followed only within a Hub cache, from its snapshots to its blobs.
 
     Raises:
-        BaseModelMissingError: No such directory.
-        BaseModelMismatch: A file changes meanwhile.
-        MalformedError: It holds no readable checkpoint.
+        BaseModelMissingError: There is no such directory.
+        BaseModelMismatch: A file changed while it was read.
+        MalformedError: The directory has no readable checkpoint.
         UnsafeFileError: A link leads elsewhere.
         StorageError: A file cannot be read.
     """
     if not directory.is_dir():
-        raise BaseModelMissingError(f"no directory {shown(directory)}")
+        raise BaseModelMissingError(f"there is no directory {shown(directory)}")
     directory = directory.resolve()
     names = [*Checkpoint.open(directory).shards, *files_of(directory, *CARRIED)]
     if (directory / INDEX).is_file():
@@ -92,13 +97,14 @@ def hash_base_model(directory: Path, progress: Progress) -> Location:
 
 
 def verified_path(location: Location) -> Path:
-    """The base's directory, once its files are seen to be those that were hashed.
+    """The base model's directory, after a check that its files have not changed.
 
-    Files whose size, time and inode are as recorded count as unchanged; others are hashed again.
+    Files with the recorded size, modification time and inode count as unchanged. Others are hashed
+    again.
 
     Raises:
         BaseModelMissingError: The directory or a file is gone.
-        BaseModelMismatch: Other bytes lie there.
+        BaseModelMismatch: A file has other bytes.
     """
     directory, different = Path(location.path), set()
     for name, known in location.files.items():
@@ -106,8 +112,8 @@ def verified_path(location: Location) -> Path:
             status = (directory / name).stat()
         except OSError as error:
             raise BaseModelMissingError(
-                f"the base model has no file {shown(directory / name)} any more; "
-                f"name its new place with relocate_base_model"
+                f"the base model's file {shown(directory / name)} is gone; if its directory was "
+                f"moved, set the new one with ModelRegistry.relocate_base_model"
             ) from error
         if Identity.of(status) == known.identity:
             continue
@@ -125,10 +131,12 @@ def _known(path: Path, found: Found) -> KnownFile:
 
 
 def refuse_stray_link(directory: Path, name: str) -> None:
-    """A snapshot's links go to `<repository>/blobs`, or on to the cache's shared `blobs`.
+    """Refuse a link, unless it leads from a Hub cache's snapshot to the cache's blobs.
+
+    These are in `<repository>/blobs`, or shared by the whole cache in `blobs` beside it.
 
     Raises:
-        UnsafeFileError: A link leads elsewhere.
+        UnsafeFileError: The link leads elsewhere.
     """
     path = directory / name
     if not path.is_symlink():
@@ -137,9 +145,9 @@ def refuse_stray_link(directory: Path, name: str) -> None:
     target = path.resolve()
     blobs = (repository / "blobs", repository.parent / "blobs")
     if directory.parent.name != "snapshots" or not any(target.is_relative_to(b) for b in blobs):
-        raise UnsafeFileError(f"{shown(name)} links out of the model's directory or Hub cache")
+        raise UnsafeFileError(f"{shown(name)} is a link out of the model's directory or Hub cache")
 
 
 def same_path(stated: object, location: str) -> bool:
-    """Whether a path that a training wrote down leads to `location`."""
+    """Whether the path that an adapter states leads to `location`."""
     return isinstance(stated, str) and bool(stated) and os.path.realpath(stated) == location

@@ -1,4 +1,4 @@
-"""How values show in a notebook: small tables, every cell escaped."""
+"""How notebooks display values: as small HTML tables with every cell escaped."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def html_table(header: tuple[str, ...], rows: list[tuple[object, ...]]) -> str:
 
 
 class Shown:
-    """Shows a value in a notebook as a two-column table of what its `repr` has."""
+    """Displays an attrs value in a notebook as a table of the fields that its `repr` has."""
 
     def _repr_html_(self) -> str:
         rows: list[tuple[object, ...]] = [

@@ -1,4 +1,4 @@
-"""The values the library speaks in: frozen, without paths, cheap to print."""
+"""The values that the public API takes and returns: frozen, and without paths."""
 
 from __future__ import annotations
 
@@ -23,11 +23,15 @@ Quantization = Literal["no_quantization", "q8_0", "q4_K_M", "q4_K_S"]
 QUANTIZATIONS: tuple[Quantization, ...] = ("no_quantization", "q8_0", "q4_K_M", "q4_K_S")
 
 Progress = Callable[[str, int, int], None]
-"""`progress(phase, done, total)`: called often; raises `JobCancelled` when it is time to stop."""
+"""`progress(phase, done, total)`: called often, with bytes; raises `JobCancelled` to stop."""
 
 
 def checked_quantization(quantization: str) -> Quantization:
-    """`quantization` if it is one of the four modes; else `UnsupportedQuantizationError`."""
+    """`quantization` if it is one of `QUANTIZATIONS`.
+
+    Raises:
+        UnsupportedQuantizationError: It is not.
+    """
     for known in QUANTIZATIONS:
         if quantization == known:
             return known
@@ -40,8 +44,11 @@ def checked_quantization(quantization: str) -> Quantization:
 class TrainingConfiguration(Shown):
     """How an adapter was trained.
 
-    `peft`: the method and its settings, from `adapter_config.json`. `arguments`: the Trainer's
-    arguments that bear on the result (never paths, tokens or host names). `datasets`: names.
+    Attributes:
+        peft: The method and its settings, from `adapter_config.json`.
+        arguments: The Trainer's arguments that affect the result; never paths, tokens or host
+            names.
+        datasets: Names.
     """
 
     peft: Mapping[str, Any] = field(factory=dict)
@@ -53,9 +60,14 @@ class TrainingConfiguration(Shown):
 class EvaluationSummary(Shown):
     """What training and evaluation measured.
 
-    `metrics`: the last value of each metric. `best_metric`: of the best checkpoint, if the
-    Trainer kept one. `steps`, `epochs`: how far training went. `first_loss`, `last_loss`: of the
-    training log, whose number of entries is `log_entries`.
+    Attributes:
+        metrics: The last value of each metric.
+        best_metric: That of the best training checkpoint, if the Trainer kept one.
+        steps: Optimizer steps.
+        epochs: Passes over the training data.
+        first_loss: The first training loss in the log.
+        last_loss: The last training loss in the log.
+        log_entries: How many training losses the log has.
     """
 
     metrics: Mapping[str, float] = field(factory=dict)
@@ -69,13 +81,18 @@ class EvaluationSummary(Shown):
 
 @frozen
 class ModelCard(Shown):
-    """What is known of a model's making: rendered beside it as `README.md`."""
+    """How a model was made. Its `README.md` is rendered from this.
+
+    Attributes:
+        training: How the adapter was trained.
+        evaluation: What was measured.
+    """
 
     training: TrainingConfiguration = field(factory=TrainingConfiguration)
     evaluation: EvaluationSummary = field(factory=EvaluationSummary)
 
     def __str__(self) -> str:
-        """One line for lists: method, rank, and how the loss went."""
+        """One line: method, rank, steps and last loss."""
         peft, evaluation = self.training.peft, self.evaluation
         parts = [str(peft.get("method", "unknown method"))]
         if "r" in peft:
@@ -89,12 +106,18 @@ class ModelCard(Shown):
 
 @frozen
 class BaseModelCard(Shown):
-    """What a base model's own files say of it.
+    """What a base model's files say about it.
 
-    `architecture`: the class in `config.json`. `parameters`: elements over all tensors. `dtype`:
-    of most of them, such as "BF16". `context_length`, `vocabulary_size`: tokens. `size`: bytes of
-    the files that count as content. `license`: from the header of its `README.md`, if any.
-    `generation`: `generation_config.json`. `chat_template`: whether it has one.
+    Attributes:
+        architecture: The class in `config.json`, such as "LlamaForCausalLM".
+        parameters: Elements of all tensors together.
+        dtype: That of most elements, such as "BF16".
+        size: Bytes of all content files.
+        context_length: In tokens.
+        vocabulary_size: In tokens.
+        license: From the header of its `README.md`.
+        generation: The contents of `generation_config.json`.
+        chat_template: Whether it has one.
     """
 
     architecture: str
@@ -108,18 +131,22 @@ class BaseModelCard(Shown):
     chat_template: bool = False
 
     def __str__(self) -> str:
-        """One line for lists."""
+        """One line: architecture, parameters and dtype."""
         return f"{self.architecture}, {self.parameters:,} parameters, {self.dtype}"
 
 
 def _each_text(value: str | Iterable[str]) -> tuple[str, ...]:
-    """Several texts; a lone one is one of them, not its letters."""
+    """Several strings; a single string is one of them, not its letters."""
     return (value,) if isinstance(value, str) else tuple(value)
 
 
 @frozen
 class DeploymentTemplate(Shown):
-    """An Ollama Go template and the strings that end an answer.
+    """An Ollama template and the strings that end an answer.
+
+    Attributes:
+        text: The template, in Go's template language.
+        stop: Strings at which the server stops generating.
 
     >>> DeploymentTemplate("{{ .Prompt }}", stop=("<|im_end|>",)).stop
     ('<|im_end|>',)
@@ -135,13 +162,13 @@ class DeploymentTemplate(Shown):
         """The template in a UTF-8 file.
 
         Raises:
-            OSError: the file cannot be read.
+            OSError: The file cannot be read.
         """
         return cls(Path(path).read_text(encoding="utf-8"), stop)
 
     @property
     def digest(self) -> str:
-        """`blake3:` over the text and the stop strings."""
+        """BLAKE3 of the text and the stop strings, after the algorithm and a colon."""
         from blake3 import blake3
 
         return "blake3:" + blake3("\0".join((self.text, *self.stop)).encode()).hexdigest()
@@ -149,9 +176,15 @@ class DeploymentTemplate(Shown):
 
 @frozen
 class BaseModel(Shown):
-    """A pretrained model that adapters are trained on: referenced, never copied or deleted.
+    """A pretrained model that adapters are trained on. It is referenced, never copied or deleted.
 
-    `digest`: `blake3:` over its content files, wherever they lie.
+    Attributes:
+        technical_name: Short and unique.
+        model_name: Unique; its Hub id where it has one.
+        digest: BLAKE3 of its content files, as `blake3:...`; it does not depend on where they are.
+        created: When it was added, in UTC.
+        card: What its files say about it.
+        deployment_template: For tools that need one, such as Ollama.
     """
 
     technical_name: str
@@ -163,20 +196,30 @@ class BaseModel(Shown):
 
     @property
     def name(self) -> str:
-        """The technical name, by which the registry knows it."""
+        """The technical name."""
         return self.technical_name
 
     @property
     def key(self) -> str:
-        """What a lease on it holds."""
+        """The key that a lease on it holds."""
         return f"base/{self.technical_name}"
 
 
 @frozen
 class CustomizedModel(Shown):
-    """A trained adapter, tied to its base model and unusable without it.
+    """A registered adapter. It belongs to its base model and cannot be used without it.
 
     Law: `name == customized_name(base, train_name, created, training_id)`.
+
+    Attributes:
+        name: Unique.
+        base: The base model's technical name.
+        train_name: What the training was called.
+        training_id: The training's id.
+        created: When the name was reserved, in UTC.
+        digest: BLAKE3 of its content files and its base, as `blake3:...`.
+        kind: Always "adapter".
+        card: How it was trained.
     """
 
     name: str
@@ -190,16 +233,26 @@ class CustomizedModel(Shown):
 
     @property
     def key(self) -> str:
-        """Where its bytes are stored, and what a lease on it holds."""
+        """The key under which it is stored, and that a lease on it holds."""
         return f"customized/{self.name}"
 
 
 @frozen
 class CompleteModel(Shown):
-    """An adapter merged into its base: self-contained, opened by `from_pretrained`.
+    """An adapter merged into its base: a model directory that `from_pretrained` opens.
 
-    `customized_digest` and `base_digest` name its parents by content. `recipe` has what the
-    merged bits depend on: package versions, threads, CPU capability.
+    Attributes:
+        name: Unique.
+        customized: Name of the customized model it was made from.
+        base: The base model's technical name.
+        train_name: What the training was called.
+        saving_id: The id of the job that made it.
+        created: When it was saved, in UTC.
+        digest: BLAKE3 of its content files, parents and recipe, as `blake3:...`.
+        customized_digest: The customized model's digest.
+        base_digest: The base model's digest.
+        recipe: What the merged bits depend on: package versions, threads, CPU capability.
+        card: How the adapter was trained.
     """
 
     name: str
@@ -216,12 +269,12 @@ class CompleteModel(Shown):
 
     @property
     def key(self) -> str:
-        """Where its bytes are stored, and what a lease on it holds."""
+        """The key under which it is stored, and that a lease on it holds."""
         return f"complete/{self.name}"
 
 
 class Status(enum.Enum):
-    """What a deployment tool says of a live model now."""
+    """What a deployment tool answers about a live model."""
 
     ABSENT = "absent"  # the tool does not know it
     LIVE = "live"  # it can be called
@@ -232,11 +285,14 @@ class Status(enum.Enum):
 
 @frozen
 class Served(Shown):
-    """A model as its deployment tool knows it.
+    """A model as its deployment tool serves it.
 
-    `name`: what callers put into `model`. `endpoint`: base URL of the API, without a trailing
-    slash. `api`: its style, such as "openai" or "ollama". `digest`: `sha256:` of the file that was
-    handed over. `details`: what the backend needs to find it again, such as a process and its port.
+    Attributes:
+        name: The served name, which callers put into `model`.
+        endpoint: Base URL of the API, without a trailing slash.
+        api: The API's style, such as "openai" or "ollama".
+        digest: SHA-256 of the file that the tool was given, as `sha256:...`.
+        details: What the backend needs to find it again, such as a process and its port.
     """
 
     name: str
@@ -248,10 +304,13 @@ class Served(Shown):
 
 @frozen
 class Proof(Shown):
-    """What a deployment has shown of a live model.
+    """A comparison that was made before a live model got its served name.
 
-    `name`: "content", "template" or "greedy". `passed`: None where it was measured or could not
-    be compared. `compared`: what with what. `found`: how it came out.
+    Attributes:
+        name: "content", "template" or "greedy".
+        passed: None where something was only measured, or could not be compared.
+        compared: What was compared with what.
+        found: The result.
     """
 
     name: str
@@ -262,13 +321,27 @@ class Proof(Shown):
 
 @frozen
 class LiveModel(Shown):
-    """A model handed to a deployment tool.
+    """A model that was deployed.
 
-    `source`: the complete or customized model it was made from. `state`: "live" while it has its
-    served name; "superseded" once another took it, and `Deployer.rollback` can give it back;
-    "undeployed" at the end. What the tool says at this moment is `Deployer.status(live)`.
-    `replaces`: the live model that had the served name before. `proofs`: what was shown before it
-    took the name. `note`: what its undeployment left, in words.
+    Attributes:
+        name: Unique.
+        source: Name of the complete or customized model it was made from.
+        base: The base model's technical name.
+        train_name: What the training was called.
+        quantization: The mode of its file.
+        environment: Name of the environment it was deployed to.
+        served: How it is called.
+        deploying_id: The id of the job that deployed it.
+        created: When it was deployed, in UTC.
+        source_digest: The source's digest.
+        template_digest: The deployment template's digest, if it had one.
+        state: "live" while it has its served name; "superseded" once another model took it, until
+            `Deployer.rollback` gives it back; "undeployed" at the end. `Deployer.status` asks the
+            tool.
+        replaces: Name of the live model that had the served name before.
+        proofs: What was compared before it got the name.
+        note: What its undeployment left at the tool.
+        card: How the adapter was trained.
     """
 
     name: str
@@ -290,20 +363,26 @@ class LiveModel(Shown):
 
     @property
     def digest(self) -> str:
-        """`sha256:` of the file that the tool serves."""
+        """That of the file that the tool serves; see `Served.digest`."""
         return self.served.digest
 
     @property
     def endpoint(self) -> str:
-        """Base URL of the API it is called through."""
+        """Base URL of its API, without a trailing slash."""
         return self.served.endpoint
 
 
 @frozen
 class ThirdPartyModel(Shown):
-    """A live model as other services see it: where to call, in which style, under which name.
+    """A live model as other services see it.
 
-    `stale`: its live model has been undeployed, so calls fail.
+    Attributes:
+        name: The live model's name.
+        endpoint: Base URL of the API, without a trailing slash.
+        api: The API's style, such as "openai" or "ollama".
+        model: What to put into `model`.
+        environment: Name of the environment.
+        stale: Whether the live model has been undeployed, so that calls fail.
     """
 
     name: str
@@ -354,13 +433,21 @@ def _prefix(value: str) -> str:
 
 @frozen
 class DeploymentEnvironment(Shown):
-    """Where models are deployed to: a tool and its address.
+    """A deployment tool, its address and its settings. It is stored, so it holds no secrets.
 
-    `address`: a host's name or IP address. `port`: that of the tool's own default if None.
-    `path`: a prefix that a proxy takes off.
+    Attributes:
+        name: Unique; lower-case letters, digits, `.` and `-`.
+        backend: "ollama", "llama_cpp", or the name of one that is installed or given.
+        address: A host name or an IP address; None if the backend needs none.
+        port: None for the tool's own.
+        scheme: "http" or "https".
+        path: A prefix that a proxy removes, such as "/ollama".
+        token_env: Name of the environment variable with the bearer token.
+        settings: For the backend, which refuses those that it does not know.
 
-    Everything here can be stored, so a secret cannot: `token_env` names the environment variable
-    that holds the bearer token. `settings` go to the backend, which refuses what it does not know.
+    Raises:
+        InvalidNameError: The name has a character that is not allowed.
+        InvalidOptionError: Another value does not fit.
 
     >>> DeploymentEnvironment("gpu-box", backend="ollama", address="10.0.0.5", port=11434).url
     'http://10.0.0.5:11434'
@@ -386,7 +473,7 @@ class DeploymentEnvironment(Shown):
 
     @property
     def url(self) -> str:
-        """Scheme, address, port if one is stated, and path; no trailing slash.
+        """Scheme, address, port if there is one, and path, without a trailing slash.
 
         Raises:
             InvalidOptionError: The environment has no address.

@@ -16,6 +16,7 @@ it; its children go on.
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import pickle
 import pkgutil
@@ -24,35 +25,17 @@ import signal
 import socket
 import sys
 from collections import deque
-from collections.abc import Callable
 from contextlib import suppress
 
-from attrs import define, field, frozen
+from attrs import define, field
 
+from .turn import Turn
 from .workers import PID, add_search_path
 
 IDLE_SECONDS = 600.0
 """How long the server waits for work; a gigabyte of memory is not held longer for nothing."""
 
 _FDS = 4  # open files that come with each piece of work
-
-
-@frozen
-class Turn:
-    """A child's place in the queue: as many work at a time as there are processors."""
-
-    fd: int | None
-
-    def wait(self, told: Callable[[], None]) -> None:
-        """Wait until the server says that it is this child's turn, or is gone.
-
-        Args:
-            told: Called now and then meanwhile; it may raise.
-        """
-        if self.fd is None:
-            return
-        while not select.select([self.fd], [], [], 1.0)[0]:
-            told()
 
 
 def main(fd: int) -> None:
@@ -71,7 +54,7 @@ def main(fd: int) -> None:
 def _import_all() -> None:
     """Import what most work needs. What fails here fails again in the child that needs it."""
     with suppress(Exception):
-        from . import worker  # noqa: F401
+        importlib.import_module(f"{__package__}.worker")
 
     with suppress(Exception):
         from ..merging import preload

