@@ -29,6 +29,7 @@ from contextlib import suppress
 
 from attrs import define, field
 
+from ..merging import preload
 from .turn import Turn
 from .workers import PID, add_search_path
 
@@ -57,8 +58,6 @@ def _import_all() -> None:
         importlib.import_module(f"{__package__}.worker")
 
     with suppress(Exception):
-        from ..merging import preload
-
         preload()
     gc.freeze()  # a child's collections would write to the pages of all these objects
 
