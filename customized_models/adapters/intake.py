@@ -1,7 +1,7 @@
-"""An untrusted adapter directory: a checked private copy of it, and its facts.
+"""Copies an untrusted adapter directory, checks the copy, and reads its facts.
 
-Nothing of Hugging Face runs here. What PEFT would execute, look up or match without bounds while
-it reads an adapter is refused before PEFT sees it.
+Nothing of Hugging Face's runs here. Whatever would make PEFT run code, open other files or match a
+pattern for a very long time is refused before PEFT reads the adapter.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ _HERE_BY_DEFAULT = {"megatron_core": "megatron.core"}
 
 @frozen
 class Intake:
-    """An adapter that was copied into a directory of ours, and found sound.
+    """A checked copy of an adapter.
 
     Attributes:
         adapter: The copy.
-        content: Size and digest of each of its files.
-        stated_base: What its configuration says of its base model, which the copy leaves out
-            unless it is a Hub id.
+        content: Size and digest of each of its files, by name.
+        stated_base: `base_model_name_or_path` of the original, which the copy has only if it is a
+            Hub id.
     """
 
     adapter: Adapter
@@ -67,19 +67,22 @@ class Intake:
 
 
 def take_in(source: Path, destination: Path) -> Intake:
-    """Copy what belongs to an adapter into the empty directory `destination`, and check it.
+    """Copy an adapter's files into the empty directory `destination`, and check them.
 
-    Each file of `source` is read once; those that hold weights of other formats or only served
-    the training are left. The configuration is rewritten so that one adapter always has one byte
-    string: keys sorted, lists that PEFT treats as sets sorted, and `base_model_name_or_path` null
-    unless a Hub id.
+    Each file of `source` is read once. Weights in other formats and files that only the training
+    needs are left out. The configuration is rewritten so that equal adapters have equal bytes: its
+    keys are sorted, and so are lists that PEFT treats as sets; `base_model_name_or_path` is null
+    unless it is a Hub id.
+
+    Args:
+        source: The directory that a training saved.
+        destination: An empty directory.
 
     Raises:
         MalformedError: A required file is missing, the configuration or the weights' header does
             not parse, or a file changed while it was copied.
-        UnsafeFileError: A link, pipe, device or oversized file.
-        UnsupportedAdapterError: The weights are pickled, or the configuration names what could
-            run code.
+        UnsafeFileError: A file is a link, pipe or device, or is too large.
+        UnsupportedAdapterError: The weights are pickled, or the configuration could run code.
         StorageError: The disk failed.
     """
     if not os.path.lexists(source / WEIGHTS) and (source / "adapter_model.bin").exists():
@@ -91,7 +94,9 @@ def take_in(source: Path, destination: Path) -> Intake:
     with disk_errors(f"the adapter in {shown(source)} cannot be copied"):
         names = [*dict.fromkeys((CONFIG, WEIGHTS, *files_of(source, *_TAKEN)))]
         if len(names) > _MAX_FILES:
-            raise MalformedError(f"{shown(source)} has {len(names)} files, and is no adapter's")
+            raise MalformedError(
+                f"{shown(source)} has {len(names)} files; an adapter has at most {_MAX_FILES}"
+            )
         content = {name: _copy_file(source, destination, name) for name in names}
         config = json_object(destination / CONFIG)
         (destination / CONFIG).write_bytes(_canonical(config))
@@ -125,16 +130,18 @@ def _canonical(config: dict[str, Any]) -> bytes:
     try:
         text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False)
     except (ValueError, RecursionError) as error:
-        raise MalformedError(f"{CONFIG} holds a number that is not finite") from error
+        raise MalformedError(f"{CONFIG} has a number that is not finite") from error
     return text.encode() + b"\n"
 
 
 @frozen
 class Adapter:
-    """A PEFT adapter in a directory of our own, found sound.
+    """A PEFT adapter that was checked, in a private directory.
 
-    `config`: its `adapter_config.json`. `tensors`: what its weights hold, by the name PEFT gave
-    them.
+    Attributes:
+        directory: Where it is.
+        config: Its `adapter_config.json`.
+        tensors: The tensors of its weights, by PEFT's names.
     """
 
     directory: Path
@@ -143,30 +150,33 @@ class Adapter:
 
     @classmethod
     def open(cls, directory: Path) -> Adapter:
-        """Read the configuration and the weights' header.
+        """Read and check the configuration and the header of the weights.
 
         Raises:
-            MalformedError: a value of the wrong type or out of range, or no weights.
-            UnsupportedAdapterError: it names code, paths, a costly pattern or odd dtypes.
+            MalformedError: A value has the wrong type or is out of range, or there are no weights.
+            UnsupportedAdapterError: The configuration could run code, open other files or match a
+                pattern for very long, or a tensor has an unusual dtype.
         """
         config = json_object(directory / CONFIG, limit=row_of(CONFIG).limit)
         _check_config(config)
         tensors = read_header(directory / WEIGHTS, limit=_MAX_HEADER).tensors
         if not tensors:
-            raise MalformedError(f"{WEIGHTS} holds no tensors")
+            raise MalformedError(f"{WEIGHTS} has no tensors")
         if empty := {name for name, info in tensors.items() if not info.size}:
-            raise MalformedError(f"tensors without elements in {WEIGHTS}: {listed(empty)}")
+            raise MalformedError(f"{WEIGHTS} has tensors without elements: {listed(empty)}")
         dtypes = _DTYPES + (_INDEX_DTYPES if adapter_type(config).saves_indices else ())
         if odd := {name for name, info in tensors.items() if info.dtype not in dtypes}:
             raise UnsupportedAdapterError(
-                f"tensors of other dtypes than {', '.join(dtypes)}: {listed(odd)}"
+                f"{WEIGHTS} has tensors with a dtype other than {', '.join(dtypes)}: {listed(odd)}"
             )
         return cls(directory.resolve(), config, tensors)
 
 
 def _check_config(config: Mapping[str, Any]) -> None:
     if not re.fullmatch(r"[A-Z0-9_]{1,40}", str(config.get("peft_type")), re.ASCII):
-        raise MalformedError(f"peft_type {shown(config.get('peft_type'))} is no PEFT type")
+        raise MalformedError(
+            f"peft_type {shown(config.get('peft_type'))} is not the name of a PEFT type"
+        )
     kind = adapter_type(config)
     if "r" in config and (kind.requires_rank or config["r"] is not None):
         _check_rank("r", config["r"], 1 if kind.requires_rank else 0)
@@ -183,7 +193,7 @@ def _check_pattern_values(config: Mapping[str, Any], kind: AdapterType) -> None:
     for key in ("rank_pattern", "alpha_pattern"):
         patterns = {} if config.get(key) is None else config[key]
         if not isinstance(patterns, dict):
-            raise MalformedError(f"{key} is no object")
+            raise MalformedError(f"{key} is not a JSON object")
         for pattern, value in patterns.items():
             check_pattern(key, pattern)
             if key == "alpha_pattern":
@@ -196,18 +206,20 @@ def _check_pattern_values(config: Mapping[str, Any], kind: AdapterType) -> None:
 
 def _check_rank(what: str, value: object, lowest: int = 1) -> None:
     if type(value) is not int or not lowest <= value <= _MAX_RANK:
-        raise MalformedError(f"{what} {shown(value)} is no whole number {lowest} to {_MAX_RANK}")
+        raise MalformedError(
+            f"{what} {shown(value)} is not a whole number from {lowest} to {_MAX_RANK}"
+        )
 
 
 def _check_masks(what: str, value: object) -> None:
     """Which of a module's ranks are left."""
     if not isinstance(value, list) or not all(isinstance(item, bool) for item in value):
-        raise MalformedError(f"{what} {shown(value)} is no list of true and false")
+        raise MalformedError(f"{what} {shown(value)} is not a list of true and false")
 
 
 def _check_number(what: str, value: object) -> None:
     if type(value) not in (int, float) or not math.isfinite(value):  # type: ignore[arg-type]
-        raise MalformedError(f"{what} {shown(value)} is no finite number")
+        raise MalformedError(f"{what} {shown(value)} is not a finite number")
 
 
 def _check_names(key: str, value: object) -> None:
@@ -218,7 +230,7 @@ def _check_names(key: str, value: object) -> None:
         check_pattern(key, value)
         return
     if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
-        raise MalformedError(f"{key} is no list of names: {shown(value)}")
+        raise MalformedError(f"{key} is not a list of names: {shown(value)}")
     for item in value:
         check_pattern(key, item)
 
@@ -233,7 +245,7 @@ def _refuse_outside(config: Mapping[str, Any], where: str) -> None:
         outside = key in (*_LOADS_CODE, *_HERE_BY_DEFAULT, "auto_mapping")
         if outside or (_PATH_FIELD.fullmatch(key) and isinstance(value, str)):
             raise UnsupportedAdapterError(
-                f"{shown(key)} in {where} leads PEFT to code or files outside of the adapter: "
+                f"{shown(key)} in {where} makes PEFT run code or open files outside the adapter: "
                 f"{shown(value)}"
             )
         if isinstance(value, dict):
@@ -250,21 +262,20 @@ def _is_transformers_class(mapping: object) -> bool:
     )
 
 
-# Whether it belongs to a base
+# Whether it fits a base
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|layer|block)\.(\d+)\.")
 
 
 def check_fits(adapter: Adapter, base: Checkpoint) -> None:
-    """Whether the adapter can have been trained on `base`, by names and shapes in the headers.
+    """Check by names and shapes in the headers that the adapter may have been trained on `base`.
 
-    A module whose weight `base` has under that name must have the adapter's shape. Other modules
-    are passed over if some are found, because transformers renames and fuses tensors of some
-    architectures while it loads them: which of those exist is left to the merge plan, and so is
-    what each tensor means.
+    Where `base` has a weight with the name of an adapted module, the shapes must agree. Other
+    modules are not checked as long as some are found, because transformers renames and fuses the
+    tensors of some architectures while it loads them. The merge plan checks those.
 
     Raises:
-        BaseModelMismatch: shapes differ, a layer's number is beyond the base's, or nothing fits.
+        BaseModelMismatch: Shapes differ, the base has too few layers, or no module is found.
     """
     here, weights = {name: [info] for name, info in base.infos.items()}, _by_tail(base)
     modules = {name.split(".")[-2] for name in base.infos if "." in name}
@@ -286,14 +297,15 @@ def check_fits(adapter: Adapter, base: Checkpoint) -> None:
             wrong.add(name)
     elsewhere = adapter_type(adapter.config).shared or adapter.config.get("target_parameters")
     if wrong or not (found or elsewhere):
-        reason = f"they do not fit: {listed(wrong)}" if wrong else "none names a module of it"
+        reason = f"{listed(wrong)} do not fit" if wrong else "none belongs to a module of it"
         raise BaseModelMismatch(
-            f"the adapter's tensors are not for this base model: {reason}; "
-            f"name the base it was trained on"
+            f"the adapter was not trained on this base model, as its tensors show: {reason}; "
+            f"register it with the base model that it was trained on"
         )
 
 
 def layer_of(name: str) -> int:
+    """The layer's number in a tensor's or module's name; -1 if there is none."""
     match = _LAYER.search(name)
     return int(match[1]) if match and len(match[1]) < 10 else (10**9 if match else -1)
 
@@ -305,7 +317,7 @@ def _tail(name: str) -> str:
 
 
 def _by_tail(base: Checkpoint) -> dict[str, list[TensorInfo]]:
-    """The base's tensors by tail, which a part for language and one for images may share."""
+    """The base's tensors by tail. A language model and a vision tower may share one."""
     result: dict[str, list[TensorInfo]] = {}
     for name, info in base.infos.items():
         result.setdefault(_tail(name), []).append(info)
@@ -313,7 +325,7 @@ def _by_tail(base: Checkpoint) -> dict[str, list[TensorInfo]]:
 
 
 def _targets(path: str, infos: Mapping[str, list[TensorInfo]]) -> list[TensorInfo]:
-    """What `path` may stand for itself, or the weights of the module it lies in."""
+    """The tensor of that name, or the weight of the nearest module around it."""
     if path in infos:
         return infos[path]
     while "." in path:
@@ -324,7 +336,7 @@ def _targets(path: str, infos: Mapping[str, list[TensorInfo]]) -> list[TensorInf
 
 
 def _same_shape(path: str, info: TensorInfo, target: TensorInfo, adapter: Adapter) -> bool:
-    """Whether a LoRA factor or a full copy goes with its target; other kinds are not looked at."""
+    """Whether a LoRA factor or a full copy fits its target; other kinds are not checked."""
     if _tail(path) == _tail(target.name):
         resizable = layer_of(path) < 0 and len(info.shape) == 2  # embeddings, for added tokens
         return info.shape[resizable:] == target.shape[resizable:]

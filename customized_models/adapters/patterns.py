@@ -1,4 +1,4 @@
-"""Regular expressions out of an adapter's configuration: only those that cannot take for ever."""
+"""Checks regular expressions from an adapter's configuration: matching must take bounded time."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _MAX_CHOICES = 8
 def check_pattern(key: str, pattern: str) -> None:
     """Refuse a regular expression unless the time to match a module's name is bounded.
 
-    Taken are literals, `.`, classes, anchors, groups, choices between different literals, and
-    alternatives of the whole pattern. Only a single character may be repeated, and between two
-    repeats there must be a literal: a repeat can then end only where that literal stands.
+    Accepted are literals, `.`, classes, anchors, groups, choices between different literals, and
+    alternatives of the whole pattern. Only a single character may be repeated, and there must be a
+    literal between two repeats, so that a repeat can end only before that literal.
 
     Raises:
-        MalformedError: not a regular expression.
-        UnsupportedAdapterError: one of another kind.
+        MalformedError: It is not a regular expression.
+        UnsupportedAdapterError: Matching it may take very long.
     """
     costly = UnsupportedAdapterError(
         f"{key} has a pattern that may take very long to match: {shown(pattern)}; "

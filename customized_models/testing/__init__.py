@@ -1,7 +1,7 @@
-"""What plug-ins and their tests need: contract suites, an in-memory storage, tiny real models.
+"""Contract suites for storages and backends, storages for tests, and tiny real models.
 
-The contract suites need pytest; the models need torch, transformers and peft. Each is imported
-when its name is first used.
+The contract suites need pytest; the models need torch, transformers and peft. Each module is
+imported when one of its names is first used.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a backend must do, as tests to subclass; they need the tool itself, not a stand-in."""
+"""The contract of backends as a test class to subclass. It needs the real deployment tool."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ _NAME = f"contract-{os.getpid()}"
 
 
 class BackendContract:
-    """Subclass it, with fixtures `environment` and `artifact`, and `not_answering`.
+    """The contract of a backend. Subclass it, with fixtures and `not_answering`.
 
-    The environment should have a short timeout, and must have room for one model: one that is
-    pushed under the same name while the first is there is to be refused. What a test deploys it
-    undeploys.
+    The fixture `environment` gives a `DeploymentEnvironment` with a short timeout, whose tool has
+    room for a model; `artifact` gives the `Artifact` to deploy. Each test undeploys what it has
+    deployed.
     """
 
     def build(self, environment: DeploymentEnvironment) -> Backend:

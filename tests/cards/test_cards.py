@@ -142,7 +142,7 @@ def test_a_base_without_an_architecture_is_refused(tmp_path: Path) -> None:
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"architectures": []}))
 
-    with pytest.raises(MalformedError, match="no architecture"):
+    with pytest.raises(MalformedError, match="does not name an architecture"):
         read_base_card(base, Checkpoint.open(base))
 
 
