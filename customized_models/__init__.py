@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from .catalog.listing import Listing
 from .deploying.deployer import Deployer
 from .errors import (
     AlreadyExistsError,
@@ -93,6 +94,7 @@ __all__ = [
     "JobLost",
     "JobTimeoutError",
     "LeaseLostError",
+    "Listing",
     "LiveModel",
     "LocalStorage",
     "MalformedError",

@@ -189,13 +189,14 @@ class ModelRegistry:
             _checked_model_name(model_name)
         location = _hashed(path)
         directory = Path(location.path)
+        template = _template(deployment_template)
         base = BaseModel(
             technical_name=technical_name,
             model_name=_checked_model_name(directory.name) if model_name is None else model_name,
             digest=location.digest,
             created=datetime.now(UTC),
             card=read_base_card(directory, Checkpoint.open(directory)),
-            deployment_template=deployment_template,
+            deployment_template=template,
         )
         added = self.catalog.bases.add(base, location)
         _log.info("base model %s: %s, %s", added.name, added.digest, location.path)
@@ -210,7 +211,7 @@ class ModelRegistry:
             NotFoundError: There is no such base model.
         """
         known = self.catalog.levels.meant("base_model", base_model, BaseModel)
-        changed = evolve(known, deployment_template=deployment_template)
+        changed = evolve(known, deployment_template=_template(deployment_template))
         self.catalog.bases.change(changed)
         _log.info("base model %s has another deployment template", changed.name)
         return changed
@@ -573,6 +574,12 @@ def _at_least_one(max_running: object) -> int:
     if count < 1:
         raise InvalidArgumentError("max_running takes 1 or more")
     return count
+
+
+def _template(given: object) -> DeploymentTemplate | None:
+    if given is None:
+        return None
+    return cast(DeploymentTemplate, value_of("deployment_template", given, DeploymentTemplate))
 
 
 def _filter(label: object) -> str | None:

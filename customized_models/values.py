@@ -42,7 +42,7 @@ class Value:
         return html_table(("field", "value"), [(name, self[name]) for name in self.keys()])
 
     @classmethod
-    def __get_pydantic_core_schema__(cls, source: Any, handler: Callable[[Any], Any]) -> Any:
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
         """For web services: an object with the fields, in both directions."""
         from pydantic_core import core_schema
 
@@ -50,7 +50,7 @@ class Value:
         given = core_schema.typed_dict_schema(
             {
                 a.name: core_schema.typed_dict_field(
-                    handler(hints[a.name]), required=a.default is NOTHING
+                    handler.generate_schema(hints[a.name]), required=a.default is NOTHING
                 )
                 for a in fields(cls)  # type: ignore[arg-type]  # subclasses are attrs classes
             },
@@ -127,7 +127,10 @@ def value_of(argument: str, value: object, kind: type[Any]) -> Any:
     missing = {name for name, a in known.items() if a.default is NOTHING} - given.keys()
     if missing:
         raise InvalidArgumentError(f"{argument} lacks the field {listed(missing)}")
-    return kind(**given)
+    try:
+        return kind(**given)
+    except InvalidArgumentError as error:
+        raise InvalidArgumentError(f"{argument}: {error}") from error
 
 
 _PLAIN: Mapping[Any, Callable[[str, object], Any]] = {

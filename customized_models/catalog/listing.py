@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, Protocol, TypeVar, overload
 
 from ..arguments import refused
@@ -147,12 +147,12 @@ class Listing(Sequence[T], Generic[T]):
                     yield value
 
     @classmethod
-    def __get_pydantic_core_schema__(cls, source: Any, handler: Callable[[Any], Any]) -> Any:
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
         """For web services: `-> Listing[CustomizedModel]` answers with a list."""
         from pydantic_core import core_schema
 
         (item,) = getattr(source, "__args__", (Any,))
-        items = core_schema.list_schema(handler(item))
+        items = core_schema.list_schema(handler.generate_schema(item))
         return core_schema.no_info_before_validator_function(_as_list, items)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Generator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Generator, Mapping
 from contextlib import aclosing
 from datetime import datetime
 from functools import partial
@@ -234,14 +234,14 @@ class Job(Generic[T_co]):
         return f"the worker of {self.kind} {self.name} is gone; {what}{said}"
 
     @classmethod
-    def __get_pydantic_core_schema__(cls, source: Any, handler: Callable[[Any], Any]) -> Any:
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
         """For web services: a job answers with its record."""
         from pydantic_core import core_schema
 
         return core_schema.is_instance_schema(
             cls,
             serialization=core_schema.plain_serializer_function_ser_schema(
-                lambda job: job.record, return_schema=handler(JobRecord)
+                lambda job: job.record, return_schema=handler.generate_schema(JobRecord)
             ),
         )
 
