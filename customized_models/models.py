@@ -362,6 +362,10 @@ class Proof(Value):
     found: str
 
 
+LiveState = Literal["live", "superseded", "undeployed"]
+LIVE_STATES: tuple[LiveState, ...] = get_args(LiveState)
+
+
 @frozen(field_transformer=checked)
 class LiveModel(Value):
     """A model that was deployed.
@@ -398,7 +402,7 @@ class LiveModel(Value):
     created: datetime = field(repr=False)
     source_digest: str = field(repr=False)
     template_digest: str | None = field(default=None, repr=False)
-    state: Literal["live", "superseded", "undeployed"] = "live"
+    state: LiveState = "live"
     card: ModelCard = field(factory=ModelCard, hash=False, repr=False)
     replaces: str | None = field(default=None, repr=False)
     proofs: tuple[Proof, ...] = field(default=(), repr=False)

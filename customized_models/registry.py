@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, cast, get_args
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast, get_args
 
 from attrs import evolve
 
@@ -36,6 +36,7 @@ from .jobs.job import Job
 from .jobs.queue import JobQueue
 from .models import (
     JOB_STATES,
+    LIVE_STATES,
     BaseModel,
     CompleteModel,
     CustomizedModel,
@@ -44,6 +45,7 @@ from .models import (
     EvaluationSummary,
     JobState,
     LiveModel,
+    LiveState,
     ThirdPartyModel,
     TrainingConfiguration,
 )
@@ -354,11 +356,11 @@ class ModelRegistry:
         train_name: str | None = None,
         source: CustomizedModel | CompleteModel | str | None = None,
         environment: DeploymentEnvironment | str | None = None,
-        state: Literal["live", "undeployed"] | None = None,
+        state: LiveState | None = None,
     ) -> Listing[LiveModel]:
         """Live models, newest first; `source`: the complete or customized model."""
         if state is not None:
-            arguments.choice("state", state, ("live", "undeployed"))
+            arguments.choice("state", state, LIVE_STATES)
         return self.catalog.levels.listing(
             LiveModel,
             base=base,

@@ -341,7 +341,7 @@ def test_filters_on_what_is_not_there_are_errors(
         registry.live_models(environment="here")
     with pytest.raises(NotFoundError, match="no CustomizedModel"):
         registry.complete_models(customized="a")
-    with pytest.raises(InvalidArgumentError, match="'live' or 'undeployed'"):
+    with pytest.raises(InvalidArgumentError, match="'superseded' or 'undeployed'"):
         registry.live_models(state="alive")  # type: ignore[arg-type]
     with pytest.raises(InvalidArgumentError, match="did you mean 'running'"):
         registry.jobs("runing")  # type: ignore[arg-type]
