@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from .catalog.listing import Listing
 from .deploying.deployer import Deployer
 from .errors import (
     AlreadyExistsError,
@@ -12,6 +13,7 @@ from .errors import (
     DeploymentError,
     IntegrityError,
     InUseError,
+    InvalidArgumentError,
     InvalidNameError,
     InvalidOptionError,
     JobCancelled,
@@ -82,6 +84,7 @@ __all__ = [
     "EvaluationSummary",
     "InUseError",
     "IntegrityError",
+    "InvalidArgumentError",
     "InvalidNameError",
     "InvalidOptionError",
     "Job",
@@ -91,6 +94,7 @@ __all__ = [
     "JobLost",
     "JobTimeoutError",
     "LeaseLostError",
+    "Listing",
     "LiveModel",
     "LocalStorage",
     "MalformedError",

@@ -8,6 +8,7 @@
         NotLocalError
         DatabaseError
         StorageError                        (also an OSError)
+        InvalidArgumentError                (also a TypeError)
         InvalidNameError                    (also a ValueError)
         MalformedError                      (also a ValueError)
             UnsafeFileError
@@ -116,6 +117,10 @@ class StorageError(CustomizedModelsError, OSError):
     def __init__(self, message: str, outcome_unknown: bool = False) -> None:
         super().__init__(message)
         self.outcome_unknown = outcome_unknown
+
+
+class InvalidArgumentError(CustomizedModelsError, TypeError):
+    """An argument has the wrong type. The message names what to pass, and never has the value."""
 
 
 class InvalidNameError(CustomizedModelsError, ValueError):

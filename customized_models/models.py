@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import enum
+import html
 import ipaddress
 import os
 import re
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from datetime import datetime
-from pathlib import Path
-from typing import Any, Literal
+from difflib import get_close_matches
+from typing import Any, Literal, get_args
 
-from attrs import field, frozen
+from attrs import Factory, field, frozen
 
-from .display import Shown
-from .errors import InvalidOptionError, UnsupportedQuantizationError, shown
+from . import arguments
+from .display import html_table, text_table
+from .errors import InvalidOptionError, MalformedError, UnsupportedQuantizationError, shown
+from .files.reading import content
 from .naming import ENVIRONMENT_NAME, checked_name
+from .values import Value, checked
 
 Quantization = Literal["no_quantization", "q8_0", "q4_K_M", "q4_K_S"]
 QUANTIZATIONS: tuple[Quantization, ...] = ("no_quantization", "q8_0", "q4_K_M", "q4_K_S")
@@ -26,22 +30,30 @@ Progress = Callable[[str, int, int], None]
 """`progress(phase, done, total)`: called often, with bytes; raises `JobCancelled` to stop."""
 
 
-def checked_quantization(quantization: str) -> Quantization:
-    """`quantization` if it is one of `QUANTIZATIONS`.
+def checked_quantization(quantization: object) -> Quantization:
+    """One of `QUANTIZATIONS`. Upper and lower case are the same: llama.cpp says `Q4_K_M`.
 
     Raises:
-        UnsupportedQuantizationError: It is not.
+        InvalidArgumentError: It is not text.
+        UnsupportedQuantizationError: There is no such mode.
     """
-    for known in QUANTIZATIONS:
-        if quantization == known:
-            return known
+    modes: dict[str, Quantization] = {mode.lower(): mode for mode in QUANTIZATIONS}
+    given = arguments.instance("quantization", quantization, str, " or ".join(QUANTIZATIONS))
+    if given.lower() in modes:
+        return modes[given.lower()]
+    near = get_close_matches(given.lower(), modes, 1)
+    hint = f"; did you mean {modes[near[0]]!r}?" if near else ""
     raise UnsupportedQuantizationError(
-        f"unknown quantization {shown(quantization)}; choose from {', '.join(QUANTIZATIONS)}"
+        f"unknown quantization {shown(given)}; choose from {', '.join(QUANTIZATIONS)}{hint}"
     )
 
 
-@frozen
-class TrainingConfiguration(Shown):
+def _datasets(value: str | Iterable[str]) -> tuple[str, ...]:
+    return arguments.texts("TrainingConfiguration.datasets", value)
+
+
+@frozen(field_transformer=checked)
+class TrainingConfiguration(Value):
     """How an adapter was trained.
 
     Attributes:
@@ -53,11 +65,11 @@ class TrainingConfiguration(Shown):
 
     peft: Mapping[str, Any] = field(factory=dict)
     arguments: Mapping[str, Any] = field(factory=dict)
-    datasets: tuple[str, ...] = ()
+    datasets: tuple[str, ...] = field(default=(), converter=_datasets)
 
 
-@frozen
-class EvaluationSummary(Shown):
+@frozen(field_transformer=checked)
+class EvaluationSummary(Value):
     """What training and evaluation measured.
 
     Attributes:
@@ -79,8 +91,8 @@ class EvaluationSummary(Shown):
     log_entries: int = 0
 
 
-@frozen
-class ModelCard(Shown):
+@frozen(field_transformer=checked)
+class ModelCard(Value):
     """How a model was made. Its `README.md` is rendered from this.
 
     Attributes:
@@ -90,6 +102,27 @@ class ModelCard(Shown):
 
     training: TrainingConfiguration = field(factory=TrainingConfiguration)
     evaluation: EvaluationSummary = field(factory=EvaluationSummary)
+
+    @property
+    def text(self) -> str:
+        """The whole card in several lines."""
+        return "\n\n".join((str(self), *(f"{t}\n{text_table(rows)}" for t, rows in self._tables())))
+
+    def _repr_html_(self) -> str:
+        tables = (html_table((title, ""), rows) for title, rows in self._tables())
+        return f"<p>{html.escape(str(self))}</p>{''.join(tables)}"
+
+    def _tables(self) -> Iterator[tuple[str, list[tuple[object, ...]]]]:
+        """Titles and rows of the tables that have rows."""
+        training, evaluation = self.training, self.evaluation.to_dict()
+        metrics = evaluation.pop("metrics")
+        tables = {
+            "Method": training.peft,
+            "Training arguments": training.arguments,
+            "Datasets": dict.fromkeys(training.datasets, ""),
+            "Evaluation": metrics | {k: v for k, v in evaluation.items() if v},
+        }
+        return ((title, [*table.items()]) for title, table in tables.items() if table)
 
     def __str__(self) -> str:
         """One line: method, rank, steps and last loss."""
@@ -104,8 +137,8 @@ class ModelCard(Shown):
         return ", ".join(parts)
 
 
-@frozen
-class BaseModelCard(Shown):
+@frozen(field_transformer=checked)
+class BaseModelCard(Value):
     """What a base model's files say about it.
 
     Attributes:
@@ -135,13 +168,15 @@ class BaseModelCard(Shown):
         return f"{self.architecture}, {self.parameters:,} parameters, {self.dtype}"
 
 
-def _each_text(value: str | Iterable[str]) -> tuple[str, ...]:
-    """Several strings; a single string is one of them, not its letters."""
-    return (value,) if isinstance(value, str) else tuple(value)
+MAX_TEMPLATE = 1 << 20  # bytes: the longest known templates have some ten thousand
 
 
-@frozen
-class DeploymentTemplate(Shown):
+def _stop(value: str | Iterable[str]) -> tuple[str, ...]:
+    return arguments.texts("DeploymentTemplate.stop", value)
+
+
+@frozen(field_transformer=checked)
+class DeploymentTemplate(Value):
     """An Ollama template and the strings that end an answer.
 
     Attributes:
@@ -153,7 +188,7 @@ class DeploymentTemplate(Shown):
     """
 
     text: str = field(repr=lambda text: shown(text, 40))
-    stop: tuple[str, ...] = field(default=(), converter=_each_text)
+    stop: tuple[str, ...] = field(default=(), converter=_stop)
 
     @classmethod
     def from_file(
@@ -162,9 +197,15 @@ class DeploymentTemplate(Shown):
         """The template in a UTF-8 file.
 
         Raises:
-            OSError: The file cannot be read.
+            MalformedError: There is no such file, or it is not UTF-8.
+            UnsafeFileError: It has more than a megabyte.
+            StorageError: It cannot be read.
         """
-        return cls(Path(path).read_text(encoding="utf-8"), stop)
+        file = arguments.path("path", path)
+        try:
+            return cls(content(file, MAX_TEMPLATE).decode("utf-8-sig"), stop)
+        except UnicodeDecodeError as error:
+            raise MalformedError(f"{shown(file.name)} is not UTF-8") from error
 
     @property
     def digest(self) -> str:
@@ -174,8 +215,8 @@ class DeploymentTemplate(Shown):
         return "blake3:" + blake3("\0".join((self.text, *self.stop)).encode()).hexdigest()
 
 
-@frozen
-class BaseModel(Shown):
+@frozen(field_transformer=checked)
+class BaseModel(Value):
     """A pretrained model that adapters are trained on. It is referenced, never copied or deleted.
 
     Attributes:
@@ -205,8 +246,8 @@ class BaseModel(Shown):
         return f"base/{self.technical_name}"
 
 
-@frozen
-class CustomizedModel(Shown):
+@frozen(field_transformer=checked)
+class CustomizedModel(Value):
     """A registered adapter. It belongs to its base model and cannot be used without it.
 
     Law: `name == customized_name(base, train_name, created, training_id)`.
@@ -214,12 +255,13 @@ class CustomizedModel(Shown):
     Attributes:
         name: Unique.
         base: The base model's technical name.
-        train_name: What the training was called.
+        train_name: Derived from the label by `naming.train_name_of`.
         training_id: The training's id.
         created: When the name was reserved, in UTC.
         digest: BLAKE3 of its content files and its base, as `blake3:...`.
         kind: Always "adapter".
         card: How it was trained.
+        label: What the training was called.
     """
 
     name: str
@@ -230,6 +272,7 @@ class CustomizedModel(Shown):
     digest: str = field(repr=False)
     kind: Literal["adapter"] = field(default="adapter", repr=False)
     card: ModelCard = field(factory=ModelCard, hash=False, repr=False)
+    label: str = field(default=Factory(lambda self: self.train_name, takes_self=True), repr=False)
 
     @property
     def key(self) -> str:
@@ -237,8 +280,8 @@ class CustomizedModel(Shown):
         return f"customized/{self.name}"
 
 
-@frozen
-class CompleteModel(Shown):
+@frozen(field_transformer=checked)
+class CompleteModel(Value):
     """An adapter merged into its base: a model directory that `from_pretrained` opens.
 
     Attributes:
@@ -283,8 +326,8 @@ class Status(enum.Enum):
     UNREACHABLE = "unreachable"  # the tool does not answer
 
 
-@frozen
-class Served(Shown):
+@frozen(field_transformer=checked)
+class Served(Value):
     """A model as its deployment tool serves it.
 
     Attributes:
@@ -302,8 +345,8 @@ class Served(Shown):
     details: Mapping[str, Any] = field(factory=dict, hash=False, repr=False)
 
 
-@frozen
-class Proof(Shown):
+@frozen(field_transformer=checked)
+class Proof(Value):
     """A comparison that was made before a live model got its served name.
 
     Attributes:
@@ -319,8 +362,12 @@ class Proof(Shown):
     found: str
 
 
-@frozen
-class LiveModel(Shown):
+LiveState = Literal["live", "superseded", "undeployed"]
+LIVE_STATES: tuple[LiveState, ...] = get_args(LiveState)
+
+
+@frozen(field_transformer=checked)
+class LiveModel(Value):
     """A model that was deployed.
 
     Attributes:
@@ -355,7 +402,7 @@ class LiveModel(Shown):
     created: datetime = field(repr=False)
     source_digest: str = field(repr=False)
     template_digest: str | None = field(default=None, repr=False)
-    state: Literal["live", "superseded", "undeployed"] = "live"
+    state: LiveState = "live"
     card: ModelCard = field(factory=ModelCard, hash=False, repr=False)
     replaces: str | None = field(default=None, repr=False)
     proofs: tuple[Proof, ...] = field(default=(), repr=False)
@@ -372,8 +419,65 @@ class LiveModel(Shown):
         return self.served.endpoint
 
 
-@frozen
-class ThirdPartyModel(Shown):
+@frozen(field_transformer=checked)
+class JobProgress(Value):
+    """The progress of a job. It unpacks as `phase, done, total`.
+
+    Attributes:
+        phase: What the job is doing; "done" once it has succeeded.
+        done: Bytes.
+        total: Bytes; 0 in a phase that is not measured.
+    """
+
+    phase: str
+    done: int
+    total: int
+
+    @property
+    def percent(self) -> int | None:
+        """How much of the phase is done; None if that is not measured."""
+        return 100 * self.done // self.total if self.total else None
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.phase, self.done, self.total))
+
+    def __str__(self) -> str:
+        return self.phase if self.percent is None else f"{self.phase}, {self.percent} %"
+
+
+JobState = Literal["queued", "running", "succeeded", "failed", "cancelled", "lost"]
+JOB_STATES: tuple[JobState, ...] = get_args(JobState)
+
+
+@frozen(field_transformer=checked)
+class JobRecord(Value):
+    """What is known of a job at one moment.
+
+    Attributes:
+        id: Its id.
+        kind: "save" or "deploy".
+        name: Of the model that it makes.
+        state: "lost" if its worker ended without recording how.
+        progress: How far it has come.
+        created: When it was submitted, in UTC.
+        started: When its work began, in UTC; None while it is queued.
+        ended: When it ended, in UTC.
+        error: The class and message of the error that ended it.
+    """
+
+    id: uuid.UUID
+    kind: str
+    name: str
+    state: JobState
+    progress: JobProgress
+    created: datetime
+    started: datetime | None = None
+    ended: datetime | None = None
+    error: str | None = None
+
+
+@frozen(field_transformer=checked)
+class ThirdPartyModel(Value):
     """A live model as other services see it.
 
     Attributes:
@@ -393,17 +497,13 @@ class ThirdPartyModel(Shown):
     stale: bool = False
 
 
-def _frozen_mapping(value: Mapping[str, Any]) -> dict[str, Any]:
-    return dict(value)
-
-
 def _host(value: str | None) -> str | None:
     """A host's name or IP address, as it stands in a URL but without brackets.
 
     What is refused is not shown: it may hold a password.
     """
-    if value is None:
-        return None
+    if not isinstance(value, str):
+        return value
     bare = value[1:-1] if value[:1] == "[" and value[-1:] == "]" else value
     with suppress(ValueError):
         return str(ipaddress.ip_address(bare))
@@ -424,6 +524,8 @@ def _scheme(value: Any) -> Any:
 
 def _prefix(value: str) -> str:
     """A path before that of the tool's API: with a slash before it, and none after it."""
+    if not isinstance(value, str):
+        return value
     path = value.rstrip("/")
     path = f"/{path}" if path and not path.startswith("/") else path
     if not re.fullmatch(r"(/(?:[A-Za-z0-9._~:@!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+)*", path):
@@ -431,8 +533,19 @@ def _prefix(value: str) -> str:
     return path
 
 
-@frozen
-class DeploymentEnvironment(Shown):
+_VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]{0,127}")  # as POSIX has it; tokens have small letters
+_SECRET_NAME = re.compile(
+    r"(^|[_.-])(token|secret|password|passwd|passphrase|credentials?|authorization|bearer"
+    r"|(api|access|private)[_-]?key)$",
+    re.IGNORECASE,
+)
+_SECRET = re.compile(
+    r"Bearer |Basic |\w+://[^/\s]*@|(hf_|sk-|ghp_|github_pat_|AKIA)\w", re.IGNORECASE
+)
+
+
+@frozen(field_transformer=checked)
+class DeploymentEnvironment(Value):
     """A deployment tool, its address and its settings. It is stored, so it holds no secrets.
 
     Attributes:
@@ -442,7 +555,7 @@ class DeploymentEnvironment(Shown):
         port: None for the tool's own.
         scheme: "http" or "https".
         path: A prefix that a proxy removes, such as "/ollama".
-        token_env: Name of the environment variable with the bearer token.
+        token_env: Name of the environment variable with the bearer token, in capital letters.
         settings: For the backend, which refuses those that it does not know.
 
     Raises:
@@ -460,16 +573,23 @@ class DeploymentEnvironment(Shown):
     scheme: Literal["http", "https"] = field(default="http", converter=_scheme, kw_only=True)
     path: str = field(default="", converter=_prefix, kw_only=True)
     token_env: str | None = field(default=None, kw_only=True)
-    settings: Mapping[str, Any] = field(
-        factory=dict, converter=_frozen_mapping, kw_only=True, hash=False
-    )
+    settings: Mapping[str, Any] = field(factory=dict, kw_only=True, hash=False)
 
     def __attrs_post_init__(self) -> None:
         checked_name("environment name", self.name, ENVIRONMENT_NAME)
-        if self.port is not None and not (type(self.port) is int and 0 < self.port < 65536):
-            raise InvalidOptionError(f"port {shown(self.port)} is not between 1 and 65535")
-        if self.scheme not in ("http", "https"):
-            raise InvalidOptionError("scheme must be http or https")
+        if self.port is not None and not 0 < self.port < 65536:
+            raise InvalidOptionError(f"port {self.port} is not between 1 and 65535")
+        if self.token_env is not None and not _VARIABLE.fullmatch(self.token_env):
+            raise InvalidOptionError(
+                "token_env must be the name of the environment variable that holds the token, "
+                "such as 'OLLAMA_TOKEN': A to Z, 0 to 9 and '_'"
+            )
+        for key, value in self.settings.items():
+            if isinstance(value, str) and (_SECRET_NAME.search(key) or _SECRET.match(value)):
+                raise InvalidOptionError(
+                    f"the setting {shown(key, 40)} looks like a secret, and settings are stored; "
+                    f"token_env names the environment variable that holds a token"
+                )
 
     @property
     def url(self) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 import uuid
 from datetime import datetime
 
+from .arguments import text
 from .errors import InvalidNameError, shown
 
 TECHNICAL_NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,23}", re.ASCII)
@@ -20,15 +22,69 @@ SERVED_NAME = re.compile(
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
-def checked_name(kind: str, name: str, pattern: re.Pattern[str]) -> str:
+_LONGEST = {TECHNICAL_NAME: 24, TRAIN_NAME: 48, ENVIRONMENT_NAME: 48, SERVED_NAME: 80}
+_LONGEST_LABEL = 200  # characters: what a table can still show
+
+
+def checked_name(kind: str, name: object, pattern: re.Pattern[str]) -> str:
     """`name` if all of it matches `pattern` and it does not contain `..`.
 
     Raises:
-        InvalidNameError: It does not match. The message has the pattern.
+        InvalidArgumentError: It is not text.
+        InvalidNameError: It does not match. The message describes and proposes one that does.
     """
-    if not isinstance(name, str) or not pattern.fullmatch(name) or ".." in name:
-        raise InvalidNameError(f"{kind} {shown(name)} must match {pattern.pattern}, without '..'")
+    given, longest = text(kind, name), _LONGEST[pattern]
+    if _matches(given, pattern):
+        return given
+    characters = f"1 to {longest} characters of a to z, 0 to 9"
+    form = (
+        f"'model', 'model:tag' or 'namespace/model:tag', each {characters}, '.', '_' and '-'"
+        if pattern is SERVED_NAME
+        else f"{characters}, '.' and '-', beginning with a letter or digit, without '..'"
+    )
+    proposed = _derived(given, longest)
+    hint = f"; {shown(proposed)} would do" if proposed else ""
+    raise InvalidNameError(f"{kind} {shown(given)} must be {form}{hint}")
+
+
+def train_name_of(label: object) -> str:
+    """The train name for what a person calls a training. A label that is a valid name stays as is.
+
+    Any other label is decomposed (Unicode NFKD), its accents are removed, and it is converted to
+    lower case; each run of characters other than a to z, 0 to 9, `.` and `-`, and each run of dots,
+    becomes one `-`; dots and dashes at its ends are removed, and it is cut to 48 characters.
+
+    >>> train_name_of("Réseau_v2 (final)")
+    'reseau-v2-final'
+
+    Raises:
+        InvalidArgumentError: It is not text.
+        InvalidNameError: Nothing is left, or the label is not 1 to 200 printable characters.
+    """
+    given = text("train_name", label)
+    if not 0 < len(given) <= _LONGEST_LABEL or not given.isprintable():
+        raise InvalidNameError(
+            f"train name {shown(given)} must be 1 to {_LONGEST_LABEL} printable characters"
+        )
+    if _matches(given, TRAIN_NAME):
+        return given
+    name = _derived(given, _LONGEST[TRAIN_NAME])
+    if not name:
+        raise InvalidNameError(
+            f"train name {shown(given)} has no letter a to z and no digit to make a name from"
+        )
     return name
+
+
+def _matches(name: str, pattern: re.Pattern[str]) -> bool:
+    return bool(pattern.fullmatch(name)) and ".." not in name
+
+
+def _derived(text: str, longest: int) -> str:
+    """A name by the rule of `train_name_of`; empty if nothing is left."""
+    letters = (c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+    plain = re.sub(r"[^a-z0-9.-]+|\.{2,}", "-", "".join(letters).lower())
+    return plain.strip(".-")[:longest].rstrip(".-")
 
 
 def customized_name(base: str, train_name: str, created: datetime, training_id: uuid.UUID) -> str:

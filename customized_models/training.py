@@ -9,13 +9,14 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attrs import evolve, frozen
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .arguments import instance, texts
 from .cards.reading import evaluation_summary, peft_settings, training_arguments
 from .errors import (
     AlreadyExistsError,
@@ -26,8 +27,9 @@ from .errors import (
     shown,
 )
 from .files.reading import json_object
-from .models import CustomizedModel, TrainingConfiguration
-from .naming import TRAIN_NAME, checked_name
+from .models import BaseModel, CustomizedModel, TrainingConfiguration
+from .naming import train_name_of
+from .registering import Training
 from .registry import ModelRegistry
 
 if TYPE_CHECKING:
@@ -61,9 +63,8 @@ class _Registration:
         if base_model is None:
             stated = model.peft_config[_adapter_name(model)].base_model_name_or_path
             base_model = registry.find_base_model(stated).name
-        checked_name("train name", train_name, TRAIN_NAME)
         reserved = registry.catalog.reservations.reserve(
-            train_name=train_name, training_id=training_id, base_model=base_model
+            train_name=train_name_of(train_name), training_id=training_id, base_model=base_model
         )
         return cls(registry, reserved.name, train_name, base_model, reserved.training_id, training)
 
@@ -125,15 +126,16 @@ class RegisterCallback(TrainerCallback):
         registry: ModelRegistry | str | os.PathLike[str],
         *,
         train_name: str,
-        base_model: str | None = None,
-        training_id: uuid.UUID | None = None,
-        datasets: Sequence[str] = (),
+        base_model: BaseModel | str | None = None,
+        training_id: uuid.UUID | str | None = None,
+        datasets: str | Iterable[str] = (),
     ) -> None:
         self.registry = registry if isinstance(registry, ModelRegistry) else ModelRegistry(registry)
-        self.train_name = train_name
-        self.base_model = base_model
-        self.training_id = training_id
-        self.datasets = tuple(datasets)
+        given = Training.given(train_name, base_model, training_id)
+        self.train_name = given.label
+        self.base_model = given.base_model
+        self.training_id = given.id
+        self.datasets = texts("datasets", datasets)
         self.name: str | None = None
         self.model: CustomizedModel | None = None
         self._registration: _Registration | None = None
@@ -207,9 +209,9 @@ def register_from_trainer(
     trainer: Trainer,
     *,
     train_name: str,
-    base_model: str | None = None,
-    training_id: uuid.UUID | None = None,
-    datasets: Sequence[str] = (),
+    base_model: BaseModel | str | None = None,
+    training_id: uuid.UUID | str | None = None,
+    datasets: str | Iterable[str] = (),
 ) -> CustomizedModel | None:
     """Register what `trainer` has trained, sharded or not. Call it on every rank.
 
@@ -234,8 +236,10 @@ def register_from_trainer(
         RegistrationError: Registering failed. The saved adapter is kept.
     """
     registry = registry if isinstance(registry, ModelRegistry) else ModelRegistry(registry)
+    given, names = Training.given(train_name, base_model, training_id), texts("datasets", datasets)
+    instance("trainer", trainer, Trainer)
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-    directory = Path(str(trainer.args.output_dir)) / f"unregistered-{train_name}"
+    directory = Path(str(trainer.args.output_dir)) / f"unregistered-{given.train_name}"
     saved = _adapter_directory(model, directory)
     registration = None
     if trainer.is_world_process_zero():
@@ -246,10 +250,10 @@ def register_from_trainer(
         registration = _Registration.reserved(
             registry,
             model,
-            train_name=train_name,
-            base_model=base_model,
-            training_id=training_id,
-            training=_configuration(trainer.args, datasets),
+            train_name=given.label,
+            base_model=given.base_model,
+            training_id=given.id,
+            training=_configuration(trainer.args, names),
         )
     trainer.save_model(str(directory))
     if registration is None:

@@ -124,7 +124,7 @@ class LlamaCpp:
             aliases = self._aliases(port)
             if plan.served_name not in aliases:
                 raise ServerAnswerError(f"llama.cpp serves {shown(aliases)} instead of its model")
-            progress("starting", 1, 1)
+            progress("starting", 0, 0)
         except BaseException:
             end(process)
             raise

@@ -61,7 +61,7 @@ def end(process: Process) -> None:
 def output_of_start(command: Sequence[str], seconds: float, progress: Progress) -> bytes:
     """Run a command that puts itself into the background; its output until it closes it.
 
-    The command's processes form a session of their own. `progress("starting", 0, 1)` is called
+    The command's processes form a session of their own. `progress("starting", 0, 0)` is called
     meanwhile; if it raises, or `seconds` pass, the whole session is killed. Of more than 64 KiB
     of output, the last are given.
 
@@ -82,7 +82,7 @@ def output_of_start(command: Sequence[str], seconds: float, progress: Progress) 
         try:
             output, until = b"", time.monotonic() + seconds
             while time.monotonic() < until:
-                progress("starting", 0, 1)
+                progress("starting", 0, 0)
                 if selector.select(_TICK):
                     piece = os.read(process.stdout.fileno(), _KEPT)
                     if not piece:

@@ -13,7 +13,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from attrs import asdict, frozen
@@ -96,6 +96,12 @@ class Leases:
         query = select(leases).where(leases.c.owner == owner).limit(1)
         row = connection.execute(query).mappings().first()
         return row is not None and not self._has_ended(Holder.of(row))
+
+    def held(self, connection: Connection, owners: Collection[str]) -> set[str]:
+        """Those of `owners` whose leases last, as `holds` says of one."""
+        query = select(leases).where(leases.c.owner.in_(owners))
+        holders = map(Holder.of, connection.execute(query).mappings().all())
+        return {h.owner for h in {h.owner: h for h in holders}.values() if not self._has_ended(h)}
 
     def refuse_if_held(self, connection: Connection, key: str) -> None:
         """Raise `InUseError` if anyone holds `key`; take it from those whose lease has ended."""

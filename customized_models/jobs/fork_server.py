@@ -9,8 +9,8 @@ Forking is safe as long as the server has one thread. Two more are there after t
 OpenBLAS in numpy and in scipy, which stops them before a fork. Where any other is left, and on
 systems where forking is not safe after the imports, the server does one piece of work itself.
 
-It ends when nobody has asked it for anything for some minutes, and with the process that started
-it; its children go on.
+It ends when nobody has asked it for anything for some minutes. If the process that started it ends,
+it does so with the last of its children; if it is killed, they go on.
 """
 
 from __future__ import annotations
@@ -24,13 +24,11 @@ import select
 import signal
 import socket
 import sys
-from collections import deque
 from contextlib import suppress
 
 from attrs import define, field
 
 from ..merging import preload
-from .turn import Turn
 from .workers import PID, add_search_path
 
 IDLE_SECONDS = 600.0
@@ -40,7 +38,7 @@ _FDS = 4  # open files that come with each piece of work
 
 
 def main(fd: int) -> None:
-    """Serve until the other end of the socket `fd` is closed, and nobody waits for a turn."""
+    """Serve until the other end of the socket `fd` is closed and all children have ended."""
     control = socket.socket(fileno=fd)
     _import_all()
     if _may_fork():
@@ -49,7 +47,7 @@ def main(fd: int) -> None:
         received = _receive(control)
         if received is not None:
             control.close()
-            _work(received, Turn(None))
+            _work(received)
 
 
 def _import_all() -> None:
@@ -80,8 +78,6 @@ def _may_fork() -> bool:
 class _Server:
     control: socket.socket
     running: set[int] = field(factory=set, init=False)
-    waiting: deque[tuple[int, int]] = field(factory=deque, init=False)  # pid, what tells its turn
-    slots: int = field(factory=lambda: len(os.sched_getaffinity(0)), init=False)
 
     def serve(self) -> None:
         woken, wake = socket.socketpair()
@@ -90,8 +86,8 @@ class _Server:
         signal.signal(signal.SIGCHLD, lambda *_: None)  # so that the next line has an effect
         signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
         is_open = True
-        while is_open or self.waiting:
-            idle = None if self.running or self.waiting else IDLE_SECONDS
+        while is_open or self.running:  # a child that has just begun is not the holder of its job
+            idle = None if self.running else IDLE_SECONDS
             ready, _, _ = select.select([woken, *([self.control] if is_open else [])], [], [], idle)
             if not ready:
                 return
@@ -104,36 +100,22 @@ class _Server:
                     is_open = False
                 else:
                     self._fork(received)
-            self._give_turns()
 
     def _fork(self, received: list[int]) -> None:
-        mine, its = os.pipe()[::-1]
         pid = os.fork()
         if pid == 0:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            for _, fd in self.waiting:  # whoever else has them keeps them from ending
-                os.close(fd)
-            os.close(mine)
             self.control.close()
-            _work(received, Turn(its))
-        for fd in (*received, its):
+            _work(received)
+        for fd in received:
             os.close(fd)
-        self.waiting.append((pid, mine))
+        self.running.add(pid)
 
     def _reap(self) -> None:
         with suppress(ChildProcessError):
             while (ended := os.waitpid(-1, os.WNOHANG)[0]) > 0:
                 self.running.discard(ended)
-                for pid, fd in [one for one in self.waiting if one[0] == ended]:
-                    self.waiting.remove((pid, fd))
-                    os.close(fd)
-
-    def _give_turns(self) -> None:
-        while self.waiting and len(self.running) < self.slots:
-            pid, fd = self.waiting.popleft()
-            self.running.add(pid)
-            os.close(fd)  # which the child sees
 
 
 def _receive(control: socket.socket) -> list[int] | None:
@@ -145,7 +127,7 @@ def _receive(control: socket.socket) -> list[int] | None:
     return None
 
 
-def _work(received: list[int], turn: Turn) -> None:
+def _work(received: list[int]) -> None:
     """Do a piece of work in this process, and exit."""
     connection_fd, directory, work, output = received
     code = 1
@@ -161,7 +143,7 @@ def _work(received: list[int], turn: Turn) -> None:
         with os.fdopen(work, "rb") as file:
             path, function = pickle.load(file)
             add_search_path(path)
-            pkgutil.resolve_name(function)(connection, turn, *pickle.load(file))
+            pkgutil.resolve_name(function)(connection, *pickle.load(file))
         code = 0
     except BaseException:
         sys.excepthook(*sys.exc_info())

@@ -62,12 +62,11 @@ def run_isolated(
 
 def run_task(
     connection: socket.socket,
-    turn: object,
     task: Callable[..., Any],
     arguments: tuple[Any, ...],
     named: Mapping[str, Any],
 ) -> None:
-    """The worker's part of `run_isolated`; it takes no turn, because the caller waits for it."""
+    """The worker's part of `run_isolated`."""
     answer: tuple[Any, CustomizedModelsError | None]
     try:
         answer = task(*arguments, **named), None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 import socket
 import time
@@ -15,8 +16,9 @@ from ..deploying.running import run_deploy
 from ..errors import CustomizedModelsError, JobCancelled, JobFailed, JobLost
 from ..merging.merger import run_save
 from ..shelf import Shelf
-from .turn import Turn
 from .work import Work
+
+_log = logging.getLogger(__name__)
 
 REPORT_SECONDS = 0.5  # between two writes of the progress
 
@@ -45,46 +47,61 @@ class Reporter:
             raise JobLost("the lease ended while the job was stopped")
         if phase == self._phase and time.monotonic() < self._next:
             return
+        if phase != self._phase:
+            _log.info("job %s: %s", self._id, phase)
         self._phase = phase
         self._next = time.monotonic() + REPORT_SECONDS
         self._catalog.jobs.report(self._id, phase, done, total)
 
 
-def run(connection: socket.socket, turn: Turn, id: str, log: str, payload: bytes) -> None:
+def run(connection: socket.socket, id: str, payload: bytes) -> None:
     """Do a job when it is its turn; its end is in its row.
 
     Args:
         connection: Closed when the process ends, which tells whoever submitted the job.
-        turn: Of the process.
         id: The job's.
-        log: The file that takes what the worker prints.
         payload: The catalog, the shelf and what else the work needs, pickled.
     """
+    _log_to_output()
     catalog, shelf, *objects = pickle.loads(payload)  # from a process of ours
-    _run(catalog, shelf, turn, id, log, objects)
+    _run(catalog, shelf, id, objects)
 
 
-def _run(catalog: Catalog, shelf: Shelf, turn: Turn, id: str, log: str, objects: list[Any]) -> None:
+def _run(catalog: Catalog, shelf: Shelf, id: str, objects: list[Any]) -> None:
     with catalog.lease(id) as lease:
+        while (wait := catalog.jobs.seconds_to_wait(id)) and not lease.lost.wait(wait):
+            pass
         row = catalog.jobs.begin(id)
         if row is None:
             return
         progress = Reporter(catalog, id, lease)
-        work = Work.of(row, catalog, shelf, lease, log, progress)
+        work = Work.of(row, catalog, shelf, lease, progress)
         try:
-            turn.wait(lambda: progress("waiting for other jobs", 0, 0))
+            progress("starting", 0, 0)  # it may have been cancelled while it waited
             RUN[row["kind"]](work, *objects)
+            _log.info("job %s: succeeded", id)
         except JobLost:
             raise
         except JobCancelled:
             _end(work, "cancelled")
         except CustomizedModelsError as error:
+            _log.debug("job %s failed", id, exc_info=True)
             _end(work, "failed", error)
         except BaseException:
             _end(work, "failed", JobFailed(traceback.format_exc()))
 
 
 def _end(work: Work, state: str, error: CustomizedModelsError | None = None) -> None:
+    _log.info("job %s: %s%s", work.id, state, f": {error}" if error else "")
     with work.catalog.database.write() as connection:
         work.lease.check(connection)
         work.end(connection, state, error)
+
+
+def _log_to_output() -> None:
+    """Log all steps of this library to what takes the worker's output."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logger = logging.getLogger("customized_models")
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)

@@ -90,7 +90,7 @@ def start_worker(function: str, arguments: bytes, output: IO[bytes]) -> Worker:
 
     Args:
         function: What does the work, as `module:name`, so that it is imported there alone. It is
-            called with a socket to send its answer on, and its turn (`turn.Turn`).
+            called with a socket to send its answer on.
         arguments: Its further arguments, as `pickled` gives them.
         output: Takes what the process prints.
     """
@@ -193,7 +193,7 @@ _lock = threading.Lock()
 def _fitting_server() -> _Server:
     global _server
     if _server is not None and not _server.fits():
-        _server.control.close()  # it ends once its children have their turn
+        _server.control.close()
         _server = None
     if _server is None:
         _server = _Server.start()

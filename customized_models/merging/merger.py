@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from attrs import evolve
 
+from ..arguments import instance
 from ..cards.readme import render_complete
 from ..errors import (
     BaseModelMismatch,
@@ -29,23 +30,24 @@ from ..jobs.job import Job
 from ..jobs.work import Work
 from ..models import BaseModel, CompleteModel, CustomizedModel, Progress
 from ..naming import complete_name
+from ..registry import ModelRegistry
 from ..sources import MergedSource, proven_merge
 from .journal import Journal
 from .plan import MergePlan, plan_merge
 from .proof import check_rebuilt, derive_again, prove
 from .writing import write_checkpoint
 
-if TYPE_CHECKING:
-    from ..registry import ModelRegistry
-
 
 class Merger:
     """Merges customized models of a registry into their bases.
+
+    A model may be given by its name.
 
     >>> complete = Merger(registry).save(customized).result()       # doctest: +SKIP
     """
 
     def __init__(self, registry: ModelRegistry) -> None:
+        instance("registry", registry, ModelRegistry)
         self._catalog = registry.catalog
         self._shelf = registry.shelf
         self._queue = registry.queue
@@ -54,7 +56,7 @@ class Merger:
         return f"Merger({self._shelf!r})"
 
     def save(
-        self, customized: CustomizedModel, *, quantization: str | None = None
+        self, customized: CustomizedModel | str, *, quantization: str | None = None
     ) -> Job[CompleteModel]:
         """Merge the adapter into its base and publish the result; returns at once.
 
@@ -77,7 +79,16 @@ class Merger:
                 f"standard format for quantized complete models. Quantization belongs to "
                 f"deployment: Deployer(registry).deploy(complete, quantization=...)"
             )
-        return self._start(self._catalog.levels.get(CustomizedModel, customized.name), {})
+        return self._start(self._customized(customized), {})
+
+    def _customized(self, given: CustomizedModel | str) -> CustomizedModel:
+        return self._catalog.levels.meant("customized", given, CustomizedModel)
+
+    def _complete(self, given: CompleteModel | str) -> CompleteModel:
+        """A value may be of a model that has been deleted."""
+        if isinstance(given, CompleteModel):
+            return given
+        return self._catalog.levels.meant("complete", given, CompleteModel)
 
     def _start(
         self, customized: CustomizedModel, arguments: Mapping[str, Any]
@@ -102,7 +113,7 @@ class Merger:
         """
         self._queue.warm_up()
 
-    def plan(self, customized: CustomizedModel) -> MergePlan:
+    def plan(self, customized: CustomizedModel | str) -> MergePlan:
         """What `save` would change, write and need; refused where `save` would be.
 
         Headers are read, and what PEFT needs to build the layers of methods that start from the
@@ -115,11 +126,12 @@ class Merger:
             BaseModelMissingError: The base model's files are gone.
             NotFoundError: The customized model has been deleted.
         """
-        base = self._catalog.levels.get(BaseModel, customized.base)
-        with self._shelf.checkout(customized), self._shelf.checkout(base):
-            return run_isolated(plan_merge, self._shelf, base, customized)
+        known = self._customized(customized)
+        base = self._catalog.levels.get(BaseModel, known.base)
+        with self._shelf.checkout(known), self._shelf.checkout(base):
+            return run_isolated(plan_merge, self._shelf, base, known)
 
-    def verify(self, complete: CompleteModel) -> None:
+    def verify(self, complete: CompleteModel | str) -> None:
         """Merge again, in an interpreter of its own, and compare every stored byte.
 
         It returns when it is done, and takes as long as a save. `ModelRegistry.verify` compares
@@ -132,10 +144,11 @@ class Merger:
             NotFoundError: The complete model or one of its parents has been deleted.
             BaseModelMissingError, BaseModelMismatch: The base model's files are gone or changed.
         """
-        with self._parents(complete) as (base, customized), self._shelf.checkout(complete):
-            run_isolated(derive_again, self._shelf, base, customized, complete)
+        known = self._complete(complete)
+        with self._parents(known) as (base, customized), self._shelf.checkout(known):
+            run_isolated(derive_again, self._shelf, base, customized, known)
 
-    def rebuild(self, complete: CompleteModel) -> Job[CompleteModel]:
+    def rebuild(self, complete: CompleteModel | str) -> Job[CompleteModel]:
         """Save again what `complete` was, deleted or not: the same digest under a new name.
 
         The job ends with `NotReproducible` if other bytes come out; nothing is published then.
@@ -144,8 +157,9 @@ class Merger:
             NotFoundError: The customized model or the base model has been deleted.
             BaseModelMissingError, BaseModelMismatch: The base model's files are gone or changed.
         """
-        with self._parents(complete) as (_, customized):
-            expected = {"digest": complete.digest, "recipe": dict(complete.recipe)}
+        known = self._complete(complete)
+        with self._parents(known) as (_, customized):
+            expected = {"digest": known.digest, "recipe": dict(known.recipe)}
             return self._start(customized, {"expected": expected})
 
     @contextmanager

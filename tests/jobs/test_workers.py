@@ -234,39 +234,6 @@ def test_where_threads_are_left_after_the_imports_each_process_does_one_piece_of
     assert run_isolated(os.getpid) != server
 
 
-# Turns
-
-
-@linux
-def test_as_many_jobs_work_at_a_time_as_there_are_processors(
-    registry: ModelRegistry, customized: CustomizedModel
-) -> None:
-    """Those that wait for their turn hold their leases, and can be cancelled."""
-    code = (
-        "import os, sys\n"
-        "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
-        "from customized_models import CustomizedModel, Merger, ModelRegistry\n"
-        "registry = ModelRegistry(sys.argv[1])\n"
-        "customized = registry.get(CustomizedModel, sys.argv[2])\n"
-        "jobs = [Merger(registry).save(customized) for _ in range(4)]\n"
-        "jobs[3].cancel()\n"
-        "seen = set()\n"
-        "done = False\n"
-        "while not done:\n"
-        "    done = all(job.state not in ('queued', 'running') for job in jobs)\n"
-        "    phases = [job.progress[0] for job in jobs if job.state == 'running']\n"
-        "    working = [p for p in phases if p not in ('starting', 'waiting for other jobs')]\n"
-        "    assert len(working) <= 1, phases\n"
-        "    seen.update(phases)\n"
-        "assert 'waiting for other jobs' in seen\n"
-        "print(*[job.state for job in jobs])\n"
-    )
-    output = subprocess.check_output(
-        [sys.executable, "-c", code, str(registry.root), customized.name], text=True
-    )
-    assert output.split() == ["succeeded", "succeeded", "succeeded", "cancelled"]
-
-
 # What a worker answers
 
 
