@@ -6,14 +6,14 @@ project = "customized-models"
 author = "The customized-models authors"
 version = release = installed_version(project)
 
-extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "myst_parser"]
+extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "myst_nb"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = project
 
-# Markdown pages
+# Markdown pages, and the notebook with the outputs that are stored in it
 myst_heading_anchors = 3
-myst_fence_as_directive = []
+nb_execution_mode = "off"  # the test suite runs it
 
 # Docstrings: Google's sections, and single backquotes for code as in Markdown.
 default_role = "code"
