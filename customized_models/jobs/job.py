@@ -165,9 +165,18 @@ class Job(Generic[T_co]):
                     raise JobTimeoutError(
                         f"{self.kind} of {self.name} still runs after {timeout} seconds"
                     )
-                time.sleep(_POLL_SECONDS)
-            bar.update(row["phase"], row["done"], row["total"])
+                self._pause()
+            done = row["total"] if row["state"] == "succeeded" else row["done"]
+            bar.update(row["phase"], done, row["total"])
         return self._outcome(row)
+
+    def _pause(self) -> None:
+        """Wait for as long as one waits between two looks, or until the worker has ended."""
+        worker = workers.get(str(self.id))
+        if worker is None:
+            time.sleep(_POLL_SECONDS)
+        else:
+            worker.wait(_POLL_SECONDS)
 
     def __await__(self) -> Generator[Any, None, T_co]:
         return self._wait().__await__()

@@ -57,7 +57,13 @@ class Worker:
     @property
     def has_ended(self) -> bool:
         """Whether it has ended, as far as it is known without waiting."""
-        if not select.select([self._connection], [], [], 0)[0]:
+        return self.wait(0)
+
+    def wait(self, seconds: float) -> bool:
+        """Wait until it has ended, but not longer than that; returns whether it has."""
+        said = select.poll()  # `select.select` takes no descriptors beyond 1023
+        said.register(self._connection, select.POLLIN)
+        if not said.poll(seconds * 1000):
             return False
         if self._pid is None:
             return self.pid is None  # a worker that has just begun has not ended

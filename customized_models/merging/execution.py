@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
+from threading import Lock
 from typing import Any
 
 import torch
@@ -76,7 +78,6 @@ class MergeExecution:
             tensor.
         max_parallel_files: How many files may be written side by side without more results waiting
             in memory; None if it does not matter.
-        probe_elements: Of the largest product that was computed as a whole to choose a strategy.
     """
 
     def __init__(
@@ -89,27 +90,23 @@ class MergeExecution:
         adapter_in_memory: bool,
     ) -> None:
         base, context = skeleton.base, MergeContext(skeleton)
+        self._decisions = context.decisions
         self.config = config
         self.adapter_in_memory = adapter_in_memory
         self._base, self._threads = base, context.threads
         self._groups = {info.name: group for group in groups for info in group.infos}
         if len(self._groups) != sum(len(group.infos) for group in groups):
             raise MergeError("two layers that are merged apart change the same tensor of the base")
-        chosen = {id(group): choose_strategy(group, context) for group in groups}
         copied = {head: skeleton.conversion(of).tensors[0] for head, of in untied.items()}
-        self._strategies: dict[str, Strategy] = {
-            **{name: chosen[id(group)] for name, group in self._groups.items()},
-            **{
-                head: Copy(base.infos[of])
-                for head, of in copied.items()
-                if head not in self._groups
-            },
+        self._copies = {
+            h: Copy(base.infos[of]) for h, of in copied.items() if h not in self._groups
         }
         self._starts_from = copied
-        together = any(strategy.cost.together for strategy in chosen.values())
+        self._choices = {id(group): _Choice(group, context) for group in groups}
+        several = [self._choices[id(group)] for group in groups if len(group.infos) > 1]
+        together = any(choice.strategy().cost.together for choice in several)
         self.max_parallel_files = 1 if together else None
-        self.probe_elements = context.decisions.probe_elements
-        self.changed = frozenset(self._strategies)
+        self.changed = frozenset(self._groups.keys() | self._copies.keys())
         self._unread = {*self.changed}
         self.infos: Mapping[str, TensorInfo] = _infos(skeleton, groups, copied)
         self.shards = _shards(base, self.infos)
@@ -122,8 +119,15 @@ class MergeExecution:
         }
 
     def strategy(self, name: str) -> Strategy:
-        """How the changed tensor `name` is merged."""
-        return self._strategies[name]
+        """How the changed tensor `name` is merged; may take a moment to be decided."""
+        if name in self._copies:
+            return self._copies[name]
+        return self._choices[id(self._groups[name])].strategy()
+
+    @property
+    def probe_elements(self) -> int:
+        """Of the largest product that was computed as a whole to choose a strategy so far."""
+        return self._decisions.probe_elements
 
     def sources(self, name: str) -> tuple[str, ...]:
         """The names of the adapter's tensors that the changed tensor `name` is made of.
@@ -163,7 +167,7 @@ class MergeExecution:
         """
         if name not in self.changed:
             return self._base.blocks(name)
-        return self._taken(name, self._strategies[name], read_next)
+        return self._taken(name, self.strategy(name), read_next)
 
     def reference_blocks(self, name: str) -> Iterator[torch.Tensor]:
         """Like `blocks`, but all is PEFT's own arithmetic, from values that are read again.
@@ -172,7 +176,7 @@ class MergeExecution:
         """
         if name not in self.changed:
             return iter([self._base.read(name)])
-        return self._taken(name, self._strategies[name].reference, None)
+        return self._taken(name, self.strategy(name).reference, None)
 
     def _taken(
         self, name: str, strategy: Strategy, read_next: ReadNext | None
@@ -197,6 +201,21 @@ class MergeExecution:
         """
         if self._unread:
             raise UnmergedTensorsError(f"never merged: {listed(self._unread)}", self._unread)
+
+
+class _Choice:
+    """The strategy of a group: chosen when it is first asked for, beside others' merging."""
+
+    def __init__(self, group: TensorGroup, context: MergeContext) -> None:
+        self._choose = partial(choose_strategy, group, context)
+        self._strategy: Strategy | None = None
+        self._lock = Lock()
+
+    def strategy(self) -> Strategy:
+        with self._lock:
+            if self._strategy is None:
+                self._strategy = self._choose()
+            return self._strategy
 
 
 @contextmanager

@@ -60,14 +60,11 @@ class Merger:
     ) -> Job[CompleteModel]:
         """Merge the adapter into its base and publish the result; returns at once.
 
-        Every tensor the adapter changes has the bits that PEFT's `merge_and_unload` gives it;
-        every other one has the base's bytes, or what an FP8 or MXFP4 base dequantizes to. The
-        adapter is compared with what was registered first, and the base while it is read, byte for
-        byte. A sample of both is read back, and
-        compared with what PEFT itself makes of base and adapter, before anything is published.
-        After a kill, the next save of the same model takes over the shards that were complete;
-        while the lease of the killed one lasts (15 seconds, none if this process has seen it end)
-        it starts afresh.
+        Every tensor that the adapter changes has the bits that PEFT's `merge_and_unload` gives it;
+        every other one has the base's bytes, or what an FP8 or MXFP4 base dequantizes to. Before
+        anything is published, adapter and base have been compared, byte for byte, with what was
+        registered, and a sample of the result with what PEFT itself makes of them. After a kill,
+        the next save of the same model takes over the shards that were complete.
 
         Raises:
             UnsupportedQuantizationError: `quantization` was given. It belongs to deployment.
@@ -102,12 +99,12 @@ class Merger:
         )
 
     def warm_up(self) -> None:
-        """Start now the interpreter that this process's next job will run in; returns at once.
+        """Start now the process that jobs of this one will be forked from; returns at once.
 
-        It imports torch, transformers and PEFT, which takes it seconds, and waits: a save then
-        starts to read at once. Only one waits at a time, in about half a gigabyte; the next job of
-        any kind takes it, if environment variables and working directory are still the same. It
-        ends with this process.
+        It imports torch, transformers and PEFT, which takes some seconds and half a gigabyte; a job
+        then starts in milliseconds. Without this, the first job starts it. It ends ten minutes
+        after its last job, and with this process, and is replaced if environment variables have
+        changed; jobs go on.
 
         >>> merger.warm_up()                                             # doctest: +SKIP
         """
@@ -116,10 +113,9 @@ class Merger:
     def plan(self, customized: CustomizedModel | str) -> MergePlan:
         """What `save` would change, write and need; refused where `save` would be.
 
-        Headers are read, and what PEFT needs to build the layers of methods that start from the
-        base's weights; for a LoRA no tensor but copies of the base's, to compare them. It takes
-        the seconds that an interpreter needs to import torch, transformers and PEFT: it runs in
-        one of its own, because it sets globals of theirs, and those here are yours.
+        Only headers are read, and tensors of the base that PEFT needs to build the layers of types
+        that start from them, or that the adapter has copies of. It runs in a process of its own,
+        because it sets globals of torch, transformers and PEFT.
 
         Raises:
             UnsupportedError, BaseModelMismatch, MergeError: `save` would end with the same error.
@@ -132,10 +128,10 @@ class Merger:
             return run_isolated(plan_merge, self._shelf, base, known)
 
     def verify(self, complete: CompleteModel | str) -> None:
-        """Merge again, in an interpreter of its own, and compare every stored byte.
+        """Merge again, in a process of its own, and compare every stored byte.
 
-        It returns when it is done, and takes as long as a save. `ModelRegistry.verify` compares
-        with the manifest alone and needs no parents.
+        Returns when it is done, which takes as long as a save. `ModelRegistry.verify` compares with
+        the manifest alone and needs no parents.
 
         Raises:
             IntegrityError: The bytes are not those of the manifest, or not what base and adapter

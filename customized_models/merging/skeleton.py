@@ -5,7 +5,8 @@ This module is only imported when a merge is prepared.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -137,8 +138,11 @@ def build_skeleton(base: Checkpoint, adapter: Adapter) -> Skeleton:
         quantizer = take_quantizer(config)
         dtype = _dtype(config, base, quantizer)
         build = _model_class(config, adapter)
-        vocabulary, changes = _adjust(config, adapter, _empty_model(build, config, dtype))
-        model, untouched = (_empty_model(build, config, dtype) for _ in range(2))
+        model = _empty_model(build, config, dtype)
+        vocabulary, changes = _adjust(config, adapter, model)
+        if changes:
+            model = _empty_model(build, config, dtype)
+        untouched = _empty_model(build, config, dtype)
     except CustomizedModelsError:
         raise
     except Exception as error:  # its classes raise of all kinds at a config that they do not like
@@ -207,10 +211,28 @@ def _knows(auto_class: Any, config: Any) -> bool:
 
 
 def _empty_model(build: Any, config: Any, dtype: torch.dtype) -> PreTrainedModel:
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+    with torch.random.fork_rng(devices=[]), torch.device("meta"), without_initialization():
         return build.from_config(  # type: ignore[no-any-return]
             config, dtype=dtype, attn_implementation="eager", trust_remote_code=False
         )
+
+
+@contextmanager
+def without_initialization() -> Iterator[None]:
+    """Within the `with` block, layers are made without drawing numbers for their parameters.
+
+    For layers without memory: it takes a third of the time of making them.
+    """
+    init: Any = torch.nn.init
+    names = [name for name in vars(init) if name.endswith("_") and not name.startswith("_")]
+    before = {name: getattr(init, name) for name in names}
+    try:
+        for name in names:
+            setattr(init, name, lambda tensor, *arguments, **named: tensor)
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(init, name, function)
 
 
 def _dtypes(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:

@@ -258,7 +258,7 @@ def test_the_cut_into_shards_changes_no_bit(tmp_path: Path) -> None:
     for size in ("20KB", "9MB"):
         directory = tiny_llama(tmp_path / size, shard_size=size)
         plan = _gguf.plan(source(directory), "q8_0", name="tiny", chat_template=True)
-        digests.add(plan.write(tmp_path / "file.gguf", no_progress).digest)
+        digests.add(plan.write(tmp_path / f"{size}.gguf", no_progress).digest)
     assert len(list((tmp_path / "20KB").glob("*.safetensors"))) > 1
     assert len(digests) == 1
 

@@ -406,7 +406,7 @@ def test_a_save_after_a_kill_takes_over_the_shards_that_were_complete(
     job = Merger(registry).save(customized)
     staging = registry.root / ".staging" / f"save-{job.id}"
     journal = staging / "shards.jsonl"
-    until(lambda: journal.is_file() and journal.read_bytes().count(b"digest") >= 3)
+    until(lambda: journal.is_file() and journal.read_bytes().count(b"size") >= 3)
     os.kill(worker_of(job), signal.SIGKILL)
     with pytest.raises(JobLost):
         job.result(progress=False)
