@@ -108,9 +108,9 @@ def _configured(files: dict[str, Path], changes: Mapping[str, Any]) -> Iterator[
 
 @contextmanager
 def model_source(
-    shelf: Shelf, base: BaseModel, model: CustomizedModel | CompleteModel
+    shelf: Shelf, base: BaseModel, model: BaseModel | CustomizedModel | CompleteModel
 ) -> Iterator[tuple[ModelSource, Finish]]:
-    """A customized or complete model, while the block lasts; the caller holds it.
+    """A model, while the block lasts; the caller holds it.
 
     Yields:
         The source, and what is called once all has been read: it raises `BaseModelMismatch` or

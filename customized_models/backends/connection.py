@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import ssl
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -65,19 +65,25 @@ class Connection:
 
     @classmethod
     def of(
-        cls, environment: DeploymentEnvironment, secrets: Secrets, *, default_port: int | None
+        cls,
+        environment: DeploymentEnvironment,
+        secrets: Secrets,
+        *,
+        default_port: int | None,
+        own: Collection[str] = (),
     ) -> Connection:
         """The connection that an environment states; secrets are looked up now.
 
         Settings: `timeout` (seconds), `ca_file`, `client_certificate`, `client_key` (paths of PEM
         files), `basic_auth_env` (the variable that holds `user:password`), `proxy` (a URL), and
         `llama_cpp`, a checkout whose converter makes files of architectures that have none here.
+        `own`: the names of further ones, which the backend looks at.
 
         Raises:
             InvalidOptionError: A setting is unknown or of another type, a file is missing, or a
                 secret is not there.
         """
-        settings = checked_settings(environment)
+        settings = checked_settings(environment, own)
         return cls(
             url=environment.url_with(default_port),
             timeout=float(settings.get("timeout", DEFAULT_SECONDS)),
@@ -119,17 +125,24 @@ class Connection:
         return httpx.Client(trust_env=False, verify=verify, proxy=self.proxy)
 
 
-def checked_settings(environment: DeploymentEnvironment) -> Mapping[str, Any]:
+def checked_settings(
+    environment: DeploymentEnvironment, own: Collection[str] = ()
+) -> Mapping[str, Any]:
     """The environment's settings, if each is known here and of the right type.
+
+    Args:
+        environment: Has them.
+        own: The names of further ones, which the backend looks at.
 
     Raises:
         InvalidOptionError: One is not; its value is not shown, as it may be a secret.
     """
     for name, value in environment.settings.items():
+        if name in own:
+            continue
         if name not in _SETTINGS:
-            raise InvalidOptionError(
-                f"unknown setting {shown(name)}; known are {', '.join(_SETTINGS)}"
-            )
+            known = ", ".join((*_SETTINGS, *own))
+            raise InvalidOptionError(f"unknown setting {shown(name)}; known are {known}")
         if name == "timeout":
             if type(value) not in (int, float) or not 0 < value <= MAX_SECONDS:
                 raise InvalidOptionError(

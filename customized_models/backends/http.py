@@ -243,10 +243,13 @@ def _hint(status: int) -> str:
 
 
 def _reason(body: bytes) -> str:
-    """The text under "error" if the body is such an object, else the body as text."""
+    """The text under "error", or under "message" in that, or else the body as text."""
     text = body.decode("utf-8", "replace")
     with suppress(MalformedError):
         value = strict_json(body, "the answer")
-        if isinstance(value, dict) and isinstance(value.get("error"), str):
-            return str(value["error"])
+        error = value.get("error") if isinstance(value, dict) else None
+        if isinstance(error, dict):  # as OpenAI's API has it
+            error = error.get("message")
+        if isinstance(error, str):
+            return error
     return text

@@ -44,7 +44,7 @@ from .protocol import Artifact, Plan, checked_options, chosen_served_name
 __all__ = ["LlamaCpp", "LlamaCppOptions"]
 
 _HOST = "127.0.0.1"
-_SERVER = Path(__file__).resolve().with_name("llama_server.py")
+_SERVER = Path(__file__).resolve().with_name("embedded_server.py")
 _PORT_SECONDS = 2.0  # the system frees the port of a killed server a moment after it is gone
 _START_SECONDS = 600.0  # a large file on a slow disk
 _ANSWER_SECONDS = 600.0  # a few tokens of a large model on a slow processor
@@ -231,7 +231,7 @@ def _bind_error(port: int) -> OSError | None:
 
 
 def _reported(output: bytes) -> tuple[Process, int]:
-    """The process that `llama_server` reports, and its port.
+    """The process that `embedded_server` reports, and its port.
 
     Raises:
         ServerAnswerError: It ended instead; the message has the end of its output.

@@ -15,13 +15,18 @@ from .connection import Secrets, environment_variable
 from .llama_cpp import LlamaCpp
 from .ollama import Ollama
 from .protocol import Backend
+from .vllm import VLLM
 
 ENTRY_POINTS = "customized_models.backends"
 """The entry point group of further backends: name to a callable that takes the environment."""
 
 BackendFactory: TypeAlias = Callable[[DeploymentEnvironment], Backend]
 
-BUILT_IN: Mapping[str, Callable[..., Backend]] = {"llama_cpp": LlamaCpp, "ollama": Ollama}
+BUILT_IN: Mapping[str, Callable[..., Backend]] = {
+    "llama_cpp": LlamaCpp,
+    "ollama": Ollama,
+    "vllm": VLLM,
+}
 
 
 @frozen

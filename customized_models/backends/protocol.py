@@ -26,10 +26,14 @@ _Options = TypeVar("_Options")
 
 @frozen
 class AdapterBesideBase:
-    """An adapter as PEFT saved it, and the base model's directory."""
+    """An adapter as PEFT saved it, and the base model that it goes with.
+
+    `adapter`, `base`: their directories. `base_digest`: the base's, as the registry has it.
+    """
 
     adapter: Path
     base: Path
+    base_digest: str = ""
 
 
 class Artifact(Protocol):
@@ -48,6 +52,14 @@ class Artifact(Protocol):
     @property
     def architecture(self) -> str:
         """The class in `config.json`, such as "LlamaForCausalLM"."""
+
+    @property
+    def base(self) -> str:
+        """The base model's technical name."""
+
+    @property
+    def adapter_config(self) -> Mapping[str, Any] | None:
+        """`adapter_config.json` of a customized model; None for a complete one."""
 
     @property
     def quantization(self) -> Quantization:
@@ -86,11 +98,13 @@ class Artifact(Protocol):
             IntegrityError: The model's bytes are not what was recorded.
         """
 
+    def base_gguf(self, progress: Progress, *, chat_template: bool) -> GGUFFile:
+        """The base model as one GGUF file, to which adapters are applied; as `gguf`."""
+
     def adapter(self) -> AbstractContextManager[AdapterBesideBase]:
         """The adapter as PEFT saved it, beside its base.
 
         Raises:
-            UnsupportedQuantizationError: A quantization was asked for.
             UnsupportedError: It is a complete model.
             IntegrityError, BaseModelMismatch: The bytes are not what was recorded.
         """

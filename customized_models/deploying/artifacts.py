@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from ..adapters.intake import CONFIG
 from ..backends import AdapterBesideBase
 from ..errors import (
     AlreadyExistsError,
@@ -66,6 +67,8 @@ class RegistryArtifact:
             have none here.
 
     Attributes:
+        base: The base model's technical name.
+        adapter_config: See `backends.Artifact.adapter_config`.
         key: Under which the file that `gguf` gave is stored; None before, or if it was ready.
         file: That file.
         types: The type of each tensor in it, by its name.
@@ -96,8 +99,10 @@ class RegistryArtifact:
         self._llama_cpp = None if llama_cpp is None else Path(llama_cpp)
         self._base = catalog.levels.get(BaseModel, model.base)
         self.template = template or self._base.deployment_template
-        told_by = self._base if isinstance(model, CustomizedModel) else model
-        self._config = shelf.document(told_by, "config.json")
+        customized = isinstance(model, CustomizedModel)
+        self._config = shelf.document(self._base if customized else model, "config.json")
+        self.base = self._base.name
+        self.adapter_config = shelf.document(model, CONFIG) if customized else None
         self._given = ExitStack()
 
     def __enter__(self) -> RegistryArtifact:
@@ -131,12 +136,23 @@ class RegistryArtifact:
             with model_source(self._shelf, self._base, self.model) as (source, _):
                 self.file = check_finished(self._ready, source, progress, llama_cpp=self._llama_cpp)
             return self.file
-        recipe = self._recipe(chat_template)
+        return self._made(self.model, progress, chat_template)
+
+    def base_gguf(self, progress: Progress, *, chat_template: bool) -> GGUFFile:
+        """See `backends.Artifact.base_gguf`."""
+        self.check_gguf()
+        return self._made(self._base, progress, chat_template)
+
+    def _made(
+        self, model: BaseModel | Stored, progress: Progress, chat_template: bool
+    ) -> GGUFFile:
+        """The file of `model`, out of the cache or made now."""
+        recipe = self._recipe(model, chat_template)
         key = f"gguf/{digest_of(recipe).partition(':')[2]}"
         self._holding(key)
         file = self._cached(key, recipe)
         if file is None:
-            self._make(key, recipe, progress)
+            self._make(model, key, recipe, progress)
             file = self._cached(key, recipe)
             if file is None:
                 raise IntegrityError(
@@ -145,16 +161,16 @@ class RegistryArtifact:
         self.key, self.file = key, file
         return file
 
-    def _recipe(self, chat_template: bool) -> dict[str, Any]:
+    def _recipe(self, model: BaseModel | Stored, chat_template: bool) -> dict[str, Any]:
         """What the file's bytes depend on; it is stored under the digest of this."""
-        with self.small_files() as (_, files):
+        with small_files(self._shelf, self._base, model) as (_, files):
             keys = serving_keys(files, chat_template=chat_template)
         return {
-            "source": self.model.digest,
+            "source": model.digest,
             "quantization": self.quantization,
             "chat_template": chat_template,
             "keys": keys,
-            "name": self.model.name,
+            "name": model.name,
             "converter": "llama.cpp" if self._llama_cpp else "own",
         }
 
@@ -180,16 +196,18 @@ class RegistryArtifact:
         file = manifest.content[GGUF_NAME]
         return GGUFFile(directory / GGUF_NAME, file.size, file.digest)
 
-    def _make(self, key: str, recipe: Mapping[str, Any], progress: Progress) -> None:
+    def _make(
+        self, model: BaseModel | Stored, key: str, recipe: Mapping[str, Any], progress: Progress
+    ) -> None:
         storage = self._shelf.storage
         with (
             storage.staging(f"gguf-{uuid.uuid4().hex}") as staging,
-            model_source(self._shelf, self._base, self.model) as (source, finish),
+            model_source(self._shelf, self._base, model) as (source, finish),
         ):
             plan = plan_gguf(
                 source,
                 self.quantization,
-                name=self.model.name,
+                name=model.name,
                 chat_template=recipe["chat_template"],
                 keys=recipe["keys"],
                 llama_cpp=self._llama_cpp,
@@ -197,7 +215,7 @@ class RegistryArtifact:
             file = plan.write(staging / GGUF_NAME, progress)
             finish(progress)
             content = {GGUF_NAME: FileDigest(file.size, file.digest)}
-            parents, record = {"source": self.model.digest}, {"types": dict(plan.types)}
+            parents, record = {"source": model.digest}, {"types": dict(plan.types)}
             Manifest("gguf", content, parents, recipe, record).write(staging)
             try:
                 storage.publish(staging, key)
@@ -207,7 +225,11 @@ class RegistryArtifact:
     @contextmanager
     def directory(self) -> Iterator[Path]:
         """See `backends.Artifact.directory`."""
-        self._refuse_quantization("a model directory")
+        if self.quantization != "no_quantization":
+            raise UnsupportedQuantizationError(
+                f"a model directory is not quantized here (asked for {self.quantization}); the "
+                f"tool may have a setting of its own"
+            )
         if not isinstance(self.model, CompleteModel):
             raise UnsupportedError(
                 f"{self.model.name} is an adapter; save it with Merger(registry).save first"
@@ -219,7 +241,6 @@ class RegistryArtifact:
     @contextmanager
     def adapter(self) -> Iterator[AdapterBesideBase]:
         """See `backends.Artifact.adapter`."""
-        self._refuse_quantization("an adapter")
         if not isinstance(self.model, CustomizedModel):
             raise UnsupportedError(f"{self.model.name} is a complete model, and has no adapter")
         with (
@@ -228,14 +249,7 @@ class RegistryArtifact:
         ):
             finish(_silent)
             finish_base(_silent)
-            yield AdapterBesideBase(adapter, base)
-
-    def _refuse_quantization(self, what: str) -> None:
-        if self.quantization != "no_quantization":
-            raise UnsupportedQuantizationError(
-                f"{what} is not quantized here (asked for {self.quantization}); the tool may "
-                f"have a setting of its own"
-            )
+            yield AdapterBesideBase(adapter, base, self._base.digest)
 
 
 def serving_keys(files: Mapping[str, Path], *, chat_template: bool) -> dict[str, bool | int]:
