@@ -89,7 +89,10 @@ def test_llama_cpp_makes_of_an_adapters_file_what_peft_makes_of_the_adapter(
     "options",
     [
         {"use_rslora": True, "lora_alpha": 12},
-        {"rank_pattern": {"q_proj": 8, "layers.1.self_attn.v_proj": 2}, "target_modules": ["q_proj", "v_proj"]},
+        {
+            "rank_pattern": {"q_proj": 8, "layers.1.self_attn.v_proj": 2},
+            "target_modules": ["q_proj", "v_proj"],
+        },
         {"alpha_pattern": {"down_proj": 31}, "rank_pattern": {"down_proj": 3}, "use_rslora": True},
         {"target_modules": ["embed_tokens", "k_proj"], "lora_alpha": 40},
         {"target_modules": ["lm_head", "o_proj"]},
@@ -165,9 +168,7 @@ def test_adapters_of_other_types_are_refused_by_name(tmp_path: Path) -> None:
     from peft import IA3Config
 
     base = tiny_llama(tmp_path / "base")
-    config = IA3Config(
-        target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]
-    )
+    config = IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
     adapter = tiny_adapter(tmp_path / "adapter", base, config)
     with pytest.raises(UnsupportedAdapterError, match="IA3"):
         planned(base, adapter)
