@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.servers import build_llama_cpp, build_ollama
+from tests.servers import build_llama_cpp, build_ollama, build_vllm
 from tests.servers.artifact import FileArtifact, tiny_artifact
 from tests.servers.counting_proxy import CountingProxy, counting_proxy
 from tests.servers.llama_cpp_oracle import Oracle, oracle
@@ -24,6 +24,7 @@ pytest.register_assert_rewrite("tests.merging.parity")
 BUILDERS = {
     "built_llama_cpp": (build_llama_cpp.build,),
     "built_ollama": (build_llama_cpp.build, build_ollama.build),  # a current one serves with both
+    "built_vllm": (build_vllm.build,),
 }
 """What builds the servers that a fixture stands for."""
 
@@ -59,6 +60,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 @pytest.fixture(scope="session")
 def built_ollama() -> None:
     """For what needs Ollama's programs: `pytest_collection_finish` has built those it could."""
+
+
+@pytest.fixture(scope="session")
+def built_vllm() -> None:
+    """For what needs vLLM, which `pytest_collection_finish` has installed if it could."""
+    skip_without(build_vllm.missing())
 
 
 @pytest.fixture(scope="session")

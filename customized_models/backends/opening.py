@@ -13,6 +13,7 @@ from ..errors import InvalidOptionError, shown
 from ..models import DeploymentEnvironment
 from .connection import Secrets, environment_variable
 from .llama_cpp import LlamaCpp
+from .llama_server import LlamaServer
 from .ollama import Ollama
 from .protocol import Backend
 from .vllm import VLLM
@@ -24,6 +25,7 @@ BackendFactory: TypeAlias = Callable[[DeploymentEnvironment], Backend]
 
 BUILT_IN: Mapping[str, Callable[..., Backend]] = {
     "llama_cpp": LlamaCpp,
+    "llama_server": LlamaServer,
     "ollama": Ollama,
     "vllm": VLLM,
 }

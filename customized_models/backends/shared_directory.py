@@ -157,6 +157,19 @@ class SharedDirectory:
                 raise IntegrityError(f"{shown(source.name)} changed while it was copied")
             self.publish(path, name)
 
+    def holds(self, name: str, digest: str) -> bool:
+        """Whether a file of those bytes is there under a name.
+
+        Raises:
+            ServedModelChangedError: One of other bytes is.
+        """
+        path = self.here / name
+        if not path.exists():
+            return False
+        if hash_file(path, SHA256).digest != digest:
+            raise ServedModelChangedError(f"{shown(path)} holds other bytes than were put there")
+        return True
+
     def remove(self, name: str, digest: str, *, file: str = "") -> None:
         """Remove what was put there under `name`; no error if absent.
 
@@ -193,13 +206,10 @@ def remove(path: Path) -> None:
             path.unlink()
 
 
-def _copied(
-    source: Path, target: Path, take: Callable[[bytes], object] = len
-) -> Iterator[int]:
+def _copied(source: Path, target: Path, take: Callable[[bytes], object] = len) -> Iterator[int]:
     """Copy a file; the number of bytes of each piece, which `take` is given."""
     with source.open("rb") as opened, target.open("xb") as written:
         while piece := opened.read(_PIECE):
             written.write(piece)
             take(piece)
             yield len(piece)
-

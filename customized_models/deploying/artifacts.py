@@ -143,9 +143,7 @@ class RegistryArtifact:
         self.check_gguf()
         return self._made(self._base, progress, chat_template)
 
-    def _made(
-        self, model: BaseModel | Stored, progress: Progress, chat_template: bool
-    ) -> GGUFFile:
+    def _made(self, model: BaseModel | Stored, progress: Progress, chat_template: bool) -> GGUFFile:
         """The file of `model`, out of the cache or made now."""
         recipe = self._recipe(model, chat_template)
         key = f"gguf/{digest_of(recipe).partition(':')[2]}"

@@ -8,6 +8,7 @@ it before is kept beside it.
 from __future__ import annotations
 
 import uuid
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,11 +18,17 @@ from attrs import evolve
 from ..backends import Backend, Plan, Probe, Probing, Promoting, Tools, open_backend
 from ..errors import AlreadyExistsError, DatabaseError, shown
 from ..files.documents import from_document
-from ..files.model_directory import CARRIED, files_of
 from ..jobs.work import Work
-from ..models import CompleteModel, DeploymentEnvironment, LiveModel, Proof, Served
+from ..models import BaseModel, CustomizedModel, DeploymentEnvironment, LiveModel, Proof, Served
 from .artifacts import RegistryArtifact
-from .proving import load_tokenizer, prove_content, prove_greedy, prove_template, require
+from .proving import (
+    Answering,
+    load_tokenizer,
+    prove_content,
+    prove_greedy,
+    prove_template,
+    require,
+)
 from .request import KINDS, DeployRequest
 
 if TYPE_CHECKING:
@@ -187,13 +194,15 @@ class _Deployment:
         return found
 
     def _prove_greedy(self, artifact: RegistryArtifact, probe: Probe) -> Proof:
-        if not isinstance(artifact.model, CompleteModel):
-            why = "there is no complete model to compare with; save it, and deploy that"
-            return Proof("greedy", None, "nothing", why)
-        with self.work.shelf.opened(artifact.model) as directory:
-            files = files_of(directory, *CARRIED)
-            tokenizer = load_tokenizer(directory)
-            return prove_greedy(probe, directory, files, tokenizer, self.request.quantization)
+        model, shelf, adapter = artifact.model, self.work.shelf, None
+        with ExitStack() as stack:
+            directory = stack.enter_context(shelf.opened(model))
+            if isinstance(model, CustomizedModel):
+                base = self.work.catalog.levels.get(BaseModel, model.base)
+                adapter, directory = directory, stack.enter_context(shelf.opened(base))
+            small, files = stack.enter_context(artifact.small_files())
+            answering = Answering(directory, small, adapter)
+            return prove_greedy(probe, answering, files, self.request.quantization)
 
     def _record(self, live: LiveModel, artifact: str | None) -> None:
         work, levels = self.work, self.work.catalog.levels

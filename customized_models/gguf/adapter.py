@@ -329,9 +329,7 @@ def _common_alpha(pairs: Sequence[_Pair]) -> float:
 def _scaled(pair: _Pair, alpha: float) -> _Pair:
     factor = pair.layer.scaling * pair.rank / alpha
     exact = math.isclose(factor, 1.0, rel_tol=2**-23)  # float32 has no number between
-    return _Pair(
-        pair.name, pair.layer, pair.rows, pair.rank, pair.shape, 1.0 if exact else factor
-    )
+    return _Pair(pair.name, pair.layer, pair.rows, pair.rank, pair.shape, 1.0 if exact else factor)
 
 
 def _reader(file: GGUFFile, tensors: Sequence[Tensor]) -> Callable[[str], torch.Tensor]:

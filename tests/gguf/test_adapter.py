@@ -26,6 +26,10 @@ from tests.servers.llama_cpp_oracle import Oracle
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")  # of what is refused here
 
 FAMILIES = [name for name in MODELS if "," not in name and name != "mixtral of eight"]
+EXPERTS = {  # of whose layers PEFT's "all-linear" means stacks, to which no adapter is applied
+    "mixtral", "granitemoe", "granitemoeshared", "qwen2moe", "qwen3moe", "olmoe", "glm4moe",
+    "gpt_oss", "ernie4_5_moe",
+}  # fmt: skip
 AGREEMENT = 0.99999  # correlation of logits; an adapter that is left out has less than 0.99
 
 
@@ -75,9 +79,8 @@ def test_llama_cpp_makes_of_an_adapters_file_what_peft_makes_of_the_adapter(
     from peft import LoraConfig
 
     base = tiny_model(tmp_path / "base", MODELS[name], "float32")
-    config = LoraConfig(
-        r=4, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"] if name in EXPERTS else "all-linear"
+    config = LoraConfig(r=4, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM")
     adapter = tiny_adapter(tmp_path / "adapter", base, config)
     assert_served_as_by_peft(base, adapter, tmp_path)
 
@@ -86,7 +89,10 @@ def test_llama_cpp_makes_of_an_adapters_file_what_peft_makes_of_the_adapter(
     "options",
     [
         {"use_rslora": True, "lora_alpha": 12},
-        {"rank_pattern": {"q_proj": 8, "layers.1.self_attn.v_proj": 2}, "target_modules": ["q_proj", "v_proj"]},
+        {
+            "rank_pattern": {"q_proj": 8, "layers.1.self_attn.v_proj": 2},
+            "target_modules": ["q_proj", "v_proj"],
+        },
         {"alpha_pattern": {"down_proj": 31}, "rank_pattern": {"down_proj": 3}, "use_rslora": True},
         {"target_modules": ["embed_tokens", "k_proj"], "lora_alpha": 40},
         {"target_modules": ["lm_head", "o_proj"]},
@@ -162,9 +168,7 @@ def test_adapters_of_other_types_are_refused_by_name(tmp_path: Path) -> None:
     from peft import IA3Config
 
     base = tiny_llama(tmp_path / "base")
-    config = IA3Config(
-        target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]
-    )
+    config = IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
     adapter = tiny_adapter(tmp_path / "adapter", base, config)
     with pytest.raises(UnsupportedAdapterError, match="IA3"):
         planned(base, adapter)

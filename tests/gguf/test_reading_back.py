@@ -57,9 +57,7 @@ AGREEMENT = {"no_quantization": 0.99999, "q8_0": 0.98, "q4_K_M": 0.6, "q4_K_S": 
 """Least correlation of the logits with those of transformers, by mode."""
 
 
-def served(
-    files: Sequence[Sequence[Path]], count: int
-) -> list[tuple[list[int], dict[str, float]]]:
+def served(files: Sequence[Sequence[Path]], count: int) -> list[tuple[list[int], dict[str, float]]]:
     """Of each file, what llama.cpp continues with, and the first token's log-probabilities.
 
     `files`: a model's, and those of adapters that are applied to it.

@@ -71,7 +71,7 @@ def _programs_run(path: Path) -> bool:
 
 
 def build() -> None:
-    """Compile aside and move it into place whole, unless it is there; programs there are kept.
+    """Compile aside and move it into place whole, unless it is there; programs are kept.
 
     Raises:
         FileNotFoundError: No cmake is installed.

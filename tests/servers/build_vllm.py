@@ -60,12 +60,20 @@ def runs(environment: Path) -> bool:
     return _is_python(environment / "bin" / "python")
 
 
-def install() -> None:
-    """Install aside and move it into place whole; an environment may be moved."""
+def build() -> None:
+    """Install aside and move it into place whole, unless it is there; environments may be moved.
+
+    Raises:
+        FileNotFoundError: There is no Python of the version that it needs.
+        subprocess.CalledProcessError: It is not installed.
+    """
+    target = directory()
+    if runs(target):
+        return
     found = next(_pythons(), None)
     if found is None:
-        sys.exit(f"installing vLLM {VERSION} needs a Python {PYTHON}")
-    target = directory()
+        raise FileNotFoundError(f"installing vLLM {VERSION} needs a Python {PYTHON}")
+    print(f"installing vLLM {VERSION}, which takes minutes", flush=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as aside:
         # pip cannot replace what a package asks for; uv can.
@@ -104,9 +112,7 @@ def _is_python(path: Path) -> bool:
 
 def main() -> None:
     """Install if need be; say where it is."""
-    if not runs(directory()):
-        print(f"installing vLLM {VERSION}, which takes minutes", flush=True)
-        install()
+    build()
     print(directory())
 
 
