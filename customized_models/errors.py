@@ -281,7 +281,15 @@ class ServerUnreachableError(DeploymentError, ConnectionError):
 
 
 class ServerAnswerError(DeploymentError):
-    """The deployment tool's server answered with an error, or not as its API says."""
+    """The deployment tool's server answered with an error, or not as its API says.
+
+    Attributes:
+        status: The HTTP status, if that was the error.
+    """
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 def to_record(error: BaseException) -> dict[str, Any]:

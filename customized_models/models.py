@@ -237,6 +237,7 @@ class Served(Shown):
     `name`: what callers put into `model`. `endpoint`: base URL of the API, without a trailing
     slash. `api`: its style, such as "openai" or "ollama". `digest`: `sha256:` of the file that was
     handed over. `details`: what the backend needs to find it again, such as a process and its port.
+    `copied`: whether the tool has a copy of its own, so that the file here need not stay for it.
     """
 
     name: str
@@ -244,6 +245,7 @@ class Served(Shown):
     api: str
     digest: str = field(repr=False)
     details: Mapping[str, Any] = field(factory=dict, hash=False, repr=False)
+    copied: bool = field(default=False, repr=False)
 
 
 @frozen
@@ -287,6 +289,11 @@ class LiveModel(Shown):
     replaces: str | None = field(default=None, repr=False)
     proofs: tuple[Proof, ...] = field(default=(), repr=False)
     note: str = field(default="", repr=False)
+
+    @property
+    def key(self) -> str:
+        """What a lease on it holds."""
+        return f"live/{self.name}"
 
     @property
     def digest(self) -> str:

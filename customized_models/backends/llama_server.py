@@ -71,6 +71,7 @@ def _serving(arguments: argparse.Namespace) -> Any:
     parameters.cors_origins = ""
     parameters.cors_credentials = False
     parameters.endpoint_slots = False
+    parameters.endpoint_metrics = True  # how many answers are under way, and not what is in them
     parameters.verbosity = 1  # errors
     return xllamacpp.Server(parameters)
 
