@@ -292,7 +292,15 @@ class ServerUnreachableError(DeploymentError, ConnectionError):
 
 
 class ServerAnswerError(DeploymentError):
-    """The server answered with an error, or in a way that its API does not allow."""
+    """The server answered with an error, or in a way that its API does not allow.
+
+    Attributes:
+        status: The HTTP status, if that was the error.
+    """
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 def to_record(error: BaseException) -> dict[str, Any]:

@@ -336,6 +336,7 @@ class Served(Value):
         api: The API's style, such as "openai" or "ollama".
         digest: SHA-256 of the file that the tool was given, as `sha256:...`.
         details: What the backend needs to find it again, such as a process and its port.
+        copied: Whether the tool has a copy of its own, so that the file here need not stay for it.
     """
 
     name: str
@@ -343,6 +344,7 @@ class Served(Value):
     api: str
     digest: str = field(repr=False)
     details: Mapping[str, Any] = field(factory=dict, hash=False, repr=False)
+    copied: bool = field(default=False, repr=False)
 
 
 @frozen(field_transformer=checked)
@@ -407,6 +409,11 @@ class LiveModel(Value):
     replaces: str | None = field(default=None, repr=False)
     proofs: tuple[Proof, ...] = field(default=(), repr=False)
     note: str = field(default="", repr=False)
+
+    @property
+    def key(self) -> str:
+        """What a lease on it holds."""
+        return f"live/{self.name}"
 
     @property
     def digest(self) -> str:

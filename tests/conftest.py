@@ -131,3 +131,9 @@ def counting_proxy_fixture(ollama: OllamaServer) -> Iterator[CountingProxy]:
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> FileArtifact:
     """A tiny model to deploy, its files written once."""
     return tiny_artifact(tmp_path_factory.mktemp("artifact"))
+
+
+@pytest.fixture(scope="session")
+def other_artifact(tmp_path_factory: pytest.TempPathFactory) -> FileArtifact:
+    """A tiny model of other content."""
+    return tiny_artifact(tmp_path_factory.mktemp("other-artifact"), num_hidden_layers=1)

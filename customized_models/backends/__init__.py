@@ -6,6 +6,7 @@ from .connection import Secrets, environment_variable
 from .opening import BackendFactory, Tools, check_environment, open_backend
 from .protocol import (
     AdapterBesideBase,
+    Addressed,
     Artifact,
     Backend,
     Describing,
@@ -20,6 +21,7 @@ from .protocol import (
 
 __all__ = [
     "AdapterBesideBase",
+    "Addressed",
     "Artifact",
     "Backend",
     "BackendFactory",

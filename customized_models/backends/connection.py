@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import base64
 import functools
+import json
 import logging
 import os
 import re
 import ssl
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -35,6 +36,9 @@ def environment_variable(name: str) -> str | None:
 
 DEFAULT_SECONDS = 30.0  # a busy server may take a while for a short answer
 MAX_SECONDS = 3600.0  # a proxy may hand an upload on only once it has all of it
+
+_TELLING = 6  # characters: of a shorter secret, nobody can say that it was repeated
+_STARS = "***"
 
 _FILES = ("ca_file", "client_certificate", "client_key")
 _SETTINGS = ("timeout", *_FILES, "basic_auth_env", "proxy", "llama_cpp")
@@ -96,21 +100,33 @@ class Connection:
 
     @property
     def secrets(self) -> tuple[str, ...]:
-        """What must not stand in any text: servers may repeat what they were sent."""
+        """What must not stand in any text: servers may repeat what they were sent.
+
+        Each also as JSON, and as Python in a message of another library, writes it.
+        """
         if self.authorization is None:
             return ()
         kind, _, credentials = self.authorization.partition(" ")
-        if kind != "Basic":
-            return (credentials,)
-        decoded = base64.b64decode(credentials).decode()
-        return credentials, decoded, decoded.partition(":")[2]
+        plain = [credentials]
+        if kind == "Basic":
+            decoded = base64.b64decode(credentials).decode()
+            plain += [decoded, decoded.partition(":")[2]]
+        written = [(t, json.dumps(t)[1:-1], repr(t.encode())[2:-1]) for t in filter(None, plain)]
+        return tuple(dict.fromkeys(text for texts in written for text in texts))
 
     def masked(self, text: object) -> str:
         """`text` with stars in place of secrets."""
-        result = str(text)
-        for secret in sorted(filter(None, self.secrets), key=len, reverse=True):
-            result = result.replace(secret, "***")
-        return result
+        return _starred(str(text), self.secrets)
+
+    def without_secrets(self, answer: Any) -> Any:
+        """What JSON holds, with stars in place of secrets in each text and key.
+
+        Secrets that stand in ordinary text by chance, such as `a`, are left where they are: a
+        digest with stars in it would be none. They do not get into messages all the same; see
+        `masked`.
+        """
+        telling = tuple(secret for secret in self.secrets if len(secret) >= _TELLING)
+        return _each_starred(answer, telling) if telling else answer
 
     def client(self) -> httpx.Client:
         """A client for one exchange; it keeps no connection.
@@ -123,6 +139,22 @@ class Connection:
         _mask_log_lines(self.secrets)
         verify = _context(self.ca_file, self.client_certificate, self.client_key)
         return httpx.Client(trust_env=False, verify=verify, proxy=self.proxy)
+
+
+def _starred(text: str, secrets: Iterable[str]) -> str:
+    for secret in sorted(secrets, key=len, reverse=True):
+        text = text.replace(secret, _STARS)
+    return text
+
+
+def _each_starred(value: Any, secrets: Iterable[str]) -> Any:
+    if isinstance(value, str):
+        return _starred(value, secrets)
+    if isinstance(value, list):
+        return [_each_starred(item, secrets) for item in value]
+    if isinstance(value, dict):
+        return {_starred(key, secrets): _each_starred(item, secrets) for key, item in value.items()}
+    return value
 
 
 def checked_settings(
@@ -146,7 +178,7 @@ def checked_settings(
         if name == "timeout":
             if type(value) not in (int, float) or not 0 < value <= MAX_SECONDS:
                 raise InvalidOptionError(
-                    f"timeout {shown(value)} must be more than 0 and at most "
+                    f"the setting 'timeout' must be more than 0 and at most "
                     f"{MAX_SECONDS:.0f} seconds"
                 )
         elif not isinstance(value, str) or not value:
@@ -240,17 +272,17 @@ class _Mask(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         text = record.getMessage()
-        if any(secret in text for secret in self.secrets):
-            for secret in self.secrets:
-                text = text.replace(secret, "***")
-            record.msg, record.args = text, ()
+        if (starred := _starred(text, self.secrets)) != text:
+            record.msg, record.args = starred, ()
         return True
 
 
 _mask = _Mask()
+# A filter sees what its own logger is given, and not what loggers below it are.
+_LOGGERS = ("httpx", *(f"httpcore.{part}" for part in ("connection", "http11", "proxy", "socks")))
 
 
 def _mask_log_lines(secrets: tuple[str, ...]) -> None:
-    _mask.secrets.update(filter(None, secrets))
-    for name in ("httpx", "httpcore", "httpcore.http11", "httpcore.connection", "httpcore.proxy"):
+    _mask.secrets.update(secrets)
+    for name in _LOGGERS:
         logging.getLogger(name).addFilter(_mask)  # again is fine: a filter is added once

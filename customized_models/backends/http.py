@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 MAX_ANSWER = 16 << 20  # bytes: a listing of ten thousand models has about four million
 MAX_COMPLAINT = 64 << 10  # bytes: as much of an error's body as is read
 CHUNK = 1 << 20  # bytes sent between two looks at the deadline
+AGAIN_SECONDS = 0.5  # after a lost connection: a server that restarts takes longer, a proxy less
 
 
 @frozen
@@ -35,7 +37,9 @@ class JSONServer:
     """A server that takes JSON and files, and answers JSON objects.
 
     Every method raises `ServerUnreachableError` if there is no complete answer in time, and
-    `ServerAnswerError` if the answer is an error, a redirect, too large or not JSON.
+    `ServerAnswerError` if the answer is an error, a redirect, too large or not JSON. What may be
+    done twice, which is all but `post`, `post_for_lines` and `upload`, is tried once more if the
+    connection is lost. No answer has the secret that was sent; see `Connection.without_secrets`.
 
     Attributes:
         tool: Its name in messages.
@@ -54,7 +58,11 @@ class JSONServer:
 
     def get(self, path: str) -> dict[str, Any]:
         """The object at `path`."""
-        return self._object(f"GET {path}", self._call("GET", path))
+        return self._object(f"GET {path}", self._call("GET", path, twice=True))
+
+    def get_text(self, path: str) -> str:
+        """The text at `path`."""
+        return self._text(self._call("GET", path, twice=True))
 
     def post(
         self, path: str, body: Mapping[str, Any], *, seconds: float | None = None
@@ -73,22 +81,19 @@ class JSONServer:
         self, path: str, body: Mapping[str, Any], *, seconds: float | None = None
     ) -> str:
         """The text that answers `body`."""
-        return self._call("POST", path, body, seconds).decode("utf-8", "replace")
+        return self._text(self._call("POST", path, body, seconds))
 
     def send(self, path: str, body: Mapping[str, Any]) -> None:
-        """Post `body` to what answers nothing."""
-        self._call("POST", path, body)
+        """Post `body`, where doing so twice is as good as once, to what answers nothing."""
+        self._call("POST", path, body, twice=True)
 
     def delete(self, path: str, body: Mapping[str, Any]) -> None:
         """Delete what `body` names; no error if there is no such thing."""
-        self._call("DELETE", path, body, absent_is_fine=True)
+        self._call("DELETE", path, body, twice=True, absent=b"")
 
     def has(self, path: str) -> bool:
         """Whether there is something at `path`, as opposed to an answer of 404."""
-        with self._exchange("HEAD", path, Deadline(self.connection.timeout)) as response:
-            if response.status_code != 404:
-                self._refuse_errors(f"HEAD {path}", response)
-            return response.status_code != 404
+        return self._call("HEAD", path, twice=True, absent=b"absent") != b"absent"
 
     def upload(self, path: str, file: GGUFFile, progress: Progress) -> None:
         """Post the file's bytes; each piece of a mebibyte must be taken within `timeout`."""
@@ -122,16 +127,33 @@ class JSONServer:
         body: Mapping[str, Any] | None = None,
         seconds: float | None = None,
         *,
-        absent_is_fine: bool = False,
+        twice: bool = False,
+        absent: bytes | None = None,
     ) -> bytes:
+        """The body of an answer.
+
+        Args:
+            method: Such as "GET".
+            path: Below the server's URL.
+            body: What is sent, as JSON.
+            seconds: Within which it must be complete; the connection's own if None.
+            twice: Whether it may be asked again if the connection is lost.
+            absent: What an answer of 404 is to be taken for, if it is no error.
+        """
+        deadline = Deadline(self.connection.timeout if seconds is None else seconds)
         content = None if body is None else json.dumps(body).encode()
         headers = {} if body is None else {"Content-Type": "application/json"}
-        deadline = Deadline(self.connection.timeout if seconds is None else seconds)
-        with self._exchange(method, path, deadline, content, headers) as response:
-            if absent_is_fine and response.status_code == 404:
-                return b""
-            self._refuse_errors(f"{method} {path}", response)
-            return self._read(f"{method} {path}", response)
+        try:
+            with self._exchange(method, path, deadline, content, headers) as response:
+                if response.status_code == 404 and absent is not None:
+                    return absent
+                self._refuse_errors(f"{method} {path}", response)
+                return self._read(f"{method} {path}", response)
+        except ServerUnreachableError:
+            if not twice or deadline.passed:
+                raise
+        time.sleep(AGAIN_SECONDS)
+        return self._call(method, path, body, seconds, absent=absent)
 
     @contextmanager
     def _exchange(
@@ -203,14 +225,16 @@ class JSONServer:
         if 300 <= status < 400:
             raise ServerAnswerError(
                 f"{where}, a redirect, which is never followed; "
-                f"record the final address in the environment"
+                f"record the final address in the environment",
+                status,
             )
         complaint = bytearray()
         for piece in response.iter_raw():
             complaint += piece[: MAX_COMPLAINT - len(complaint)]
             if len(complaint) == MAX_COMPLAINT:
                 break
-        raise ServerAnswerError(f"{where}: {self.shown(_reason(bytes(complaint)))}{_hint(status)}")
+        reason = self.shown(_reason(bytes(complaint)))
+        raise ServerAnswerError(f"{where}: {reason}{_hint(status)}", status)
 
     def _read(self, what: str, response: httpx.Response) -> bytes:
         where = f"{self.tool} at {self.url}, {what}"
@@ -223,6 +247,9 @@ class JSONServer:
                 raise ServerAnswerError(f"{where}: the answer has more than {MAX_ANSWER} bytes")
         return bytes(data)
 
+    def _text(self, data: bytes) -> str:
+        return str(self.connection.without_secrets(data.decode("utf-8", "replace")))
+
     def _object(self, what: str, data: bytes) -> dict[str, Any]:
         where = f"{self.tool} at {self.url}, {what}"
         try:
@@ -231,7 +258,8 @@ class JSONServer:
             raise ServerAnswerError(f"{where}: {self.connection.masked(error)}") from None
         if not isinstance(value, dict):
             raise ServerAnswerError(f"{where}: the answer is no JSON object")
-        return value
+        answer: dict[str, Any] = self.connection.without_secrets(value)
+        return answer
 
 
 def _hint(status: int) -> str:

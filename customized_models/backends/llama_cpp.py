@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import socket
 import sys
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from ..deploying.templates.live import Tokenizer, prove_on_llama_cpp
 from ..deploying.templates.proofs import TemplateProof
 from ..errors import (
     AlreadyExistsError,
+    DeploymentError,
     InvalidOptionError,
     MissingDependencyError,
     ServerAnswerError,
@@ -47,6 +50,7 @@ _HOST = "127.0.0.1"
 _SERVER = Path(__file__).resolve().with_name("embedded_server.py")
 _PORT_SECONDS = 2.0  # the system frees the port of a killed server a moment after it is gone
 _START_SECONDS = 600.0  # a large file on a slow disk
+_POLL_SECONDS = 0.1
 _ANSWER_SECONDS = 600.0  # a few tokens of a large model on a slow processor
 
 
@@ -105,10 +109,7 @@ class LlamaCpp:
         options = checked_options(options, LlamaCppOptions)
         name = chosen_served_name(artifact, served_name)
         artifact.check_gguf()
-        if importlib.util.find_spec("xllamacpp") is None:
-            raise MissingDependencyError(
-                "the backend llama_cpp needs xllamacpp: pip install 'customized-models[llama-cpp]'"
-            )
+        self._refuse_missing_wheel()
         self._token()
         self._refuse_taken_port()
         return Plan(artifact, name, options, details={"mark": uuid.uuid4().hex})
@@ -118,7 +119,7 @@ class LlamaCpp:
         file = plan.artifact.gguf(progress, chat_template=True)
         self._refuse_taken_port()
         command = self._command(os.path.abspath(file.path), plan)
-        output = output_of_start(command, _START_SECONDS, progress)
+        output = output_of_start(command, _START_SECONDS, progress, self._secret_variables())
         process, port = _reported(output)
         try:
             aliases = self._aliases(port)
@@ -147,6 +148,29 @@ class LlamaCpp:
             return Status.UNREACHABLE
         return Status.LOADED if served.name in aliases else Status.CHANGED
 
+    def unload(self, served: Served, seconds: float) -> str:
+        """See `Unloading`: `undeploy`, which ends the process, frees the memory."""
+        if Process(**served.details["process"]).is_gone:
+            return ""
+        until = time.monotonic() + seconds
+        try:
+            server = self._server(served.details["port"])
+            while _answers_under_way(server):
+                if time.monotonic() > until:
+                    return f"an answer was still under way after {seconds:g} seconds, and was cut"
+                time.sleep(_POLL_SECONDS)
+        except DeploymentError:  # ending the process needs neither an answer nor a token
+            return "the server could not be asked whether an answer was under way"
+        return ""
+
+    def describe(self) -> Mapping[str, Any]:
+        """See `Describing`: the wheel's version, and how models are served."""
+        self._refuse_missing_wheel()
+        return {
+            "version": importlib.metadata.version("xllamacpp"),
+            "serves": "each model by a process of its own on this host",
+        }
+
     def undeploy(self, served: Served) -> None:
         """See `Backend.undeploy`."""
         if "process" in served.details:
@@ -167,6 +191,12 @@ class LlamaCpp:
         if self._environment.token_env is not None:
             command += ["--token-env", self._environment.token_env]
         return command
+
+    def _refuse_missing_wheel(self) -> None:
+        if importlib.util.find_spec("xllamacpp") is None:
+            raise MissingDependencyError(
+                "the backend llama_cpp needs xllamacpp: pip install 'customized-models[llama-cpp]'"
+            )
 
     def _refuse_taken_port(self) -> None:
         if self._environment.port is None:
@@ -194,6 +224,11 @@ class LlamaCpp:
         url = f"http://{_HOST}:{port}"
         return JSONServer("llama.cpp", Connection(url, self._timeout, authorization))
 
+    def _secret_variables(self) -> dict[str, str]:
+        """What the server finds the token in, wherever it is kept here."""
+        token, name = self._token(), self._environment.token_env
+        return {} if token is None or name is None else {name: token}
+
     def _token(self) -> str | None:
         return bearer_token(self._environment, self._secrets)
 
@@ -217,6 +252,15 @@ class LlamaCppProbe:
         """See `Probe.greedy`."""
         body = {"prompt": prompt, "n_predict": count, "temperature": 0, "top_k": 1, "seed": 0}
         return str(self.server.post("/completion", body, seconds=_ANSWER_SECONDS).get("content"))
+
+
+def _answers_under_way(server: JSONServer) -> int:
+    """How many answers a llama.cpp server is at, or has still to begin."""
+    text = server.get_text("/metrics")
+    found = re.findall(r"^llamacpp:requests_(?:processing|deferred) (\d+)", text, re.MULTILINE)
+    if not found:
+        raise ServerAnswerError(f"llama.cpp at {server.url} does not say what it is about")
+    return sum(map(int, found))
 
 
 def _bind_error(port: int) -> OSError | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from ..deploying.templates.live import Tokenizer, prove_on_ollama
 from ..deploying.templates.proofs import TemplateProof
 from ..errors import (
     DeploymentError,
+    InvalidNameError,
     NoTemplateError,
     ServerAnswerError,
     ServerUnreachableError,
@@ -26,20 +26,18 @@ from .http import JSONServer
 from .ollama_api import (
     CREATE_SECONDS,
     Name,
-    claimed,
-    copy_model,
     create_model,
     digest_of,
     is_made_of,
     listed_models,
-    refuse_taken_name,
-    remove_model,
+    remove_versions,
     server_version,
     show_model,
     unload_model,
     upload_file,
 )
 from .ollama_host import DEFAULT_PORT, environment_from_host
+from .ollama_names import give_name, new_version, refuse_taken_name, take_name
 from .ollama_options import OllamaOptions
 from .protocol import Artifact, Plan, checked_options, chosen_served_name
 
@@ -48,19 +46,20 @@ if TYPE_CHECKING:
 
 __all__ = ["Ollama", "OllamaOptions", "environment_from_host"]
 
-VERSION = "cm-"
-"""How the tags of versions begin."""
-
 
 class Ollama:
     """An Ollama server, 0.5.5 or later; on port 11434 if the environment states none.
 
     A model is made under a tag of its own beside the served name, such as
     `support:cm-3be93ff2a1b7`, and takes the served name once it is proven. Both stand for the same
-    manifest, whose digest is recorded: only what has that digest is ever removed.
+    manifest, whose digest is recorded: only what has that digest is ever removed. Tags that begin
+    with such a one, as `support:cm-3be93ff2a1b7-claim-5d1f0c2e`, are there for a moment while a
+    name changes its meaning.
 
-    An uploaded file can outlive a failed deployment: Ollama has no request to remove one, and does
-    it by itself the next time it starts, from 0.21.0 on if it is more than an hour old.
+    Undeploying frees the disk as well: Ollama deletes a file together with the last model that is
+    made of it. A file that was sent for a deployment which then failed has no model, and stays for
+    the next attempt. Ollama has no request to remove it, and does so by itself when it starts:
+    before 0.21.0 every such file, since then one that is more than an hour old.
     """
 
     options = OllamaOptions
@@ -76,7 +75,7 @@ class Ollama:
         self._secrets = secrets
         self._given = client
         checked_settings(environment)
-        environment.url_with(DEFAULT_PORT)  # raises where there is no address
+        self.url  # noqa: B018 -- raises where there is no address
 
     def preflight(self, artifact: Artifact, served_name: str | None, options: Any) -> Plan:
         """See `Backend.preflight`; sends GET requests only.
@@ -86,7 +85,7 @@ class Ollama:
             UnsupportedVersionError: The server is older than 0.5.5.
         """
         options = checked_options(options, OllamaOptions)
-        name = Name.of(chosen_served_name(artifact, served_name))
+        name = _checked(Name.of(chosen_served_name(artifact, served_name)))
         artifact.check_gguf()
         if artifact.template is None and not options.use_chat_template:
             raise NoTemplateError(
@@ -97,10 +96,9 @@ class Ollama:
         server = self._server()
         found = server_version(server)
         options.refuse_unfit(found)
-        tag = f"{VERSION}{uuid.uuid4().hex[:12]}"
-        served = name.model if name.tag == "latest" else str(name)
         template = None if options.use_chat_template else artifact.template
-        return Plan(artifact, served, options, {"version": str(name.with_tag(tag))}, template)
+        details = {"version": str(new_version(name))}
+        return Plan(artifact, name.short, options, details, template)
 
     def push(self, plan: Plan, progress: Progress) -> Served:
         """See `Backend.push`. Details: `version`, its tag, and `manifest`, its digest."""
@@ -113,10 +111,10 @@ class Ollama:
             create_model(server, version, file, self._body(plan), progress)
             manifest = self._verified(server, version, plan, file)
         except BaseException as error:
-            _take_back(server, version, file.digest, error)
+            _take_back(server, version, error)
             raise
         details = {**plan.details, "manifest": manifest}
-        return Served(str(version), server.url, "ollama", file.digest, details=details)
+        return Served(str(version), server.url, "ollama", file.digest, details, copied=True)
 
     def _body(self, plan: Plan) -> dict[str, Any]:
         template = plan.template
@@ -148,32 +146,29 @@ class Ollama:
 
     def probe(self, served: Served) -> OllamaProbe:
         """See `Probing`: what proves the model under its version's tag."""
-        return OllamaProbe(self._server(), served.details["version"])
+        server = self._server()
+        # The first answer waits for the model to be loaded.
+        patient = evolve(server.connection, timeout=max(server.connection.timeout, CREATE_SECONDS))
+        return OllamaProbe(evolve(server, connection=patient), served.details["version"])
 
     def refuse_taken(self, name: str, replaced: Collection[str] | None) -> None:
         """See `Promoting.refuse_taken`."""
         if replaced is not None:
-            refuse_taken_name(self._server(), Name.of(name), lambda d: d is None or d in replaced)
+            refuse_taken_name(self._server(), Name.of(name), replaced)
 
     def promote(self, served: Served, name: str, replaced: Collection[str] | None) -> Served:
-        """See `Promoting.promote`. Digests are those of manifests."""
+        """See `Promoting.promote`."""
         server, version = self._server(), Name.of(served.details["version"])
-        target, own = Name.of(name), served.details["manifest"]
-
-        def free(digest: str | None) -> bool:
-            return replaced is None or digest in (None, own, *replaced)
-
-        with claimed(server, target, version, free):
-            copy_model(server, version, target)
-            if digest_of(server, target) != own:
-                raise ServerAnswerError(
-                    f"Ollama at {server.url} does not serve {shown(target)} as it was told to"
-                )
+        give_name(server, Name.of(name), version, self.identity(served), replaced)
         return evolve(served, name=name)
 
     def identity(self, served: Served) -> str:
         """See `Promoting.identity`: the manifest's digest."""
         return str(served.details["manifest"])
+
+    def version(self, served: Served) -> Served:
+        """See `Promoting.version`."""
+        return evolve(served, name=served.details["version"])
 
     def status(self, served: Served) -> Status:
         """See `Backend.status`."""
@@ -182,7 +177,7 @@ class Ollama:
             digest = digest_of(server, name)
             if digest is None:
                 return Status.ABSENT
-            if digest != served.details["manifest"]:
+            if digest != served.details.get("manifest"):
                 return Status.CHANGED
             names = {str(name), str(Name.of(served.details["version"]))}
             loaded = names & listed_models(server, "/api/ps").keys()
@@ -190,31 +185,40 @@ class Ollama:
             return Status.UNREACHABLE
         return Status.LOADED if loaded else Status.LIVE
 
-    def unload(self, served: Served, seconds: float) -> bool:
+    def unload(self, served: Served, seconds: float) -> str:
         """See `Unloading`."""
-        server = self._server()
-        names = dict.fromkeys((Name.of(served.name), Name.of(served.details["version"])))
-        ours = [n for n in names if digest_of(server, n) == served.details.get("manifest")]
-        free = [unload_model(server, name, seconds) for name in ours]
-        return all(free)
+        server, digest = self._server(), served.details.get("manifest")
+        version, name = Name.of(served.details["version"]), Name.of(served.name)
+        if digest is None or digest_of(server, version) != digest:
+            return ""  # its answers, if there are any, are nobody's to wait for
+        take_name(server, name, version, digest)
+        if unload_model(server, (version, name), digest, seconds):
+            return ""
+        return (
+            f"an answer was still under way after {seconds:g} seconds; the memory is freed once "
+            f"that is finished"
+        )
 
     def undeploy(self, served: Served) -> None:
         """See `Backend.undeploy`: what has the recorded digest goes, all else stays."""
         server, version = self._server(), Name.of(served.details["version"])
-        digest = served.details.get("manifest")
-        if digest is None:  # of a push that was killed: the tag was drawn for it alone
-            remove_model(server, version, None)
-            return
-        for name in (Name.of(served.name), version):
-            remove_model(server, name, digest)
+        if "manifest" in served.details:  # else of a push that was killed, and had no other name
+            take_name(server, Name.of(served.name), version, served.details["manifest"])
+        remove_versions(server, version)
+
+    @property
+    def url(self) -> str:
+        """See `Addressed`."""
+        return self._environment.url_with(DEFAULT_PORT)
 
     def describe(self) -> Mapping[str, Any]:
         """See `Describing`: the version, and what it can do."""
         version = server_version(self._server())
         return {
             "version": ".".join(map(str, version.number)),
-            "shows renderings": version.renders,
-            "may use the file's chat template": version.uses_file_template,
+            "shows what a template writes": version.renders,
+            "can use the file's chat template": version.uses_file_template,
+            "keeps unused files over a restart": f"{version.keeps_blobs:g} s",
         }
 
     def _server(self) -> JSONServer:
@@ -255,10 +259,23 @@ class OllamaProbe:
         return str(answer.get("response"))
 
 
-def _take_back(server: JSONServer, version: Name, digest: str, error: BaseException) -> None:
+def _checked(name: Name) -> Name:
+    """The name, unless current servers take it for one of a model elsewhere.
+
+    Source: `parseSourceSuffix` in `internal/modelref/modelref.go` of Ollama v0.34.1.
+    """
+    if name.tag in ("cloud", "local") or name.tag.endswith("-cloud"):
+        raise InvalidNameError(
+            f"served name {shown(name)}: Ollama keeps the tags 'cloud', 'local' and '...-cloud' "
+            f"for itself"
+        )
+    return name
+
+
+def _take_back(server: JSONServer, version: Name, error: BaseException) -> None:
     """Delete what a failed creation left under the tag that was drawn for it."""
     try:
-        remove_model(server, version, None)
+        remove_versions(server, version)
     except DeploymentError as second:
         error.add_note(
             f"{shown(version)} may be left at the server, which could not be asked: {second}"

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import re
 import time
-import uuid
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from datetime import datetime
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
+from typing import Any, TypeVar
 
 from attrs import frozen
 
 from ..errors import (
-    AlreadyExistsError,
     DeploymentError,
     ServerAnswerError,
     ServerUnreachableError,
@@ -24,10 +21,12 @@ from ..gguf import GGUFFile
 from ..models import Progress
 from .http import JSONServer
 
+T = TypeVar("T")
+
 CREATE_SECONDS = 900.0  # the server reads the file, and some versions copy it
 _AGAIN_SECONDS = 30.0  # for how long a creation is looked for whose answer was lost
-_CLAIM_SECONDS = 60.0  # a claim that is older was left by a process that is gone
 _POLL_SECONDS = 0.1
+_TRIES = 5  # of what may fail while other processes are at work
 
 
 @frozen
@@ -80,11 +79,23 @@ _SINCE: tuple[tuple[tuple[int, int, int], Mapping[str, Any]], ...] = (
 """What each version changed for us; a row counts from its version on."""
 
 
+_OWN_NAMESPACE = "library/"  # listings leave it out, so that a name with it is never found
+
+
 @frozen
 class Name:
-    """A model's name at Ollama: `[namespace/]model[:tag]`, in lower case.
+    """A model's name as Ollama's listings have it, in lower case.
+
+    Ollama takes names in any case for the same, and lists each as it was first written.
 
     Law: `Name.of(str(name)) == name`.
+
+    >>> Name.of("Support"), str(Name.of("team/support:v2"))
+    (Name(model='support', tag='latest'), 'team/support:v2')
+
+    Attributes:
+        model: What stands before the tag, with its namespace if it has one: `team/support`.
+        tag: "latest" where none is stated.
     """
 
     model: str
@@ -92,14 +103,19 @@ class Name:
 
     @classmethod
     def of(cls, text: str) -> Name:
-        """The name that callers put into `model`; the tag is "latest" if none is stated."""
-        head, separator, tail = text.rpartition(":")
+        """The name that `text`, which callers put into `model`, means."""
+        head, separator, tail = text.lower().removeprefix(_OWN_NAMESPACE).rpartition(":")
         if separator and "/" not in tail:
-            return cls(head.lower(), tail.lower())
-        return cls(text.lower())
+            return cls(head, tail)
+        return cls(text.lower().removeprefix(_OWN_NAMESPACE))
 
     def __str__(self) -> str:
         return f"{self.model}:{self.tag}"
+
+    @property
+    def short(self) -> str:
+        """Without its tag if that is "latest", as people write it."""
+        return self.model if self.tag == "latest" else str(self)
 
     def with_tag(self, tag: str) -> Name:
         """Another tag of the same model."""
@@ -108,12 +124,29 @@ class Name:
 
 def server_version(server: JSONServer) -> Version:
     """The server's version."""
-    return Version.of(server.connection.masked(server.get("/api/version").get("version")))
+    return Version.of(server.get("/api/version").get("version"))
+
+
+def again(ask: Callable[[], T]) -> T:
+    """What `ask` gives, asked again while another process deletes models.
+
+    Ollama looks at every model to find one, and fails if it is gone by then, with any status.
+
+    Source: `Manifests` in `manifest/manifest.go` of Ollama v0.34.1.
+    """
+    for _ in range(_TRIES):
+        try:
+            return ask()
+        except ServerAnswerError as error:
+            if error.status not in (400, 404, 500):
+                raise
+        time.sleep(_POLL_SECONDS)
+    return ask()
 
 
 def listed_models(server: JSONServer, path: str = "/api/tags") -> dict[str, dict[str, Any]]:
     """What a listing has, by name in lower case: Ollama's names ignore case."""
-    models = server.get(path).get("models") or []
+    models = again(lambda: server.get(path)).get("models") or []
     if not isinstance(models, list) or not all(isinstance(model, dict) for model in models):
         raise ServerAnswerError(f"Ollama at {server.url}: {path} does not list models")
     return {str(Name.of(str(model.get("name")))): model for model in models}
@@ -132,7 +165,7 @@ def digest_of(server: JSONServer, name: Name) -> str | None:
 
 def show_model(server: JSONServer, name: Name) -> dict[str, Any]:
     """What the server tells of a model."""
-    return server.post("/api/show", {"model": str(name)})
+    return again(lambda: server.post("/api/show", {"model": str(name)}))
 
 
 def is_made_of(told: Mapping[str, Any], digest: str) -> bool:
@@ -147,10 +180,18 @@ def is_made_of(told: Mapping[str, Any], digest: str) -> bool:
 
 
 def upload_file(server: JSONServer, file: GGUFFile, progress: Progress) -> None:
-    """Send a file, unless the server has it: a server that does would not read it."""
+    """Send a file, unless the server has it: a server that does would not read it.
+
+    If the connection is lost, the server is asked until it answers, and the file is sent once more.
+    """
     blob = f"/api/blobs/{file.digest}"
-    if not server.has(blob):
+    if server.has(blob):
+        return
+    try:
         server.upload(blob, file, progress)
+    except ServerUnreachableError:
+        if not _comes_back(lambda: server.has(blob)):
+            server.upload(blob, file, progress)
 
 
 def create_model(
@@ -169,11 +210,11 @@ def create_model(
         if not _appears(server, name, file):
             _create(server, name, file, {**body, "stream": False})
     except ServerAnswerError:
-        # A server that restarts drops what no model uses yet.
-        if server.has(f"/api/blobs/{file.digest}"):
-            raise
+        # A server that restarts drops what no model uses yet; for other reasons, see `again`.
         upload_file(server, file, progress)
         _create(server, name, file, body)
+    # Whoever deleted another model of the same file meanwhile has deleted the file.
+    upload_file(server, file, progress)
 
 
 def _create(server: JSONServer, name: Name, file: GGUFFile, body: Mapping[str, Any]) -> None:
@@ -192,108 +233,68 @@ def _create(server: JSONServer, name: Name, file: GGUFFile, body: Mapping[str, A
 
 
 def _appears(server: JSONServer, name: Name, file: GGUFFile) -> bool:
+    """Whether a model turns up whose creation was not heard of."""
+
+    def made() -> bool | None:
+        if digest_of(server, name) is None:
+            return None
+        return is_made_of(show_model(server, name), file.digest)
+
+    return bool(_comes_back(made))
+
+
+def _comes_back(ask: Callable[[], bool | None]) -> bool | None:
+    """The first answer that is not None, of a server that may be restarting; None if none comes."""
     until = time.monotonic() + _AGAIN_SECONDS
     while time.monotonic() < until:
         with suppress(DeploymentError):
-            if digest_of(server, name) is not None:
-                return is_made_of(show_model(server, name), file.digest)
+            if (answer := ask()) is not None:
+                return answer
         time.sleep(_POLL_SECONDS)
-    return False
+    return None
 
 
-def copy_model(server: JSONServer, source: Name, target: Name) -> None:
-    """Let a name stand for what another stands for; whatever it stood for before is replaced."""
-    server.send("/api/copy", {"source": str(source), "destination": str(target)})
+def remove_versions(server: JSONServer, version: Name) -> None:
+    """Remove a version, and what was made under names that go on after its own."""
+    for name in listed_models(server):
+        if name == str(version) or name.startswith(f"{version}-"):
+            delete_model(server, Name.of(name))
 
 
-def remove_model(server: JSONServer, name: Name, digest: str | None) -> bool:
-    """Take a name away if it stands for that digest (for anything, if None); False if not."""
-    found = digest_of(server, name)
-    if found is None or (digest is not None and found != digest):
-        return False
-    server.delete("/api/delete", {"model": str(name)})
-    return True
+def delete_model(server: JSONServer, name: Name, digest: str | None = None) -> None:
+    """Let a name stand for nothing, if it stands for the manifest with that digest or for any."""
+    # Not found may mean what `again` is for, so the listing has the last word.
+    for _ in range(_TRIES):
+        found = digest_of(server, name)
+        if found is None or found != (digest or found):
+            return
+        server.delete("/api/delete", {"model": str(name)})
+    raise ServerAnswerError(f"Ollama at {server.url} does not delete {shown(name)}")
 
 
-def unload_model(server: JSONServer, name: Name, seconds: float) -> bool:
+def unload_model(server: JSONServer, names: Collection[Name], digest: str, seconds: float) -> bool:
     """Take a model out of memory; False if it is still used after `seconds`.
 
-    Then it goes as soon as the last answer is finished.
-    """
-    if str(name) not in listed_models(server, "/api/ps"):
-        return True
-    server.post("/api/generate", {"model": str(name), "keep_alive": 0, "stream": False})
-    until = time.monotonic() + seconds
-    while str(name) in listed_models(server, "/api/ps"):
-        if time.monotonic() > until:
-            return False
-        time.sleep(_POLL_SECONDS)
-    return True
-
-
-@contextmanager
-def claimed(
-    server: JSONServer, name: Name, version: Name, free: Callable[[str | None], bool]
-) -> Iterator[None]:
-    """Be the only one who gives `name` a meaning, while the block lasts.
-
-    Ollama has no request that fails where a name is taken, so who wants one says so first, by a
-    tag beside it, and goes on only if nobody else says so at that time. Of two who come at once
-    both step back, and try again a little later.
+    Then it goes as soon as the last answer is finished, unless someone begins another.
 
     Args:
         server: Where.
-        name: The name.
-        version: What it is to stand for.
-        free: Whether the name may be taken, given the digest that it stands for now.
-
-    Raises:
-        AlreadyExistsError: It may not.
+        names: Those under which it may have been loaded; the first must still be there.
+        digest: Of the manifest that they stand for.
+        seconds: How long to wait.
     """
-    claim = name.with_tag(f"{CLAIM}{uuid.uuid4().hex}")
-    while True:
-        refuse_taken_name(server, name, free)
-        copy_model(server, version, claim)
-        try:
-            listed = listed_models(server)
-            if not _others(listed, claim):
-                refuse_taken_name(server, name, free)
-                yield
-                return
-        finally:
-            server.delete("/api/delete", {"model": str(claim)})
-        time.sleep(_POLL_SECONDS * (1 + uuid.uuid4().int % 20))
+    until = time.monotonic() + seconds
+    body = {"model": str(next(iter(names))), "keep_alive": 0, "stream": False}
+    while _is_loaded(server, names, digest):
+        # Each time: whoever called meanwhile has asked for it to stay.
+        again(lambda: server.post("/api/generate", body))
+        if time.monotonic() > until:
+            return not _is_loaded(server, names, digest)
+        time.sleep(_POLL_SECONDS)
+    return True
 
 
-CLAIM = "cm-claim-"
-"""How the tags of claims begin."""
-
-
-def refuse_taken_name(server: JSONServer, name: Name, free: Callable[[str | None], bool]) -> None:
-    """Raise `AlreadyExistsError` unless `free` says that the name may be taken."""
-    if not free(digest_of(server, name)):
-        raise AlreadyExistsError(
-            f"Ollama at {server.url} already serves something under {shown(name)}; choose another "
-            f"served_name, or say replace=True"
-        )
-
-
-def _others(listed: Mapping[str, Mapping[str, Any]], claim: Name) -> Collection[str]:
-    """The claims on the same name that are not forgotten ones, by the server's own clock."""
-    now = _modified(listed.get(str(claim), {}))
-    begin = str(claim.with_tag(CLAIM))
-    return [
-        name
-        for name, entry in listed.items()
-        if name.startswith(begin) and name != str(claim) and now - _modified(entry) < _CLAIM_SECONDS
-    ]
-
-
-def _modified(entry: Mapping[str, Any]) -> float:
-    """When a manifest was written, in seconds; 0 if the server does not say."""
-    # Go writes nine digits of a second, and Python reads six.
-    text = re.sub(r"(\.\d{6})\d+", r"\1", str(entry.get("modified_at")))
-    try:
-        return datetime.fromisoformat(text).timestamp()
-    except ValueError:
-        return 0.0
+def _is_loaded(server: JSONServer, names: Collection[Name], digest: str) -> bool:
+    loaded = listed_models(server, "/api/ps")
+    entries = [loaded[str(name)] for name in names if str(name) in loaded]
+    return any(entry.get("digest") == digest for entry in entries)

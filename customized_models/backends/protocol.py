@@ -121,6 +121,12 @@ class Promoting(Protocol):
     def identity(self, served: Served) -> str:
         """What tells this version from others under the same name, such as a digest."""
 
+    def version(self, served: Served) -> Served:
+        """The same by the name of its own, which `push` gave it: whatever the served name means.
+
+        Law: `version(promote(served, name, None)) == served` for what `push` returned.
+        """
+
     def refuse_taken(self, name: str, replaced: Collection[str] | None) -> None:
         """Refuse a name that stands for something already, before anything is sent.
 
@@ -173,10 +179,29 @@ class Probe(Protocol):
 
 @runtime_checkable
 class Unloading(Protocol):
-    """A backend that can free a model's memory before its name is taken away."""
+    """A backend whose answers under way can be finished before the model is undeployed."""
 
-    def unload(self, served: Served, seconds: float) -> bool:
-        """Free the memory; False if it is still in use after `seconds`, and goes by itself."""
+    def unload(self, served: Served, seconds: float) -> str:
+        """Let nobody begin another answer, if the tool can, and wait for those under way.
+
+        Then free the memory. `undeploy` is called after it, whatever came of it.
+
+        Args:
+            served: As for `undeploy`.
+            seconds: For how long to wait; less if it is not necessary.
+
+        Returns:
+            What is still under way, and what becomes of it, in words; "" if nothing is.
+        """
+
+
+@runtime_checkable
+class Addressed(Protocol):
+    """A backend whose models are called at the address that the environment states."""
+
+    @property
+    def url(self) -> str:
+        """What endpoints begin with: the environment's URL, with the tool's own port if none."""
 
 
 @runtime_checkable
@@ -234,7 +259,8 @@ class Backend(Protocol):
             MissingDependencyError: An optional package is not installed.
             NoTemplateError: The tool needs a deployment template.
             ServerUnreachableError: The tool does not answer.
-            AlreadyExistsError: The tool already serves something under that name.
+            AlreadyExistsError: The tool already serves something under that name, and the backend
+                is not `Promoting`.
         """
 
     def push(self, plan: Plan, progress: Progress) -> Served:
@@ -250,12 +276,14 @@ class Backend(Protocol):
     def undeploy(self, served: Served) -> None:
         """Free its memory and remove it; no error if absent.
 
+        What the name means now, and was not deployed here, stays.
+
         Args:
-            served: What `push` returned; or, where that was killed, the plan's served name and
-                details, with the digest of the file that it had asked for, or "" if none.
+            served: What `push` or `promote` returned; or, where that was killed, the plan's served
+                name and details, with the digest of the file that it had asked for, or "" if none.
 
         Raises:
-            ServedModelChangedError: The name now means something that was not deployed here;
+            ServedModelChangedError: It cannot be removed without what was not deployed here;
                 nothing is removed.
             ServerUnreachableError: The tool does not answer.
         """

@@ -10,15 +10,29 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .backends import BackendContract
+    from .backends import (
+        AddressedContract,
+        BackendContract,
+        DescribingContract,
+        ProbingContract,
+        PromotingContract,
+        UnloadingContract,
+        deployed,
+    )
     from .storage import CopyingStorage, MemoryStorage, StorageContract, publish_files
     from .tiny_models import tiny_adapter, tiny_llama, tiny_lora, tiny_tokenizer
 
 _HOMES = {
+    "AddressedContract": "backends",
     "BackendContract": "backends",
     "CopyingStorage": "storage",
+    "DescribingContract": "backends",
     "MemoryStorage": "storage",
+    "ProbingContract": "backends",
+    "PromotingContract": "backends",
     "StorageContract": "storage",
+    "UnloadingContract": "backends",
+    "deployed": "backends",
     "publish_files": "storage",
     "tiny_adapter": "tiny_models",
     "tiny_llama": "tiny_models",
@@ -27,10 +41,16 @@ _HOMES = {
 }
 
 __all__ = [
+    "AddressedContract",
     "BackendContract",
     "CopyingStorage",
+    "DescribingContract",
     "MemoryStorage",
+    "ProbingContract",
+    "PromotingContract",
     "StorageContract",
+    "UnloadingContract",
+    "deployed",
     "publish_files",
     "tiny_adapter",
     "tiny_llama",

@@ -245,7 +245,7 @@ def _with_history(server: Server, model: str, history: Sequence[Message]) -> Ite
     if not history:
         yield model
         return
-    beside = f"history-{uuid.uuid4().hex}"
+    beside = f"{model}-history-{uuid.uuid4().hex[:8]}"  # whoever removes the model removes it
     body = {"model": beside, "from": model, "messages": list(history), "stream": False}
     server.post("/api/create", body)
     try:
