@@ -242,7 +242,7 @@ class VLLM:
         return Status.LOADED if ours else Status.CHANGED
 
     def _is_version(self, card: Mapping[str, Any], served: Served) -> bool:
-        return self._version_of(card) == served.details["version"]
+        return bool(self._version_of(card) == served.details["version"])
 
     def undeploy(self, served: Served) -> None:
         """See `Backend.undeploy`. The server frees the memory when it needs it for another."""

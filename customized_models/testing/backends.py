@@ -553,6 +553,14 @@ class _Sealed:
         return self._artifact.architecture
 
     @property
+    def base(self) -> str:
+        return self._artifact.base
+
+    @property
+    def adapter_config(self) -> Mapping[str, Any] | None:
+        return self._artifact.adapter_config
+
+    @property
     def quantization(self) -> Quantization:
         return self._artifact.quantization
 
@@ -565,6 +573,9 @@ class _Sealed:
 
     def gguf(self, progress: Progress, *, chat_template: bool) -> GGUFFile:
         raise AssertionError("preflight asked for a file")
+
+    def base_gguf(self, progress: Progress, *, chat_template: bool) -> GGUFFile:
+        raise AssertionError("preflight asked for the base's file")
 
     def directory(self) -> AbstractContextManager[Path]:
         raise AssertionError("preflight asked for a directory")
