@@ -22,7 +22,7 @@ class LitterRows:
         customized = connection.execute(select(customized_models.c.name)).scalars()
         complete = connection.execute(select(complete_models.c.name)).scalars()
         served = connection.execute(
-            select(live_models.c.artifact).where(live_models.c.state == "live")
+            select(live_models.c.artifact).where(live_models.c.state != "undeployed")
         ).scalars()
         held = connection.execute(select(leases.c.key)).scalars()
         return {

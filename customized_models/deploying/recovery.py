@@ -82,7 +82,7 @@ def _has_its_name(status: Status) -> bool:
 def _finish(catalog: Catalog, live: LiveModel, change: Unfinished, lease: Lease) -> None:
     with catalog.database.write() as connection:
         if live.replaces is not None:
-            catalog.levels.change_state(connection, live.replaces, "superseded")
+            catalog.levels.supersede(connection, live.replaces)
         catalog.levels.make_visible(connection, live, lease.owner, artifact=change.artifact)
         catalog.jobs.finish_for(connection, live.name, "succeeded")
         lease.end(connection)
