@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast, get_args
 from attrs import evolve
 
 from . import arguments
-from .backends import check_environment
+from .backends import check_environment, moved_endpoint
 from .base_models import Location, hash_base_model
 from .cards.reading import read_base_card
 from .catalog.listing import Listing
@@ -24,10 +24,12 @@ from .deploying.recovery import recover_deployments
 from .errors import (
     BaseModelMissingError,
     CustomizedModelsError,
+    InUseError,
     InvalidArgumentError,
     InvalidNameError,
     NotFoundError,
     NotLocalError,
+    listed,
     shown,
 )
 from .files.reading import existing_directory
@@ -402,6 +404,41 @@ class ModelRegistry:
         added = self.catalog.levels.add_once(given)
         _log.info("environment %s: %s", added.name, added.backend)
         return added
+
+    def update_environment(self, environment: DeploymentEnvironment) -> DeploymentEnvironment:
+        """Change what is recorded of an environment, such as the address of a server that moved.
+
+        The endpoints of the models that are live there, and of what third parties see of them,
+        follow. Nothing is asked of the server: `Deployer.status` does that.
+
+        Args:
+            environment: As it is to be; the one of its name is replaced.
+
+        Raises:
+            NotFoundError: No environment has that name.
+            InUseError: It has another backend, and models are still deployed there.
+            InvalidOptionError: No such backend, or it refuses the settings.
+        """
+        given: DeploymentEnvironment = value_of("environment", environment, DeploymentEnvironment)
+        check_environment(given)
+        levels = self.catalog.levels
+        with self.catalog.database.write() as connection:
+            old = levels.in_transaction(connection, DeploymentEnvironment, given.name)
+            deployed = levels.deployed_at(connection, given.name)
+            if deployed and old.backend != given.backend:
+                raise InUseError(
+                    f"{given.name} still serves {listed(live.name for live in deployed)} with the "
+                    f"backend {shown(old.backend)}; undeploy what is there, with forget=True if "
+                    f"the server is gone"
+                )
+            levels.put(connection, given)
+            for live in deployed:
+                endpoint = moved_endpoint(live.served.endpoint, old, given)
+                followed = evolve(live, served=evolve(live.served, endpoint=endpoint))
+                levels.put(connection, followed)
+                levels.follow(connection, followed)
+        _log.info("environment %s changed", given.name)
+        return given
 
     def add_third_party(self, live: LiveModel | str) -> ThirdPartyModel:
         """Offer a live model to other services: endpoint, API style and the name to call.

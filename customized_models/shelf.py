@@ -50,6 +50,7 @@ Stored: TypeAlias = "CustomizedModel | CompleteModel"
 Finish: TypeAlias = Callable[[Progress], None]
 """Waits until all that was read is hashed; raises if a byte is not what was recorded."""
 
+CACHE_BYTES = 20 * 10**9  # a model of 8 billion parameters in all four modes has about 34
 GRACE_SECONDS = 7 * 24 * 3600.0  # as long as an abandoned staging directory is kept
 
 
@@ -367,18 +368,31 @@ class Shelf:
             pass  # a storage sweeps abandoned directories when it makes one
         return found
 
-    def drop_unused(self, prefix: str, *, even_held_by: str | None = None) -> None:
-        """Remove the stored keys with that prefix that no live model and no process needs.
+    def trim(self, prefix: str, keep: int = CACHE_BYTES) -> None:
+        """Remove stored keys with that prefix, the longest unused first, until few enough are left.
+
+        What a row names or somebody holds stays, and does not count.
 
         Args:
             prefix: Of files that can be made again, such as `gguf/`.
-            even_held_by: An owner of leases that needs none of them any more.
+            keep: Bytes of unused ones that may stay.
         """
-        for key in self.storage.keys(prefix):
-            if even_held_by is not None:
-                with self._catalog.database.write() as connection:
-                    self._catalog.leases.end(connection, even_held_by, key)
-            self._remove_unused(key)
+        with self._catalog.database.read() as connection:
+            known = self._catalog.litter.known_keys(connection)
+        unused = [key for key in self.storage.keys(prefix) if key not in known]
+        for _, key in sorted((self._catalog.litter.age(key), key) for key in unused):
+            keep -= self._size(key)
+            if keep < 0:
+                self._remove_unused(key)
+
+    def _size(self, key: str) -> int:
+        """Bytes of the content of a key; 0 if another process has just removed it."""
+        try:
+            with self.storage.open(key, MANIFEST) as file:
+                content = Manifest.parse(file.read(MAX_JSON)).content
+        except (NotFoundError, MalformedError):
+            return 0
+        return sum(digest.size for digest in content.values())
 
     def _remove_unused(self, key: str) -> bool:
         """Remove a key that no row names and nobody holds; False if it is needed after all."""

@@ -137,7 +137,8 @@ class LlamaServer:
     def push(self, plan: Plan, progress: Progress) -> Served:
         """See `Backend.push`. Details: `version`, how its files' names begin; and `base`."""
         router, version = self._router(), plan.details["version"]
-        served = Served(version, f"{self.url}/v1", "openai", "", dict(plan.details))
+        endpoint, details = f"{self.url}/v1", dict(plan.details)
+        served = Served(version, endpoint, "openai", "", details, copied=True)
         try:
             if plan.options.beside_base:
                 served = self._put_beside_base(plan, served, progress)

@@ -291,6 +291,16 @@ class Levels:
         every = [value_of(LiveModel, row) for row in connection.execute(query).mappings()]
         return next((live for live in every if live.served.name == served_name), None)
 
+    def deployed_at(self, connection: Connection, environment: str) -> list[LiveModel]:
+        """The visible live models that are at an environment."""
+        table = TABLES[LiveModel]
+        query = select(table).where(
+            table.c.environment == environment,
+            table.c.state.in_(DEPLOYED),
+            table.c.stage == "visible",
+        )
+        return [value_of(LiveModel, row) for row in connection.execute(query).mappings()]
+
     def change_pending(self, connection: Connection, value: Any, operation: str) -> None:
         """Say more of a value that is about to be made.
 

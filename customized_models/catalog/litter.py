@@ -41,6 +41,10 @@ class LitterRows:
                 connection.execute(insert(litter).values(key=key, seen=now))
         return 0.0 if seen is None else now - float(seen)
 
+    def forget(self, connection: Connection, key: str) -> None:
+        """Forget a key that is used again."""
+        connection.execute(delete(litter).where(litter.c.key == key))
+
     def forget_all_but(self, keys: Collection[str]) -> None:
         """Forget the keys that are litter no more."""
         with self._database.write() as connection:

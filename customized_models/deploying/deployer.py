@@ -21,6 +21,7 @@ from ..backends import (
     Tools,
     Unloading,
     environment_variable,
+    moved_endpoint,
     open_backend,
 )
 from ..errors import (
@@ -296,7 +297,7 @@ class Deployer:
                     raise
             live = evolve(live, state="undeployed", note=note)
             self._catalog.levels.mark_undeployed(live)
-        self._shelf.drop_unused("gguf/")
+        self._shelf.trim("gguf/")
         return live
 
     def _take_off(self, live: LiveModel, wait: float) -> str:
@@ -350,7 +351,8 @@ class Deployer:
         target = self._environment(environment)
         with self._held(live, doing="the relocation") as (live,):
             old = self._catalog.levels.get(DeploymentEnvironment, live.environment)
-            served = evolve(live.served, endpoint=_moved(live.served.endpoint, old, target))
+            endpoint = moved_endpoint(live.served.endpoint, old, target, self._tools)
+            served = evolve(live.served, endpoint=endpoint)
             moved = evolve(live, environment=target.name, served=served)
             backend = open_backend(target, self._tools)
             status = backend.status(_at_the_tool(moved, backend))
@@ -443,12 +445,6 @@ def _at_the_tool(live: LiveModel, backend: Backend) -> Served:
     if live.state == "superseded" and isinstance(backend, Promoting):
         return backend.version(live.served)
     return live.served
-
-
-def _moved(endpoint: str, old: DeploymentEnvironment, new: DeploymentEnvironment) -> str:
-    if old.address is None or new.address is None:
-        return endpoint
-    return endpoint.replace(old.url, new.url, 1)
 
 
 def _hold_nothing(key: str) -> None:

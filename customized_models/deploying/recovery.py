@@ -43,7 +43,7 @@ def recover_deployments(
             except DeploymentError as error:
                 failed.append(error)
     if done:
-        shelf.drop_unused("gguf/")
+        shelf.trim("gguf/")
     if failed:
         raise failed[0]
     return done
@@ -64,6 +64,8 @@ def _recover(
         else:
             backend = open_backend(environment, tools)
             if isinstance(backend, Promoting) and _has_its_name(backend.status(live.served)):
+                # Once more, for what a process that was killed in doing so has left beside it.
+                backend.promote(live.served, live.served.name, [backend.identity(live.served)])
                 _finish(catalog, live, change, lease)
                 return [f"finished the deployment of {live.name} at {live.environment}"]
             backend.undeploy(_as_far_as_it_came(shelf, live.served, change.artifact))

@@ -8,7 +8,7 @@ it before is kept beside it.
 from __future__ import annotations
 
 import uuid
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from attrs import evolve
 
 from ..backends import Backend, Plan, Probe, Probing, Promoting, Tools, open_backend
-from ..errors import AlreadyExistsError, DatabaseError, shown
+from ..errors import AlreadyExistsError, DatabaseError, StorageError, shown
 from ..files.documents import from_document
 from ..jobs.work import Work
 from ..models import BaseModel, CustomizedModel, DeploymentEnvironment, LiveModel, Proof, Served
@@ -47,13 +47,15 @@ def run_deploy(work: Work, tools: Tools) -> None:
     except BaseException:
         deployment.take_back()
         raise
+    with suppress(StorageError, DatabaseError):  # it is live; the next one trims as well
+        work.shelf.trim("gguf/")
 
 
 class _Deployment:
     """One deployment, and how far it has come.
 
     `intent`: as it is recorded; None before. `before`: the live model whose name it takes.
-    `promoted`: whether it may have taken it.
+    `promoted`: whether it may have taken it. `held`: keys of the cache that are kept for it.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class _Deployment:
         self.intent: LiveModel | None = None
         self.before: LiveModel | None = None
         self.promoted = False
+        self.held: list[str] = []
 
     def run(self) -> None:
         work, request = self.work, self.request
@@ -94,17 +97,19 @@ class _Deployment:
             require(proofs, request.accept_failed)
             if isinstance(self.backend, Promoting):
                 served = self._promote(self.backend, served, plan.served_name)
-            self._record(evolve(intent, served=served, proofs=proofs), artifact.key)
+            # What the tool has a copy of is free to go from the cache.
+            needed = None if served.copied else artifact.key
+            self._record(evolve(intent, served=served, proofs=proofs), needed)
 
     def take_back(self) -> None:
-        """Undo what was done for a deployment that failed; its file goes if nobody needs it."""
+        """Undo what was done for a deployment that failed; its file stays for the next attempt."""
         work = self.work
         if self.intent is not None:
             if self.intent.served.digest:  # else the push has cleaned up after itself
                 self._take_off(self.intent.served)
             with work.catalog.database.write() as connection:
                 work.catalog.levels.drop(connection, self.intent, work.lease.owner)
-        work.shelf.drop_unused("gguf/", even_held_by=work.lease.owner)
+        self._let_go()
 
     def _promote(self, backend: Promoting, served: Served, name: str) -> Served:
         self.promoted = True
@@ -130,8 +135,17 @@ class _Deployment:
         """Keep a file of the cache for this job, and note that this deployment uses it."""
         with self.work.catalog.database.write() as connection:
             self.work.lease.take(connection, [key], f"the deployment of {self.work.name}")
+            self.work.catalog.litter.forget(connection, key)
+            self.held.append(key)
             if self.intent is not None:
                 self.work.catalog.levels.note_artifact(connection, self.intent, key)
+
+    def _let_go(self) -> None:
+        """Hold no file of the cache any more."""
+        with self.work.catalog.database.write() as connection:
+            for key in self.held:
+                self.work.catalog.leases.end(connection, self.work.lease.owner, key)
+        self.work.shelf.trim("gguf/")
 
     def _announce(self, plan: Plan, artifact: RegistryArtifact) -> LiveModel:
         """Record what is about to be created.

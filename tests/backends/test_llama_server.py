@@ -42,7 +42,9 @@ BESIDE = LlamaServerOptions(beside_base=True)
 
 
 @pytest.fixture(scope="module")
-def router(tmp_path_factory: pytest.TempPathFactory, built_llama_cpp: Path) -> Iterator[LlamaRouter]:
+def router(
+    tmp_path_factory: pytest.TempPathFactory, built_llama_cpp: Path
+) -> Iterator[LlamaRouter]:
     with llama_router(tmp_path_factory.mktemp("router")) as running:
         yield running
 
@@ -50,7 +52,9 @@ def router(tmp_path_factory: pytest.TempPathFactory, built_llama_cpp: Path) -> I
 @pytest.fixture
 def environment(router: LlamaRouter) -> DeploymentEnvironment:
     settings = {"models_directory": str(router.models), "timeout": 20}
-    return DeploymentEnvironment("here", "llama_server", "127.0.0.1", router.port, settings=settings)
+    return DeploymentEnvironment(
+        "here", "llama_server", "127.0.0.1", router.port, settings=settings
+    )
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from pathlib import Path
 import attrs
 import pytest
 
-from customized_models.backends import Backend, open_backend
+from customized_models.backends import Backend, Promoting, open_backend
 from customized_models.backends.ollama import OllamaOptions
 from customized_models.errors import (
     DeploymentError,
@@ -81,8 +81,7 @@ def test_whatever_a_server_answers_becomes_our_error_in_time(
     caplog.set_level(logging.DEBUG)
     server.faults["GET", path] = fault
     with pytest.raises(expected) as caught:
-        failing.preflight(artifact, "new", OllamaOptions())
-        failing.refuse_taken("new", [])
+        refused_if_taken(failing, artifact, "new")
 
     assert_fit_to_print(caught.value)
     assert TOKEN not in caplog.text
@@ -221,6 +220,13 @@ def test_a_host_name_that_is_none_is_unreachable(artifact: FileArtifact) -> None
         backend = open_backend(DeploymentEnvironment("a", "ollama", address, 1))
         with pytest.raises(ServerUnreachableError):
             backend.preflight(artifact, "new", OllamaOptions())
+
+
+def refused_if_taken(backend: Backend, artifact: FileArtifact, name: str) -> None:
+    """All that is asked of a server before anything is sent."""
+    backend.preflight(artifact, name, OllamaOptions())
+    assert isinstance(backend, Promoting)
+    backend.refuse_taken(name, [])
 
 
 def assert_fit_to_print(error: BaseException) -> None:
