@@ -462,8 +462,8 @@ class JobRecord(Value):
 
     Attributes:
         id: Its id.
-        kind: "save" or "deploy".
-        name: Of the model that it makes.
+        kind: "save", "deploy" or "export".
+        name: Of the model or file that it makes.
         state: "lost" if its worker ended without recording how.
         progress: How far it has come.
         created: When it was submitted, in UTC.

@@ -369,7 +369,7 @@ class Shelf:
         return found
 
     def trim(self, prefix: str, keep: int = CACHE_BYTES) -> None:
-        """Remove stored keys with that prefix, the longest unused first, until few enough are left.
+        """Keep those stored keys with that prefix that were used last, as many as fit; no others.
 
         What a row names or somebody holds stays, and does not count.
 
@@ -381,17 +381,19 @@ class Shelf:
             known = self._catalog.litter.known_keys(connection)
         unused = [key for key in self.storage.keys(prefix) if key not in known]
         for _, key in sorted((self._catalog.litter.age(key), key) for key in unused):
-            keep -= self._size(key)
-            if keep < 0:
+            size = self._size(key)
+            if size is None or size > keep:
                 self._remove_unused(key)
+            else:
+                keep -= size
 
-    def _size(self, key: str) -> int:
-        """Bytes of the content of a key; 0 if another process has just removed it."""
+    def _size(self, key: str) -> int | None:
+        """Bytes of the content of a key; None if its manifest is damaged, or just removed."""
         try:
             with self.storage.open(key, MANIFEST) as file:
                 content = Manifest.parse(file.read(MAX_JSON)).content
-        except (NotFoundError, MalformedError):
-            return 0
+        except (NotFoundError, MalformedError, IntegrityError):
+            return None
         return sum(digest.size for digest in content.values())
 
     def _remove_unused(self, key: str) -> bool:

@@ -25,6 +25,7 @@ from ..backends import (
     open_backend,
 )
 from ..errors import (
+    AlreadyExistsError,
     DeploymentError,
     NoEnvironmentError,
     NoTemplateError,
@@ -51,6 +52,7 @@ from ..models import (
 from ..naming import live_name
 from ..sources import small_files
 from .artifacts import RegistryArtifact
+from .exporting import ExportRequest
 from .proving import checked_proofs
 from .recovery import recover_deployments
 from .request import DeployRequest
@@ -186,6 +188,50 @@ class Deployer:
             request.document,
             (model.key, base.key) if isinstance(model, CustomizedModel) else (model.key,),
             self._tools,
+        )
+
+    def export_gguf(
+        self,
+        model: CustomizedModel | CompleteModel,
+        path: str | os.PathLike[str],
+        *,
+        quantization: str = "no_quantization",
+    ) -> Job[Path]:
+        """Write the model to one GGUF file, in the background, for a tool that is given files.
+
+        It is the file that llama.cpp is deployed, with the model's chat template in it.
+
+        Args:
+            model: What to export.
+            path: Of the file, which must not be there yet.
+            quantization: As for `deploy`.
+
+        Returns:
+            A job whose result is the absolute path.
+
+        Raises:
+            NotFoundError: The model has been deleted, or the path's directory is not there.
+            UnsupportedError: Not an architecture or mode we can make.
+            AlreadyExistsError: Something is at the path.
+        """
+        target, mode = Path(path).expanduser().absolute(), checked_quantization(quantization)
+        if not target.parent.is_dir():
+            raise NotFoundError(f"there is no directory {shown(str(target.parent))}")
+        if os.path.lexists(target):
+            raise AlreadyExistsError(f"{shown(str(target))} already exists")
+        model = self._catalog.levels.get(type(model), model.name)
+        base = self._catalog.levels.get(BaseModel, model.base)
+        customized = isinstance(model, CustomizedModel)
+        with RegistryArtifact(
+            self._catalog, self._shelf, model, model.name, mode, _hold_nothing
+        ) as artifact:
+            artifact.check_gguf()
+        kind: Literal["customized", "complete"] = "customized" if customized else "complete"
+        return self._queue.submit(
+            "export",
+            lambda id: f"{live_name(model.name, id, mode)}.gguf",
+            ExportRequest(kind, model.name, str(target), mode).document,
+            (model.key, base.key) if customized else (model.key,),
         )
 
     def _preflight(

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from customized_models.backends import open_backend
-from customized_models.backends.ollama import Ollama, OllamaOptions
+from customized_models.backends.ollama import Ollama, OllamaOptions, environment_from_host
 from customized_models.errors import (
     AlreadyExistsError,
     InvalidOptionError,
@@ -46,6 +46,26 @@ def test_a_parameter_that_ollama_would_ignore_or_choke_on_is_refused(
 def test_a_system_message_is_text_or_none(system: object) -> None:
     with pytest.raises(InvalidOptionError):
         OllamaOptions(system)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("", "http://127.0.0.1:11434"), ("box", "http://box:11434"), (":8200", "http://127.0.0.1:8200"),
+        ("http://box", "http://box:80"), ("https://box", "https://box:443"),
+        ("https://box:8443/ollama/", "https://box:8443/ollama"), ("[::1]:11434", "http://[::1]:11434"),
+        ("::1", "http://[::1]:11434"), ("http://[::1]:1", "http://[::1]:1"),
+        ("0.0.0.0", "http://127.0.0.1:11434"), ("[::]", "http://[::1]:11434"),
+        ("box:99999", "http://box:11434"), (' "box:1" ', "http://box:1"),
+        ("ollama.com", "https://ollama.com:443"),
+    ],
+)  # fmt: skip
+def test_the_servers_variable_is_read_as_ollamas_own_client_reads_it(
+    monkeypatch: pytest.MonkeyPatch, host: str, url: str
+) -> None:
+    assert environment_from_host(host).url == url
+    monkeypatch.setenv("OLLAMA_HOST", host)
+    assert environment_from_host().url == url
 
 
 def test_what_is_refused_is_refused_before_anything_is_sent_that_changes_the_server(
