@@ -67,10 +67,14 @@ class EvaluationSummary(Shown):
 
 @frozen
 class ModelCard(Shown):
-    """What is known of a model's making: rendered beside it as `README.md`."""
+    """What is known of a model's making: rendered beside it as `README.md`.
+
+    `notes`: what was found in the adapter's files, or changed in the copy of them, a sentence each.
+    """
 
     training: TrainingConfiguration = field(factory=TrainingConfiguration)
     evaluation: EvaluationSummary = field(factory=EvaluationSummary)
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """One line for lists: method, rank, and how the loss went."""
@@ -149,7 +153,8 @@ class DeploymentTemplate(Shown):
 class BaseModel(Shown):
     """A pretrained model that adapters are trained on: referenced, never copied or deleted.
 
-    `digest`: `blake3:` over its content files, wherever they lie.
+    `digest`: `blake3:` over its content files, wherever they lie. `trust_remote_code`: whether
+    transformers may run code that came with it.
     """
 
     technical_name: str
@@ -158,6 +163,7 @@ class BaseModel(Shown):
     created: datetime = field(repr=False)
     card: BaseModelCard = field(hash=False)
     deployment_template: DeploymentTemplate | None = field(default=None, repr=False)
+    trust_remote_code: bool = field(default=False, repr=False)
 
     @property
     def name(self) -> str:

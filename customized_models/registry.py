@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from attrs import evolve
 
 from .backends import check_environment
-from .base_models import hash_base_model
+from .base_models import check_files, hash_base_model
 from .cards.reading import read_base_card
 from .catalog.listing import Listing
 from .deploying.recovery import recover_deployments
@@ -26,7 +26,9 @@ from .errors import (
     NotLocalError,
     shown,
 )
+from .files.links import hub_id
 from .files.reading import existing_directory
+from .files.remote_code import check_remote_code
 from .files.safetensors import Checkpoint
 from .jobs.job import Job
 from .jobs.queue import JobQueue
@@ -134,6 +136,7 @@ class ModelRegistry:
         *,
         model_name: str | None = None,
         deployment_template: DeploymentTemplate | None = None,
+        trust_remote_code: bool = False,
     ) -> BaseModel:
         """Add the pretrained model in the directory `path`: referenced and hashed, never copied.
 
@@ -142,25 +145,34 @@ class ModelRegistry:
         Args:
             technical_name: Short and unique, lower-case letters, digits, `.` and `-`, at most 24.
             path: Its directory.
-            model_name: Unique; a Hub id where it has one; the directory's name if None.
+            model_name: Unique; a Hub id where it has one. If None, that of the Hub cache that the
+                directory is in, or else the directory's name.
             deployment_template: For tools that need one; a known one stays if None.
+            trust_remote_code: Let transformers run the code that came with the model, where it
+                does not know the model itself; complete models have that code too.
 
         Raises:
             InvalidNameError: The technical name does not fit.
             AlreadyExistsError: A name is taken by another base model; it says what differs.
             BaseModelMissingError, MalformedError, UnsafeFileError: The directory is no model.
+            UnsupportedBaseError: It has code of its own that is not trusted, or an adapter.
             StorageError, DatabaseError: A disk or the database failed.
         """
         checked_name("technical name", technical_name, TECHNICAL_NAME)
-        location = hash_base_model(existing_directory(path, BaseModelMissingError), _silent)
-        directory = Path(location.path)
+        directory = existing_directory(path, BaseModelMissingError).resolve()
+        weights = Checkpoint.open(directory)
+        files = check_files(directory, weights)
+        check_remote_code(files, trusted=trust_remote_code)
+        card = read_base_card(directory, weights)
+        location = hash_base_model(directory, _silent)
         base = BaseModel(
             technical_name=technical_name,
-            model_name=_checked_model_name(model_name or directory.name),
+            model_name=_checked_model_name(model_name or hub_id(directory) or directory.name),
             digest=location.digest,
             created=datetime.now(UTC),
-            card=read_base_card(directory, Checkpoint.open(directory)),
+            card=card,
             deployment_template=deployment_template,
+            trust_remote_code=trust_remote_code,
         )
         return self.catalog.bases.add(base, location)
 

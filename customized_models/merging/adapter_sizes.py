@@ -9,7 +9,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..adapters.intake import PREFIX, Adapter
+from ..adapters.intake import Adapter
+from ..adapters.tensor_names import PREFIX
 from ..errors import MalformedError
 
 _HEADED = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")

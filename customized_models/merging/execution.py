@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from attrs import evolve
 
-from ..adapters.intake import PREFIX, Adapter, check_fits
+from ..adapters.fitting import check_fits
+from ..adapters.intake import Adapter
+from ..adapters.tensor_names import PREFIX
 from ..errors import MergeError, UnmergedTensorsError, listed
 from ..files.reading import json_object, opened, read_into
 from ..files.safetensors import Checkpoint, TensorInfo, torch_dtype

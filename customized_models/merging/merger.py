@@ -238,5 +238,6 @@ def _write(
             raise
     journal.end()
     for name, path in merged.source.files.items():
+        (staging / name).parent.mkdir(parents=True, exist_ok=True)
         content[name] = copy_file(path, staging / name)
     return content

@@ -126,7 +126,7 @@ def plan_merge(shelf: Shelf, base: BaseModel, customized: CustomizedModel) -> Me
     with (
         shelf.opened(base) as base_directory,
         shelf.checked(customized) as (directory, check),
-        merge_of(base_directory, directory) as merged,
+        merge_of(base_directory, directory, trust_remote_code=base.trust_remote_code) as merged,
     ):
         check.finish(_silent)
         merge = merged.merge
