@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ _MEGABYTES = 512  # an interpreter alone has about 20
 _HUNG_SECONDS = 60  # by the clock, on a machine that hardly gives any time
 _MAX_PAIRS = 20_000_000  # names in a list times modules, which PEFT compares: about two seconds
 _MAX_KEYS = 2_000_000  # likewise of keys that are patterns
+_CACHE_SIZE = "_MAXCACHE"  # of `re`, which does not document it
 _EXPRESSIONS = ("exclude_modules", "target_modules", "feedforward_modules", "layers_pattern")
 _PLAIN = re.compile(r"[\w.:/-]*", re.ASCII)  # a dot matches any character, in no time
 
@@ -109,3 +111,21 @@ def _ends(name: str) -> Iterator[str]:
     while "." in name:
         name = name.partition(".")[2]
         yield name
+
+
+@contextmanager
+def many_expressions() -> Iterator[None]:
+    """Let Python keep more compiled expressions than it does, where an adapter has hundreds.
+
+    PEFT hands the keys of a pattern as text to `re` for every module; past the 512 that `re` keeps,
+    each would be compiled anew each time.
+    """
+    kept = getattr(re, _CACHE_SIZE, None)
+    if kept is None:
+        yield
+        return
+    setattr(re, _CACHE_SIZE, _MAX_KEYS)
+    try:
+        yield
+    finally:
+        setattr(re, _CACHE_SIZE, kept)

@@ -105,10 +105,11 @@ class Merger:
     def plan(self, customized: CustomizedModel) -> MergePlan:
         """What `save` would change, write and need; refused where `save` would be.
 
-        Headers are read, and what PEFT needs to build the layers of methods that start from the
-        base's weights; for a LoRA no tensor but copies of the base's, to compare them. It takes
-        the seconds that an interpreter needs to import torch, transformers and PEFT: it runs in
-        one of its own, because it sets globals of theirs, and those here are yours.
+        Headers are read, the adapter, and of the base what it takes to see that every tensor
+        changes and none overflows: of a plain LoRA's or a stack of experts' the first rows. What
+        PEFT's own module merges, as of other methods, is merged for it. Besides, it takes the
+        seconds that an interpreter needs to import torch, transformers and PEFT: it runs in one of
+        its own, because it sets globals of theirs, and those here are yours.
 
         Raises:
             UnsupportedError, BaseModelMismatch, MergeError: `save` would end with the same error.
