@@ -281,7 +281,7 @@ def _paths(directory: Path, above: str = "") -> Iterator[str]:
                 yield path
             elif role_of(f"{path}/x") in (Role.LITTER, Role.OTHER_WEIGHTS):
                 continue
-            elif entry.is_symlink():
+            elif entry.is_symlink() or role_of(path) is not Role.UNKNOWN:
                 yield path  # whoever opens it says that it is no file
             else:
                 yield from _paths(Path(entry.path), f"{path}/")
