@@ -1,5 +1,8 @@
 """Carries a trained PEFT adapter to a live model: register it, save it, deploy it, delete it."""
 
+from typing import TYPE_CHECKING
+
+from .catalog.listing import Listing
 from .deploying.deployer import Deployer
 from .errors import (
     AlreadyExistsError,
@@ -10,6 +13,7 @@ from .errors import (
     DeploymentError,
     IntegrityError,
     InUseError,
+    InvalidArgumentError,
     InvalidNameError,
     InvalidOptionError,
     JobCancelled,
@@ -80,6 +84,7 @@ __all__ = [
     "EvaluationSummary",
     "InUseError",
     "IntegrityError",
+    "InvalidArgumentError",
     "InvalidNameError",
     "InvalidOptionError",
     "Job",
@@ -89,6 +94,7 @@ __all__ = [
     "JobLost",
     "JobTimeoutError",
     "LeaseLostError",
+    "Listing",
     "LiveModel",
     "LocalStorage",
     "MalformedError",
@@ -124,3 +130,15 @@ __all__ = [
     "UnsupportedQuantizationError",
     "UnsupportedVersionError",
 ]
+
+if TYPE_CHECKING:
+    __version__: str
+else:
+
+    def __getattr__(name: str) -> str:
+        """`__version__`: that of the installed package, looked up when it is asked for."""
+        if name != "__version__":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib.metadata import version
+
+        return version("customized-models")

@@ -1,4 +1,4 @@
-"""A base model where it lies: which of its files count, their digests, and whether they changed."""
+"""A base model's directory: its content files, their digests, and whether they have changed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from .models import Progress
 
 @frozen
 class KnownFile:
-    """A file's digest, and by what we see that it has not been touched since."""
+    """A file's digest, and the modification time and inode that it had when it was hashed."""
 
     content: FileDigest
     mtime_ns: int
@@ -37,29 +37,34 @@ class KnownFile:
 
     @property
     def identity(self) -> Identity:
-        """What it had when it was hashed."""
+        """Its size, modification time and inode when it was hashed."""
         return Identity(self.content.size, self.mtime_ns, self.inode)
 
 
 @frozen
 class Location:
-    """Where a base model lies on this host, and what its files were when they were hashed."""
+    """A base model's directory on this host, and its content files as they were hashed.
+
+    Attributes:
+        path: The resolved path.
+        files: Its content files by name.
+    """
 
     path: str
     files: Mapping[str, KnownFile]
 
     @property
     def digest(self) -> str:
-        """`blake3:` over the names, sizes and digests of the content files."""
+        """BLAKE3 of the names, sizes and digests of the content files, as `blake3:...`."""
         return digest_of(to_document(self.digests))
 
     @property
     def digests(self) -> dict[str, FileDigest]:
-        """Size and digest of each content file."""
+        """Size and digest of each content file, by name."""
         return {name: file.content for name, file in self.files.items()}
 
     def refuse_changed(self, names: Collection[str]) -> CustomizedModelsError:
-        """The error that says that these of its files have other bytes now."""
+        """The error for files whose bytes are not those that were hashed."""
         return BaseModelMismatch(
             f"the base model at {shown(self.path)} is not the one that was added: "
             f"{listed(names)} changed"
@@ -69,16 +74,17 @@ class Location:
 def hash_base_model(directory: Path, progress: Progress) -> Location:
     """Hash the content files of the base model in `directory`.
 
-    Links are followed into a Hub cache's blobs, and to files of the same name.
+    Links are followed only to a Hub cache's blobs, and to files of the same name.
 
     Raises:
-        BaseModelMissingError: No such directory.
-        BaseModelMismatch: A file changes meanwhile.
-        MalformedError, UnsafeFileError, UnsupportedBaseError, StorageError: As `check_files`, or
-            it holds no readable checkpoint.
+        BaseModelMissingError: There is no such directory.
+        BaseModelMismatch: A file changed while it was read.
+        MalformedError: The directory has no readable checkpoint.
+        UnsafeFileError, UnsupportedBaseError: As `check_files`.
+        StorageError: A file cannot be read.
     """
     if not directory.is_dir():
-        raise BaseModelMissingError(f"no directory {shown(directory)}")
+        raise BaseModelMissingError(f"there is no directory {shown(directory)}")
     directory = directory.resolve()
     weights = Checkpoint.open(directory)
     names = [*weights.shards, *check_files(directory, weights)]
@@ -117,13 +123,14 @@ def check_files(directory: Path, weights: Checkpoint) -> dict[str, Path]:
 
 
 def verified_path(location: Location) -> Path:
-    """The base's directory, once its files are seen to be those that were hashed.
+    """The base model's directory, after a check that its files have not changed.
 
-    Files whose size, time and inode are as recorded count as unchanged; others are hashed again.
+    Files with the recorded size, modification time and inode count as unchanged. Others are hashed
+    again.
 
     Raises:
         BaseModelMissingError: The directory or a file is gone.
-        BaseModelMismatch: Other bytes lie there.
+        BaseModelMismatch: A file has other bytes.
     """
     directory, different = Path(location.path), set()
     for name, known in location.files.items():
@@ -131,8 +138,8 @@ def verified_path(location: Location) -> Path:
             status = (directory / name).stat()
         except OSError as error:
             raise BaseModelMissingError(
-                f"the base model has no file {shown(directory / name)} any more; "
-                f"name its new place with relocate_base_model"
+                f"the base model's file {shown(directory / name)} is gone; if its directory was "
+                f"moved, set the new one with ModelRegistry.relocate_base_model"
             ) from error
         if Identity.of(status) == known.identity:
             continue
@@ -150,8 +157,8 @@ def _known(path: Path, found: Found) -> KnownFile:
 
 
 def same_path(stated: object, location: str) -> bool:
-    """Whether a path that a training wrote down leads to `location`."""
+    """Whether the path that an adapter states leads to `location`."""
     try:
         return isinstance(stated, str) and bool(stated) and os.path.realpath(stated) == location
-    except (OSError, ValueError):  # it can be the path of nothing
+    except (OSError, ValueError):  # no file can have this path
         return False

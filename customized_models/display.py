@@ -1,33 +1,32 @@
-"""How values show in a notebook: small tables, every cell escaped."""
+"""How values are displayed: as small tables, in a notebook with every cell escaped."""
 
 from __future__ import annotations
 
 import html
-from typing import Any
+from collections.abc import Sequence
+from datetime import datetime
 
-from attrs import Attribute, fields
 
-
-def html_table(header: tuple[str, ...], rows: list[tuple[object, ...]]) -> str:
+def html_table(header: tuple[str, ...], rows: Sequence[tuple[object, ...]]) -> str:
     """An HTML table with every cell escaped."""
 
     def line(cells: tuple[object, ...], tag: str) -> str:
-        inner = "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells)
+        inner = "".join(f"<{tag}>{html.escape(_cell(cell))}</{tag}>" for cell in cells)
         return f"<tr>{inner}</tr>"
 
     body = "".join(line(row, "td") for row in rows)
     return f"<table><thead>{line(header, 'th')}</thead><tbody>{body}</tbody></table>"
 
 
-class Shown:
-    """Shows a value in a notebook as a two-column table of what its `repr` has."""
-
-    def _repr_html_(self) -> str:
-        rows: list[tuple[object, ...]] = [
-            (a.name, getattr(self, a.name)) for a in _shown_fields(type(self))
-        ]
-        return html_table(("field", "value"), rows)
+def text_table(rows: Sequence[tuple[object, ...]]) -> str:
+    """Lines with columns under each other."""
+    cells = [tuple(map(_cell, row)) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ("  ".join(map(str.ljust, row, widths)) for row in cells)
+    return "\n".join(line.rstrip() for line in lines)
 
 
-def _shown_fields(cls: type) -> list[Attribute[Any]]:
-    return [a for a in fields(cls) if a.repr]
+def _cell(value: object) -> str:
+    if isinstance(value, datetime):
+        return value.isoformat(" ", "minutes")
+    return str(value)

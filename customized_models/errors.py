@@ -1,52 +1,54 @@
-"""Every exception this library raises on purpose:
+"""Every exception this library raises on purpose::
 
-* CustomizedModelsError
-  x NotFoundError                    (also a LookupError)
-  x AlreadyExistsError               (also a FileExistsError)
-  x InUseError
-  x LeaseLostError
-  x NotLocalError
-  x DatabaseError
-  x StorageError                     (also an OSError)
-  x InvalidNameError                 (also a ValueError)
-  x MalformedError                   (also a ValueError)
-    + UnsafeFileError
-  x IntegrityError                   (also an OSError)
-  x BaseModelMismatch                (also a ValueError)
-  x BaseModelMissingError            (also a FileNotFoundError)
-  x UnsupportedError                 (also a ValueError)
-    + UnsupportedAdapterError
-    + UnsupportedArchitectureError
-    + UnsupportedBaseError
-    + UnsupportedQuantizationError
-    + UnsupportedVersionError
-  x MissingDependencyError           (also an ImportError)
-  x RegistrationError
-  x MergeError
-    + UnmergedTensorsError
-    + UnchangedTargetsError
-    + NonFiniteError
-    + NotReproducible
-  x JobError
-    + JobFailed
-    + JobLost
-    + JobCancelled
-    + JobTimeoutError                (also a TimeoutError)
-  x DeploymentError
-    + NoEnvironmentError             (also a LookupError)
-    + NoTemplateError
-    + ServedModelChangedError
-    + InvalidTemplateError           (also a ValueError)
-    + TemplateMismatchError          (also a ValueError)
-    + InvalidOptionError             (also a ValueError)
-    + ServerUnreachableError         (also a ConnectionError)
-    + ServerAnswerError
+    CustomizedModelsError
+        NotFoundError                       (also a LookupError)
+        AlreadyExistsError                  (also a FileExistsError)
+        InUseError
+        LeaseLostError
+        NotLocalError
+        DatabaseError
+        StorageError                        (also an OSError)
+        InvalidArgumentError                (also a TypeError)
+        InvalidNameError                    (also a ValueError)
+        MalformedError                      (also a ValueError)
+            UnsafeFileError
+        IntegrityError                      (also an OSError)
+        BaseModelMismatch                   (also a ValueError)
+        BaseModelMissingError               (also a FileNotFoundError)
+        UnsupportedError                    (also a ValueError)
+            UnsupportedAdapterError
+            UnsupportedArchitectureError
+            UnsupportedBaseError
+            UnsupportedQuantizationError
+            UnsupportedVersionError
+        MissingDependencyError              (also an ImportError)
+        RegistrationError
+        MergeError
+            UnmergedTensorsError
+            UnchangedTargetsError
+            NonFiniteError
+            NotReproducible
+        JobError
+            JobFailed
+            JobLost
+            JobCancelled
+            JobTimeoutError                 (also a TimeoutError)
+        DeploymentError
+            NoEnvironmentError              (also a LookupError)
+            NoTemplateError
+            ServedModelChangedError
+            ProofFailedError
+            InvalidTemplateError            (also a ValueError)
+            TemplateMismatchError           (also a ValueError)
+            InvalidOptionError              (also a ValueError)
+            ServerUnreachableError          (also a ConnectionError)
+            ServerAnswerError
 
-Names end in `Error`, except five that state how something came out: `BaseModelMismatch`,
-`NotReproducible`, `JobFailed`, `JobLost` and `JobCancelled`.
+Names end in `Error`, except five that state an outcome: `BaseModelMismatch`, `NotReproducible`,
+`JobFailed`, `JobLost` and `JobCancelled`.
 
-What an error knows besides its message is in its attributes, which it keeps on its way from a
-job's process to the one that waits for it (`to_record`, `from_record`).
+Details are attributes. An error that ends a job keeps its class, message and attributes on the way
+to whoever calls `Job.result` (`to_record`, `from_record`).
 """
 
 from __future__ import annotations
@@ -56,7 +58,7 @@ from typing import Any
 
 
 def shown(value: object, limit: int = 200) -> str:
-    """`value` as it may stand in a message: printable, quoted, at most `limit` characters."""
+    """`value` for a message: printable, quoted, shortened to at most `limit` characters."""
     try:
         text = value if isinstance(value, str) else str(value)
     except (ValueError, RecursionError):  # a number of thousands of digits, lists in lists
@@ -66,7 +68,7 @@ def shown(value: object, limit: int = 200) -> str:
 
 
 def listed(names: Iterable[str], limit: int = 5) -> str:
-    """The first `limit` names, shown, and how many more there are."""
+    """The first `limit` of the sorted names for a message, and how many more there are."""
     every = sorted(names)
     more = f" and {len(every) - limit} more" if len(every) > limit else ""
     return ", ".join(shown(name) for name in every[:limit]) + more
@@ -81,7 +83,7 @@ class NotFoundError(CustomizedModelsError, LookupError):
 
 
 class AlreadyExistsError(CustomizedModelsError, FileExistsError):
-    """The name is taken, and what it names never changes."""
+    """The name is taken. Stored models are never replaced."""
 
 
 class InUseError(CustomizedModelsError):
@@ -89,7 +91,7 @@ class InUseError(CustomizedModelsError):
 
 
 class LeaseLostError(CustomizedModelsError):
-    """This process could not renew its hold on something in time, so it may have been deleted."""
+    """A lease ended before it was renewed, so what it held may have been deleted."""
 
 
 class NotLocalError(CustomizedModelsError):
@@ -97,10 +99,10 @@ class NotLocalError(CustomizedModelsError):
 
 
 class DatabaseError(CustomizedModelsError):
-    """The registry's database is damaged, out of reach, busy for too long or of a newer version.
+    """The database is damaged, unreachable, locked for too long, or of a newer version.
 
     Attributes:
-        outcome_unknown: Whether the change may have been made all the same.
+        outcome_unknown: Whether the change may have been made despite the error.
     """
 
     def __init__(self, message: str, outcome_unknown: bool = False) -> None:
@@ -109,10 +111,10 @@ class DatabaseError(CustomizedModelsError):
 
 
 class StorageError(CustomizedModelsError, OSError):
-    """A disk or a storage failed or refused: no space, no permission, a failing device.
+    """A disk or a storage failed: no space, no permission, a broken device or connection.
 
     Attributes:
-        outcome_unknown: Whether the change may have been made all the same.
+        outcome_unknown: Whether the change may have been made despite the error.
     """
 
     def __init__(self, message: str, outcome_unknown: bool = False) -> None:
@@ -120,60 +122,68 @@ class StorageError(CustomizedModelsError, OSError):
         self.outcome_unknown = outcome_unknown
 
 
+class InvalidArgumentError(CustomizedModelsError, TypeError):
+    """An argument has the wrong type. The message names what to pass, and never has the value."""
+
+
 class InvalidNameError(CustomizedModelsError, ValueError):
-    """The name does not fit its alphabet or length."""
+    """The name has a character that is not allowed, or is too long."""
 
 
 class MalformedError(CustomizedModelsError, ValueError):
-    """A file or value does not parse under the strict rules for its kind."""
+    """A file or value is missing, does not parse, or is out of range."""
 
 
 class UnsafeFileError(MalformedError):
-    """A link, pipe, device or oversized file where a plain file belongs."""
+    """A link, pipe, device or oversized file where a regular file is expected."""
 
 
 class IntegrityError(CustomizedModelsError, OSError):
-    """Stored bytes or rows no longer match the digest they were stored under."""
+    """Stored bytes, or a row of the database, do not match their recorded digest."""
 
 
 class BaseModelMismatch(CustomizedModelsError, ValueError):
-    """The base model at hand is not the one that was recorded, or the adapter is not for it."""
+    """The base model has changed, or the adapter was not trained on it."""
 
 
 class BaseModelMissingError(CustomizedModelsError, FileNotFoundError):
-    """The base model's directory is gone; `ModelRegistry.relocate_base_model` names a new one."""
+    """The base model's files are gone. `ModelRegistry.relocate_base_model` sets a new directory."""
 
 
 class UnsupportedError(CustomizedModelsError, ValueError):
-    """Well formed, but not something this library can do exactly; the message says why."""
+    """Valid, but not something that this library can do exactly. The message says why."""
 
 
 class UnsupportedAdapterError(UnsupportedError):
-    """An adapter type or option that cannot be merged exactly."""
+    """The adapter's type, or one of its options, cannot be merged exactly."""
 
 
 class UnsupportedArchitectureError(UnsupportedError):
-    """A model architecture that cannot be merged exactly, or that has no GGUF mapping here."""
+    """The model's architecture cannot be merged exactly, or cannot become a GGUF file."""
 
 
 class UnsupportedBaseError(UnsupportedError):
-    """A base model that cannot be merged into exactly: quantized in a way that cannot be undone."""
+    """The base model is quantized in a way that cannot be undone exactly."""
 
 
 class UnsupportedQuantizationError(UnsupportedError):
-    """A quantization that does not exist, or not at this step."""
+    """The quantization is unknown, or not possible at this step."""
 
 
 class UnsupportedVersionError(UnsupportedError):
-    """An installed package lacks what the library builds on."""
+    """An installed package, or a server, lacks what the library needs."""
 
 
 class MissingDependencyError(CustomizedModelsError, ImportError):
-    """An optional package is not installed; the message says how to install it."""
+    """An optional package is not installed. The message says how to install it."""
 
 
 class RegistrationError(CustomizedModelsError):
-    """A training ended well, but its adapter could not be registered; `directory` has it."""
+    """A training succeeded, but its adapter could not be registered.
+
+    Attributes:
+        directory: Where the adapter was kept.
+    """
 
     def __init__(self, message: str, directory: str = "") -> None:
         super().__init__(message)
@@ -181,13 +191,14 @@ class RegistrationError(CustomizedModelsError):
 
 
 class MergeError(CustomizedModelsError):
-    """The merge did not keep a promise; nothing was published."""
+    """A check of the merged model failed. Nothing was published."""
 
 
 class UnmergedTensorsError(MergeError):
-    """The adapter holds tensors that no module of the base model consumed.
+    """Tensors of the adapter were not used by any module of the base model.
 
-    `names` has all of them, sorted.
+    Attributes:
+        names: Those tensors, sorted.
     """
 
     def __init__(self, message: str, names: Iterable[str] = ()) -> None:
@@ -196,15 +207,15 @@ class UnmergedTensorsError(MergeError):
 
 
 class UnchangedTargetsError(MergeError):
-    """A tensor that the adapter targets came out equal to the base's."""
+    """A tensor that the adapter targets is unchanged after the merge."""
 
 
 class NonFiniteError(MergeError):
-    """A merged tensor holds NaN or infinity."""
+    """A merged tensor contains NaN or infinity."""
 
 
 class NotReproducible(MergeError):
-    """Merging again gives other bytes; the message names what differs in the recipes."""
+    """Merging again gives other bytes. The message names what differs in the recipes."""
 
 
 class JobError(CustomizedModelsError):
@@ -212,49 +223,62 @@ class JobError(CustomizedModelsError):
 
 
 class JobFailed(JobError):
-    """The job's worker met an unexpected error; the message has its traceback."""
+    """The job failed with an unexpected error. The message contains its traceback."""
 
 
 class JobLost(JobError):
-    """The job's worker is gone: killed, or its machine stopped. Starting again is safe.
+    """The job's worker was killed, or its machine stopped. Starting the job again is safe.
 
-    What a lost deployment may have left at a server is named in the message, and
-    `ModelRegistry.recover` removes it.
+    The message names what a lost deployment may have left at a server. `ModelRegistry.recover`
+    removes it.
     """
 
 
 class JobCancelled(JobError):
-    """The job was cancelled; nothing was published."""
+    """The job was cancelled. Nothing was published."""
 
 
 class JobTimeoutError(JobError, TimeoutError):
-    """`timeout` elapsed; the job keeps running."""
+    """`timeout` elapsed. The job keeps running."""
 
 
 class DeploymentError(CustomizedModelsError):
-    """The deployment tool refused the model or failed to serve it."""
+    """The model could not be deployed or undeployed."""
 
 
 class NoEnvironmentError(DeploymentError, LookupError):
-    """No deployment environment was named, and there is not exactly one to choose."""
+    """The environment does not exist, or none was given and there is not exactly one."""
 
 
 class NoTemplateError(DeploymentError):
-    """The deployment tool needs a deployment template that the base model lacks."""
+    """The base model has no deployment template, and the deployment tool needs one."""
 
 
 class ServedModelChangedError(DeploymentError):
-    """What the deployment tool serves under the name is not what was deployed; it is left alone."""
+    """The tool serves another model under this name than was deployed. It is left alone."""
+
+
+class ProofFailedError(DeploymentError):
+    """A deployed model failed a proof that it is what was trained. It did not get its served name.
+
+    Attributes:
+        proofs: Names of the proofs that failed.
+    """
+
+    def __init__(self, message: str, proofs: Iterable[str] = ()) -> None:
+        super().__init__(message)
+        self.proofs = tuple(proofs)
 
 
 class InvalidTemplateError(DeploymentError, ValueError):
-    """The deployment template does not parse, or does not write what it is given."""
+    """The deployment template does not parse, or leaves out a message or its role."""
 
 
 class TemplateMismatchError(DeploymentError, ValueError):
-    """The deployment template writes another prompt than the model's chat template.
+    """The deployment template gives other prompts than the model's chat template.
 
-    `kinds` has the kinds of conversations that differ.
+    Attributes:
+        kinds: The kinds of conversations for which they differ.
     """
 
     def __init__(self, message: str, kinds: Iterable[str] = ()) -> None:
@@ -263,19 +287,27 @@ class TemplateMismatchError(DeploymentError, ValueError):
 
 
 class InvalidOptionError(DeploymentError, ValueError):
-    """The backend does not know this option or environment setting."""
+    """An option or a setting of an environment is unknown, or has a wrong value."""
 
 
 class ServerUnreachableError(DeploymentError, ConnectionError):
-    """The deployment tool's server does not answer."""
+    """The server does not answer in time, or cannot be connected to."""
 
 
 class ServerAnswerError(DeploymentError):
-    """The deployment tool's server answered with an error, or not as its API says."""
+    """The server answered with an error, or in a way that its API does not allow.
+
+    Attributes:
+        status: The HTTP status, if that was the error.
+    """
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 def to_record(error: BaseException) -> dict[str, Any]:
-    """An error as JSON can hold it: the names of its classes, its message, attributes and notes.
+    """An error as a JSON object: the names of its classes, its message, attributes and notes.
 
     Law: `from_record(to_record(e))` has the class, message, attributes and notes of `e`, if `e` is
     of this tree and its attributes are text, numbers and tuples of these.
@@ -290,9 +322,11 @@ def to_record(error: BaseException) -> dict[str, Any]:
 
 
 def from_record(record: Mapping[str, Any]) -> CustomizedModelsError:
-    """The error that `to_record` was given: of its own class, or the nearest one of this tree.
+    """The error that `to_record` was given.
 
-    An error that is not of this tree becomes `JobFailed`.
+    Returns:
+        An error of the same class if it is of this tree, else of its nearest base class that is;
+        `JobFailed` if none is.
     """
     classes = (globals().get(name) for name in record["classes"])
     ours = (c for c in classes if isinstance(c, type) and issubclass(c, CustomizedModelsError))

@@ -1,59 +1,85 @@
-"""The values the library speaks in: frozen, without paths, cheap to print."""
+"""The values that the public API takes and returns: frozen, and without paths."""
 
 from __future__ import annotations
 
 import enum
+import html
+import ipaddress
 import os
 import re
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from datetime import datetime
-from pathlib import Path
-from typing import Any, Literal
+from difflib import get_close_matches
+from typing import Any, Literal, get_args
 
-from attrs import field, frozen
+from attrs import Factory, field, frozen
 
-from .display import Shown
-from .errors import InvalidOptionError, UnsupportedQuantizationError, shown
+from . import arguments
+from .display import html_table, text_table
+from .errors import InvalidOptionError, MalformedError, UnsupportedQuantizationError, shown
+from .files.reading import content
 from .naming import ENVIRONMENT_NAME, checked_name
+from .values import Value, checked
 
 Quantization = Literal["no_quantization", "q8_0", "q4_K_M", "q4_K_S"]
 QUANTIZATIONS: tuple[Quantization, ...] = ("no_quantization", "q8_0", "q4_K_M", "q4_K_S")
 
 Progress = Callable[[str, int, int], None]
-"""`progress(phase, done, total)`: called often; raises `JobCancelled` when it is time to stop."""
+"""`progress(phase, done, total)`: called often, with bytes; raises `JobCancelled` to stop."""
 
 
-def checked_quantization(quantization: str) -> Quantization:
-    """`quantization` if it is one of the four modes; else `UnsupportedQuantizationError`."""
-    for known in QUANTIZATIONS:
-        if quantization == known:
-            return known
+def checked_quantization(quantization: object) -> Quantization:
+    """One of `QUANTIZATIONS`. Upper and lower case are the same: llama.cpp says `Q4_K_M`.
+
+    Raises:
+        InvalidArgumentError: It is not text.
+        UnsupportedQuantizationError: There is no such mode.
+    """
+    modes: dict[str, Quantization] = {mode.lower(): mode for mode in QUANTIZATIONS}
+    given = arguments.instance("quantization", quantization, str, " or ".join(QUANTIZATIONS))
+    if given.lower() in modes:
+        return modes[given.lower()]
+    near = get_close_matches(given.lower(), modes, 1)
+    hint = f"; did you mean {modes[near[0]]!r}?" if near else ""
     raise UnsupportedQuantizationError(
-        f"unknown quantization {shown(quantization)}; choose from {', '.join(QUANTIZATIONS)}"
+        f"unknown quantization {shown(given)}; choose from {', '.join(QUANTIZATIONS)}{hint}"
     )
 
 
-@frozen
-class TrainingConfiguration(Shown):
+def _datasets(value: str | Iterable[str]) -> tuple[str, ...]:
+    return arguments.texts("TrainingConfiguration.datasets", value)
+
+
+@frozen(field_transformer=checked)
+class TrainingConfiguration(Value):
     """How an adapter was trained.
 
-    `peft`: the method and its settings, from `adapter_config.json`. `arguments`: the Trainer's
-    arguments that bear on the result (never paths, tokens or host names). `datasets`: names.
+    Attributes:
+        peft: The method and its settings, from `adapter_config.json`.
+        arguments: The Trainer's arguments that affect the result; never paths, tokens or host
+            names.
+        datasets: Names.
     """
 
     peft: Mapping[str, Any] = field(factory=dict)
     arguments: Mapping[str, Any] = field(factory=dict)
-    datasets: tuple[str, ...] = ()
+    datasets: tuple[str, ...] = field(default=(), converter=_datasets)
 
 
-@frozen
-class EvaluationSummary(Shown):
+@frozen(field_transformer=checked)
+class EvaluationSummary(Value):
     """What training and evaluation measured.
 
-    `metrics`: the last value of each metric. `best_metric`: of the best checkpoint, if the
-    Trainer kept one. `steps`, `epochs`: how far training went. `first_loss`, `last_loss`: of the
-    training log, whose number of entries is `log_entries`.
+    Attributes:
+        metrics: The last value of each metric.
+        best_metric: That of the best training checkpoint, if the Trainer kept one.
+        steps: Optimizer steps.
+        epochs: Passes over the training data.
+        first_loss: The first training loss in the log.
+        last_loss: The last training loss in the log.
+        log_entries: How many training losses the log has.
     """
 
     metrics: Mapping[str, float] = field(factory=dict)
@@ -65,19 +91,44 @@ class EvaluationSummary(Shown):
     log_entries: int = 0
 
 
-@frozen
-class ModelCard(Shown):
-    """What is known of a model's making: rendered beside it as `README.md`.
+@frozen(field_transformer=checked)
+class ModelCard(Value):
+    """How a model was made. Its `README.md` is rendered from this.
 
-    `notes`: what was found in the adapter's files, or changed in the copy of them, a sentence each.
+    Attributes:
+        training: How the adapter was trained.
+        evaluation: What was measured.
+        notes: What was found in the adapter's files, or changed in the copy of them: a sentence
+            each.
     """
 
     training: TrainingConfiguration = field(factory=TrainingConfiguration)
     evaluation: EvaluationSummary = field(factory=EvaluationSummary)
     notes: tuple[str, ...] = ()
 
+    @property
+    def text(self) -> str:
+        """The whole card in several lines."""
+        return "\n\n".join((str(self), *(f"{t}\n{text_table(rows)}" for t, rows in self._tables())))
+
+    def _repr_html_(self) -> str:
+        tables = (html_table((title, ""), rows) for title, rows in self._tables())
+        return f"<p>{html.escape(str(self))}</p>{''.join(tables)}"
+
+    def _tables(self) -> Iterator[tuple[str, list[tuple[object, ...]]]]:
+        """Titles and rows of the tables that have rows."""
+        training, evaluation = self.training, self.evaluation.to_dict()
+        metrics = evaluation.pop("metrics")
+        tables = {
+            "Method": training.peft,
+            "Training arguments": training.arguments,
+            "Datasets": dict.fromkeys(training.datasets, ""),
+            "Evaluation": metrics | {k: v for k, v in evaluation.items() if v},
+        }
+        return ((title, [*table.items()]) for title, table in tables.items() if table)
+
     def __str__(self) -> str:
-        """One line for lists: method, rank, and how the loss went."""
+        """One line: method, rank, steps and last loss."""
         peft, evaluation = self.training.peft, self.evaluation
         parts = [str(peft.get("method", "unknown method"))]
         if "r" in peft:
@@ -89,14 +140,20 @@ class ModelCard(Shown):
         return ", ".join(parts)
 
 
-@frozen
-class BaseModelCard(Shown):
-    """What a base model's own files say of it.
+@frozen(field_transformer=checked)
+class BaseModelCard(Value):
+    """What a base model's files say about it.
 
-    `architecture`: the class in `config.json`. `parameters`: elements over all tensors. `dtype`:
-    of most of them, such as "BF16". `context_length`, `vocabulary_size`: tokens. `size`: bytes of
-    the files that count as content. `license`: from the header of its `README.md`, if any.
-    `generation`: `generation_config.json`. `chat_template`: whether it has one.
+    Attributes:
+        architecture: The class in `config.json`, such as "LlamaForCausalLM".
+        parameters: Elements of all tensors together.
+        dtype: That of most elements, such as "BF16".
+        size: Bytes of all content files.
+        context_length: In tokens.
+        vocabulary_size: In tokens.
+        license: From the header of its `README.md`.
+        generation: The contents of `generation_config.json`.
+        chat_template: Whether it has one.
     """
 
     architecture: str
@@ -110,25 +167,31 @@ class BaseModelCard(Shown):
     chat_template: bool = False
 
     def __str__(self) -> str:
-        """One line for lists."""
+        """One line: architecture, parameters and dtype."""
         return f"{self.architecture}, {self.parameters:,} parameters, {self.dtype}"
 
 
-def _each_text(value: str | Iterable[str]) -> tuple[str, ...]:
-    """Several texts; a lone one is one of them, not its letters."""
-    return (value,) if isinstance(value, str) else tuple(value)
+MAX_TEMPLATE = 1 << 20  # bytes: the longest known templates have some ten thousand
 
 
-@frozen
-class DeploymentTemplate(Shown):
-    """An Ollama Go template and the strings that end an answer.
+def _stop(value: str | Iterable[str]) -> tuple[str, ...]:
+    return arguments.texts("DeploymentTemplate.stop", value)
+
+
+@frozen(field_transformer=checked)
+class DeploymentTemplate(Value):
+    """An Ollama template and the strings that end an answer.
+
+    Attributes:
+        text: The template, in Go's template language.
+        stop: Strings at which the server stops generating.
 
     >>> DeploymentTemplate("{{ .Prompt }}", stop=("<|im_end|>",)).stop
     ('<|im_end|>',)
     """
 
     text: str = field(repr=lambda text: shown(text, 40))
-    stop: tuple[str, ...] = field(default=(), converter=_each_text)
+    stop: tuple[str, ...] = field(default=(), converter=_stop)
 
     @classmethod
     def from_file(
@@ -137,24 +200,36 @@ class DeploymentTemplate(Shown):
         """The template in a UTF-8 file.
 
         Raises:
-            OSError: the file cannot be read.
+            MalformedError: There is no such file, or it is not UTF-8.
+            UnsafeFileError: It has more than a megabyte.
+            StorageError: It cannot be read.
         """
-        return cls(Path(path).read_text(encoding="utf-8"), stop)
+        file = arguments.path("path", path)
+        try:
+            return cls(content(file, MAX_TEMPLATE).decode("utf-8-sig"), stop)
+        except UnicodeDecodeError as error:
+            raise MalformedError(f"{shown(file.name)} is not UTF-8") from error
 
     @property
     def digest(self) -> str:
-        """`blake3:` over the text and the stop strings."""
+        """BLAKE3 of the text and the stop strings, after the algorithm and a colon."""
         from blake3 import blake3
 
         return "blake3:" + blake3("\0".join((self.text, *self.stop)).encode()).hexdigest()
 
 
-@frozen
-class BaseModel(Shown):
-    """A pretrained model that adapters are trained on: referenced, never copied or deleted.
+@frozen(field_transformer=checked)
+class BaseModel(Value):
+    """A pretrained model that adapters are trained on. It is referenced, never copied or deleted.
 
-    `digest`: `blake3:` over its content files, wherever they lie. `trust_remote_code`: whether
-    transformers may run code that came with it.
+    Attributes:
+        technical_name: Short and unique.
+        model_name: Unique; its Hub id where it has one.
+        digest: BLAKE3 of its content files, as `blake3:...`; it does not depend on where they are.
+        created: When it was added, in UTC.
+        card: What its files say about it.
+        deployment_template: For tools that need one, such as Ollama.
+        trust_remote_code: Whether transformers may run code that came with it.
     """
 
     technical_name: str
@@ -167,20 +242,31 @@ class BaseModel(Shown):
 
     @property
     def name(self) -> str:
-        """The technical name, by which the registry knows it."""
+        """The technical name."""
         return self.technical_name
 
     @property
     def key(self) -> str:
-        """What a lease on it holds."""
+        """The key that a lease on it holds."""
         return f"base/{self.technical_name}"
 
 
-@frozen
-class CustomizedModel(Shown):
-    """A trained adapter, tied to its base model and unusable without it.
+@frozen(field_transformer=checked)
+class CustomizedModel(Value):
+    """A registered adapter. It belongs to its base model and cannot be used without it.
 
     Law: `name == customized_name(base, train_name, created, training_id)`.
+
+    Attributes:
+        name: Unique.
+        base: The base model's technical name.
+        train_name: Derived from the label by `naming.train_name_of`.
+        training_id: The training's id.
+        created: When the name was reserved, in UTC.
+        digest: BLAKE3 of its content files and its base, as `blake3:...`.
+        kind: Always "adapter".
+        card: How it was trained.
+        label: What the training was called.
     """
 
     name: str
@@ -191,19 +277,30 @@ class CustomizedModel(Shown):
     digest: str = field(repr=False)
     kind: Literal["adapter"] = field(default="adapter", repr=False)
     card: ModelCard = field(factory=ModelCard, hash=False, repr=False)
+    label: str = field(default=Factory(lambda self: self.train_name, takes_self=True), repr=False)
 
     @property
     def key(self) -> str:
-        """Where its bytes are stored, and what a lease on it holds."""
+        """The key under which it is stored, and that a lease on it holds."""
         return f"customized/{self.name}"
 
 
-@frozen
-class CompleteModel(Shown):
-    """An adapter merged into its base: self-contained, opened by `from_pretrained`.
+@frozen(field_transformer=checked)
+class CompleteModel(Value):
+    """An adapter merged into its base: a model directory that `from_pretrained` opens.
 
-    `customized_digest` and `base_digest` name its parents by content. `recipe` has what the
-    merged bits depend on: package versions, threads, CPU capability.
+    Attributes:
+        name: Unique.
+        customized: Name of the customized model it was made from.
+        base: The base model's technical name.
+        train_name: What the training was called.
+        saving_id: The id of the job that made it.
+        created: When it was saved, in UTC.
+        digest: BLAKE3 of its content files, parents and recipe, as `blake3:...`.
+        customized_digest: The customized model's digest.
+        base_digest: The base model's digest.
+        recipe: What the merged bits depend on: package versions, threads, CPU capability.
+        card: How the adapter was trained.
     """
 
     name: str
@@ -220,12 +317,12 @@ class CompleteModel(Shown):
 
     @property
     def key(self) -> str:
-        """Where its bytes are stored, and what a lease on it holds."""
+        """The key under which it is stored, and that a lease on it holds."""
         return f"complete/{self.name}"
 
 
 class Status(enum.Enum):
-    """What a deployment tool says of a live model now."""
+    """What a deployment tool answers about a live model."""
 
     ABSENT = "absent"  # the tool does not know it
     LIVE = "live"  # it can be called
@@ -234,13 +331,17 @@ class Status(enum.Enum):
     UNREACHABLE = "unreachable"  # the tool does not answer
 
 
-@frozen
-class Served(Shown):
-    """A model as its deployment tool knows it.
+@frozen(field_transformer=checked)
+class Served(Value):
+    """A model as its deployment tool serves it.
 
-    `name`: what callers put into `model`. `endpoint`: base URL of the API, without a trailing
-    slash. `api`: its style, such as "openai" or "ollama". `digest`: `sha256:` of the file that was
-    handed over. `details`: what the backend needs to find it again, such as a process and its port.
+    Attributes:
+        name: The served name, which callers put into `model`.
+        endpoint: Base URL of the API, without a trailing slash.
+        api: The API's style, such as "openai" or "ollama".
+        digest: SHA-256 of the file that the tool was given, as `sha256:...`.
+        details: What the backend needs to find it again, such as a process and its port.
+        copied: Whether the tool has a copy of its own, so that the file here need not stay for it.
     """
 
     name: str
@@ -248,14 +349,53 @@ class Served(Shown):
     api: str
     digest: str = field(repr=False)
     details: Mapping[str, Any] = field(factory=dict, hash=False, repr=False)
+    copied: bool = field(default=False, repr=False)
 
 
-@frozen
-class LiveModel(Shown):
-    """A model handed to a deployment tool.
+@frozen(field_transformer=checked)
+class Proof(Value):
+    """A comparison that was made before a live model got its served name.
 
-    `source`: the complete or customized model it was made from. `state`: "live" until it is
-    undeployed; what the tool says at this moment is `Deployer.status(live)`.
+    Attributes:
+        name: "content", "template" or "greedy".
+        passed: None where something was only measured, or could not be compared.
+        compared: What was compared with what.
+        found: The result.
+    """
+
+    name: str
+    passed: bool | None
+    compared: str
+    found: str
+
+
+LiveState = Literal["live", "superseded", "undeployed"]
+LIVE_STATES: tuple[LiveState, ...] = get_args(LiveState)
+
+
+@frozen(field_transformer=checked)
+class LiveModel(Value):
+    """A model that was deployed.
+
+    Attributes:
+        name: Unique.
+        source: Name of the complete or customized model it was made from.
+        base: The base model's technical name.
+        train_name: What the training was called.
+        quantization: The mode of its file.
+        environment: Name of the environment it was deployed to.
+        served: How it is called.
+        deploying_id: The id of the job that deployed it.
+        created: When it was deployed, in UTC.
+        source_digest: The source's digest.
+        template_digest: The deployment template's digest, if it had one.
+        state: "live" while it has its served name; "superseded" once another model took it, until
+            `Deployer.rollback` gives it back; "undeployed" at the end. `Deployer.status` asks the
+            tool.
+        replaces: Name of the live model that had the served name before.
+        proofs: What was compared before it got the name.
+        note: What its undeployment left at the tool.
+        card: How the adapter was trained.
     """
 
     name: str
@@ -269,25 +409,96 @@ class LiveModel(Shown):
     created: datetime = field(repr=False)
     source_digest: str = field(repr=False)
     template_digest: str | None = field(default=None, repr=False)
-    state: Literal["live", "undeployed"] = "live"
+    state: LiveState = "live"
     card: ModelCard = field(factory=ModelCard, hash=False, repr=False)
+    replaces: str | None = field(default=None, repr=False)
+    proofs: tuple[Proof, ...] = field(default=(), repr=False)
+    note: str = field(default="", repr=False)
+
+    @property
+    def key(self) -> str:
+        """What a lease on it holds."""
+        return f"live/{self.name}"
 
     @property
     def digest(self) -> str:
-        """`sha256:` of the file that the tool serves."""
+        """That of the file that the tool serves; see `Served.digest`."""
         return self.served.digest
 
     @property
     def endpoint(self) -> str:
-        """Base URL of the API it is called through."""
+        """Base URL of its API, without a trailing slash."""
         return self.served.endpoint
 
 
-@frozen
-class ThirdPartyModel(Shown):
-    """A live model as other services see it: where to call, in which style, under which name.
+@frozen(field_transformer=checked)
+class JobProgress(Value):
+    """The progress of a job. It unpacks as `phase, done, total`.
 
-    `stale`: its live model has been undeployed, so calls fail.
+    Attributes:
+        phase: What the job is doing; "done" once it has succeeded.
+        done: Bytes.
+        total: Bytes; 0 in a phase that is not measured.
+    """
+
+    phase: str
+    done: int
+    total: int
+
+    @property
+    def percent(self) -> int | None:
+        """How much of the phase is done; None if that is not measured."""
+        return 100 * self.done // self.total if self.total else None
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.phase, self.done, self.total))
+
+    def __str__(self) -> str:
+        return self.phase if self.percent is None else f"{self.phase}, {self.percent} %"
+
+
+JobState = Literal["queued", "running", "succeeded", "failed", "cancelled", "lost"]
+JOB_STATES: tuple[JobState, ...] = get_args(JobState)
+
+
+@frozen(field_transformer=checked)
+class JobRecord(Value):
+    """What is known of a job at one moment.
+
+    Attributes:
+        id: Its id.
+        kind: "save" or "deploy".
+        name: Of the model that it makes.
+        state: "lost" if its worker ended without recording how.
+        progress: How far it has come.
+        created: When it was submitted, in UTC.
+        started: When its work began, in UTC; None while it is queued.
+        ended: When it ended, in UTC.
+        error: The class and message of the error that ended it.
+    """
+
+    id: uuid.UUID
+    kind: str
+    name: str
+    state: JobState
+    progress: JobProgress
+    created: datetime
+    started: datetime | None = None
+    ended: datetime | None = None
+    error: str | None = None
+
+
+@frozen(field_transformer=checked)
+class ThirdPartyModel(Value):
+    """A live model as other services see it.
+
+    Attributes:
+        name: The live model's name.
+        endpoint: Base URL of the API, without a trailing slash.
+        api: The API's style, such as "openai" or "ollama".
+        model: What to put into `model`.
+        environment: Name of the environment.
+        stale: Whether the live model has been undeployed, so that calls fail.
     """
 
     name: str
@@ -298,16 +509,70 @@ class ThirdPartyModel(Shown):
     stale: bool = False
 
 
-def _frozen_mapping(value: Mapping[str, Any]) -> dict[str, Any]:
-    return dict(value)
+def _host(value: str | None) -> str | None:
+    """A host's name or IP address, as it stands in a URL but without brackets.
+
+    What is refused is not shown: it may hold a password.
+    """
+    if not isinstance(value, str):
+        return value
+    bare = value[1:-1] if value[:1] == "[" and value[-1:] == "]" else value
+    with suppress(ValueError):
+        return str(ipaddress.ip_address(bare))
+    with suppress(UnicodeError):
+        name = value.encode("idna").decode().lower() if not value.isascii() else value
+        # Names of services, as in a compose file, may have an underscore.
+        if re.fullmatch(r"(?!-)[A-Za-z0-9_.-]{1,253}", name):
+            return name
+    raise InvalidOptionError(
+        "address must be a bare host name or IP address; scheme, port, path and secrets have "
+        "arguments of their own"
+    )
 
 
-@frozen
-class DeploymentEnvironment(Shown):
-    """Where models are deployed to: a tool and its address.
+def _scheme(value: Any) -> Any:
+    return value.lower() if isinstance(value, str) else value
 
-    Everything here can be stored, so a secret cannot: `token_env` names the environment variable
-    that holds the bearer token. `settings` go to the backend, which refuses what it does not know.
+
+def _prefix(value: str) -> str:
+    """A path before that of the tool's API: with a slash before it, and none after it."""
+    if not isinstance(value, str):
+        return value
+    path = value.rstrip("/")
+    path = f"/{path}" if path and not path.startswith("/") else path
+    if not re.fullmatch(r"(/(?:[A-Za-z0-9._~:@!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+)*", path):
+        raise InvalidOptionError("path must look like '/prefix', without a query")
+    return path
+
+
+_VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]{0,127}")  # as POSIX has it; tokens have small letters
+_SECRET_NAME = re.compile(
+    r"(^|[_.-])(token|secret|password|passwd|passphrase|credentials?|authorization|bearer"
+    r"|(api|access|private)[_-]?key)$",
+    re.IGNORECASE,
+)
+_SECRET = re.compile(
+    r"Bearer |Basic |\w+://[^/\s]*@|(hf_|sk-|ghp_|github_pat_|AKIA)\w", re.IGNORECASE
+)
+
+
+@frozen(field_transformer=checked)
+class DeploymentEnvironment(Value):
+    """A deployment tool, its address and its settings. It is stored, so it holds no secrets.
+
+    Attributes:
+        name: Unique; lower-case letters, digits, `.` and `-`.
+        backend: "ollama", "llama_cpp", or the name of one that is installed or given.
+        address: A host name or an IP address; None if the backend needs none.
+        port: None for the tool's own.
+        scheme: "http" or "https".
+        path: A prefix that a proxy removes, such as "/ollama".
+        token_env: Name of the environment variable with the bearer token, in capital letters.
+        settings: For the backend, which refuses those that it does not know.
+
+    Raises:
+        InvalidNameError: The name has a character that is not allowed.
+        InvalidOptionError: Another value does not fit.
 
     >>> DeploymentEnvironment("gpu-box", backend="ollama", address="10.0.0.5", port=11434).url
     'http://10.0.0.5:11434'
@@ -315,39 +580,42 @@ class DeploymentEnvironment(Shown):
 
     name: str
     backend: str
-    address: str | None = None
+    address: str | None = field(default=None, converter=_host)
     port: int | None = None
-    scheme: Literal["http", "https"] = field(default="http", kw_only=True)
-    path: str = field(default="", kw_only=True)
+    scheme: Literal["http", "https"] = field(default="http", converter=_scheme, kw_only=True)
+    path: str = field(default="", converter=_prefix, kw_only=True)
     token_env: str | None = field(default=None, kw_only=True)
-    settings: Mapping[str, Any] = field(
-        factory=dict, converter=_frozen_mapping, kw_only=True, hash=False
-    )
+    settings: Mapping[str, Any] = field(factory=dict, kw_only=True, hash=False)
 
     def __attrs_post_init__(self) -> None:
         checked_name("environment name", self.name, ENVIRONMENT_NAME)
-        if self.port is not None and not (type(self.port) is int and 0 < self.port < 65536):
-            raise InvalidOptionError(f"port {shown(self.port)} is not between 1 and 65535")
-        if self.scheme not in ("http", "https"):
-            raise InvalidOptionError(f"scheme {shown(self.scheme)} is neither http nor https")
-        if self.address is not None and not re.fullmatch(
-            r"[A-Za-z0-9.-]{1,253}|\[[0-9A-Fa-f:.]+\]", self.address
-        ):
+        if self.port is not None and not 0 < self.port < 65536:
+            raise InvalidOptionError(f"port {self.port} is not between 1 and 65535")
+        if self.token_env is not None and not _VARIABLE.fullmatch(self.token_env):
             raise InvalidOptionError(
-                f"address {shown(self.address)} must be a bare host name or IP address; "
-                f"scheme, port and path have arguments of their own"
+                "token_env must be the name of the environment variable that holds the token, "
+                "such as 'OLLAMA_TOKEN': A to Z, 0 to 9 and '_'"
             )
-        if self.path and not re.fullmatch(r"(/[A-Za-z0-9._~-]+)+", self.path):
-            raise InvalidOptionError(f"path {shown(self.path)} must look like '/prefix'")
+        for key, value in self.settings.items():
+            if isinstance(value, str) and (_SECRET_NAME.search(key) or _SECRET.match(value)):
+                raise InvalidOptionError(
+                    f"the setting {shown(key, 40)} looks like a secret, and settings are stored; "
+                    f"token_env names the environment variable that holds a token"
+                )
 
     @property
     def url(self) -> str:
-        """Scheme, address, port and path; no trailing slash.
+        """Scheme, address, port if there is one, and path, without a trailing slash.
 
         Raises:
-            InvalidOptionError: the environment has no address.
+            InvalidOptionError: The environment has no address.
         """
+        return self.url_with(None)
+
+    def url_with(self, default_port: int | None) -> str:
+        """As `url`, with the port that the backend's tool listens on where none is stated."""
         if self.address is None:
             raise InvalidOptionError(f"environment {shown(self.name)} has no address")
-        port = f":{self.port}" if self.port else ""
-        return f"{self.scheme}://{self.address}{port}{self.path}"
+        host = f"[{self.address}]" if ":" in self.address else self.address
+        port = self.port or default_port
+        return f"{self.scheme}://{host}{f':{port}' if port else ''}{self.path}"

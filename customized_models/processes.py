@@ -13,6 +13,26 @@ from pathlib import Path
 import psutil
 from attrs import frozen
 
+from .errors import UnsupportedError
+
+
+def cores() -> int:
+    """How many this process may use."""
+    known = hasattr(os, "sched_getaffinity")
+    return len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
+
+
+def refuse_windows() -> None:
+    """Registries need what Linux and macOS have: `fsync` of directories, links, signals.
+
+    Raises:
+        UnsupportedError: This is Windows.
+    """
+    if sys.platform == "win32":
+        raise UnsupportedError(
+            "registries work on Linux and macOS; on Windows, use the Windows Subsystem for Linux"
+        )
+
 
 @frozen
 class Process:

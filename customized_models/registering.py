@@ -6,15 +6,18 @@ made visible. The directory is read once, into a private copy, before anything i
 
 from __future__ import annotations
 
+import logging
 import time
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attrs import evolve, frozen
+from attrs import evolve, fields, frozen
 
 from .adapters.fitting import check_fits
 from .adapters.intake import Intake, take_in
+from .arguments import identifier, name_of
 from .base_models import verified_path
 from .cards.reading import training_facts
 from .cards.readme import render_customized, storable_card
@@ -26,7 +29,9 @@ from .files.remote_code import check_remote_code
 from .files.safetensors import Checkpoint
 from .files.writing import disk_errors, write_file
 from .models import BaseModel, CustomizedModel, EvaluationSummary, ModelCard, TrainingConfiguration
+from .naming import train_name_of
 from .shelf import Shelf
+from .values import value_of
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -34,6 +39,8 @@ if TYPE_CHECKING:
     from .base_models import Location
     from .catalog.catalog import Catalog
     from .catalog.leases import Lease
+
+_log = logging.getLogger(__name__)
 
 _WAIT_SECONDS = 0.1  # between two looks at another process that registers the same
 
@@ -43,18 +50,51 @@ class Training:
     """What is to be registered, besides the adapter.
 
     Attributes:
-        train_name: Checked.
+        label: What a person calls it.
+        train_name: Derived from the label.
         base_model: A technical name; None for the one that the adapter names.
         id: Of the training; None for the one that has registered the same, or else a new one.
         configuration: Read from the adapter's directory if None.
         evaluation: Read from the adapter's directory if None.
     """
 
+    label: str
     train_name: str
-    base_model: str | None = None
-    id: uuid.UUID | None = None
-    configuration: TrainingConfiguration | None = None
-    evaluation: EvaluationSummary | None = None
+    base_model: str | None
+    id: uuid.UUID | None
+    configuration: TrainingConfiguration | None
+    evaluation: EvaluationSummary | None
+
+    @classmethod
+    def given(
+        cls,
+        label: object,
+        base_model: object,
+        training_id: object,
+        training: object = None,
+        evaluation: object = None,
+    ) -> Training:
+        """As a caller means it.
+
+        Raises:
+            InvalidArgumentError: It cannot be meant; the message says what can.
+            InvalidNameError: The label has nothing to make a name of.
+        """
+        name = train_name_of(label)
+        if isinstance(evaluation, Mapping) and not evaluation.keys() <= _MEASURED:
+            evaluation = {"metrics": evaluation}
+        return cls(
+            str(label),
+            name,
+            None if base_model is None else name_of("base_model", base_model, BaseModel),
+            None if training_id is None else identifier("training_id", training_id),
+            None if training is None else value_of("training", training, TrainingConfiguration),
+            None if evaluation is None else value_of("evaluation", evaluation, EvaluationSummary),
+        )
+
+
+_MEASURED = {field.name for field in fields(EvaluationSummary)}
+"""A dict with other keys than these is one of metrics."""
 
 
 def register(catalog: Catalog, shelf: Shelf, source: Path, training: Training) -> CustomizedModel:
@@ -63,6 +103,7 @@ def register(catalog: Catalog, shelf: Shelf, source: Path, training: Training) -
         taken = take_in(source, staging)
         facts = training_facts(source, taken.adapter.config)
         base, location = _base_of(catalog, training.base_model, taken.stated_base)
+        _log.debug("%s: an adapter for base model %s at %s", source, base.name, location.path)
         check_fits(taken.adapter, Checkpoint.open(verified_path(location)))
         check_remote_code(files_of(staging, *CARRIED), trusted=base.trust_remote_code)
         card = storable_card(
@@ -105,12 +146,15 @@ def _publish(
                 if not shelf.recover():
                     time.sleep(_WAIT_SECONDS)
                 continue
-            if is_new:
+            if not is_new:
+                _log.info("%s is registered already: the same bytes", model.name)
+            else:
                 record = {"model": to_document(model), "base": to_document(base)}
                 with disk_errors(f"{model.name} cannot be written"):
                     evolve(manifest, record=record).write(staging)
                     write_file(staging / README, render_customized(model, base).encode())
                 shelf.publish(model, staging, lease)
+                _log.info("registered %s: %s", model.name, model.digest)
             return model
 
 
@@ -147,6 +191,7 @@ def _announce(
         created=reserved.created,
         digest=digest,
         card=card,
+        label=training.label,
     )
     shelf.announce(connection, model, lease)
     return model, True

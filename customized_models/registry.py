@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
+import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast, get_args
 
 from attrs import evolve
 
+from . import arguments
 from .backends import check_environment
-from .base_models import check_files, hash_base_model
+from .base_models import Location, check_files, hash_base_model
 from .cards.reading import read_base_card
 from .catalog.listing import Listing
 from .deploying.recovery import recover_deployments
 from .errors import (
     BaseModelMissingError,
     CustomizedModelsError,
+    InvalidArgumentError,
     InvalidNameError,
     NotFoundError,
     NotLocalError,
@@ -33,26 +37,34 @@ from .files.safetensors import Checkpoint
 from .jobs.job import Job
 from .jobs.queue import JobQueue
 from .models import (
+    JOB_STATES,
+    LIVE_STATES,
     BaseModel,
     CompleteModel,
     CustomizedModel,
     DeploymentEnvironment,
     DeploymentTemplate,
     EvaluationSummary,
+    JobState,
     LiveModel,
+    LiveState,
     ThirdPartyModel,
     TrainingConfiguration,
 )
-from .naming import TECHNICAL_NAME, TRAIN_NAME, checked_name
+from .naming import TECHNICAL_NAME, checked_name, train_name_of
+from .processes import cores, refuse_windows
 from .registering import Training, register
 from .shelf import GRACE_SECONDS, Litter, Shelf
 from .storage import LocalStorage, Storage, open_storage
+from .values import value_of
 
 if TYPE_CHECKING:
     from .catalog.catalog import Catalog
 
-Value = TypeVar(
-    "Value",
+_log = logging.getLogger(__name__)
+
+Model = TypeVar(
+    "Model",
     bound=BaseModel
     | CustomizedModel
     | CompleteModel
@@ -60,6 +72,18 @@ Value = TypeVar(
     | ThirdPartyModel
     | DeploymentEnvironment,
 )
+
+WithBytes: TypeAlias = BaseModel | CustomizedModel | CompleteModel
+
+KINDS = (
+    BaseModel,
+    CustomizedModel,
+    CompleteModel,
+    LiveModel,
+    ThirdPartyModel,
+    DeploymentEnvironment,
+)
+"""The classes of what a registry has."""
 
 
 class ModelRegistry:
@@ -70,10 +94,20 @@ class ModelRegistry:
 
     >>> registry = ModelRegistry("./models")        # doctest: +SKIP
 
+    What is given by a value may be given by its name as well, and a name is the derived or the
+    typed one where a training has both.
+
     Args:
         root: Made when something is first written. `~` is the user's home.
         storage: Where bytes are kept, or its URL; plain directories under `root` if None.
         database: The database's URL; `sqlite:///<root>/registry.db` if None.
+        max_running: How many jobs of the registry may run at once, those of other processes
+            counted; the rest wait in the order in which they were submitted. The number of cores
+            that this process may use if None.
+
+    Raises:
+        InvalidArgumentError: An argument is of another type, or `root` is a URL.
+        UnsupportedError: This is Windows.
 
     Attributes:
         root: The absolute path.
@@ -88,22 +122,23 @@ class ModelRegistry:
         *,
         storage: Storage | str | None = None,
         database: str | None = None,
+        max_running: int | None = None,
     ) -> None:
-        self.root = Path(root).expanduser().absolute()
-        self._storage = (
-            LocalStorage(self.root)
-            if storage is None
-            else open_storage(storage)
-            if isinstance(storage, str)
-            else storage
+        refuse_windows()
+        self.root = _root(root)
+        self._storage = _storage(self.root, storage)
+        self._database = (
+            f"sqlite:///{self.root / 'registry.db'}"
+            if database is None
+            else arguments.text("database", database)
         )
-        self._database = database or f"sqlite:///{self.root / 'registry.db'}"
+        self._max_running = cores() if max_running is None else _at_least_one(max_running)
 
     def __repr__(self) -> str:
         return f"ModelRegistry({str(self.root)!r})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopened, (self.root, self._storage, self._database)
+        return _reopened, (self.root, self._storage, self._database, self._max_running)
 
     @property
     def catalog(self) -> Catalog:
@@ -115,7 +150,7 @@ class ModelRegistry:
 
     @functools.cached_property
     def queue(self) -> JobQueue:
-        return JobQueue(self.catalog, self.shelf, self.root / ".jobs")
+        return JobQueue(self.catalog, self.shelf, self.root / ".jobs", self._max_running)
 
     @functools.cached_property
     def _opened(self) -> tuple[Catalog, Shelf]:
@@ -159,37 +194,47 @@ class ModelRegistry:
             StorageError, DatabaseError: A disk or the database failed.
         """
         checked_name("technical name", technical_name, TECHNICAL_NAME)
-        directory = existing_directory(path, BaseModelMissingError).resolve()
+        if model_name is not None:
+            _checked_model_name(model_name)
+        template = _template(deployment_template)
+        arguments.instance("trust_remote_code", trust_remote_code, bool)
+        directory = existing_directory(arguments.path("path", path), BaseModelMissingError)
+        directory = directory.resolve()
         weights = Checkpoint.open(directory)
-        files = check_files(directory, weights)
-        check_remote_code(files, trusted=trust_remote_code)
+        check_remote_code(check_files(directory, weights), trusted=trust_remote_code)
         card = read_base_card(directory, weights)
         location = hash_base_model(directory, _silent)
+        name = (hub_id(directory) or directory.name) if model_name is None else model_name
         base = BaseModel(
             technical_name=technical_name,
-            model_name=_checked_model_name(model_name or hub_id(directory) or directory.name),
+            model_name=_checked_model_name(name),
             digest=location.digest,
             created=datetime.now(UTC),
             card=card,
-            deployment_template=deployment_template,
+            deployment_template=template,
             trust_remote_code=trust_remote_code,
         )
-        return self.catalog.bases.add(base, location)
+        added = self.catalog.bases.add(base, location)
+        _log.info("base model %s: %s, %s", added.name, added.digest, location.path)
+        return added
 
     def set_deployment_template(
-        self, technical_name: str, deployment_template: DeploymentTemplate | None
+        self, base_model: BaseModel | str, deployment_template: DeploymentTemplate | None
     ) -> BaseModel:
         """Give a base model another deployment template; models that are live keep theirs.
 
         Raises:
             NotFoundError: There is no such base model.
         """
-        known = self.get(BaseModel, technical_name)
-        changed = evolve(known, deployment_template=deployment_template)
+        known = self.catalog.levels.meant("base_model", base_model, BaseModel)
+        changed = evolve(known, deployment_template=_template(deployment_template))
         self.catalog.bases.change(changed)
+        _log.info("base model %s has another deployment template", changed.name)
         return changed
 
-    def relocate_base_model(self, technical_name: str, path: str | os.PathLike[str]) -> BaseModel:
+    def relocate_base_model(
+        self, base_model: BaseModel | str, path: str | os.PathLike[str]
+    ) -> BaseModel:
         """Say where a base model lies now; its bytes must be those that were added.
 
         Raises:
@@ -197,8 +242,10 @@ class ModelRegistry:
             BaseModelMismatch: Other bytes lie there.
             MalformedError, UnsafeFileError: The directory is no model.
         """
-        location = hash_base_model(existing_directory(path, BaseModelMissingError), _silent)
-        return self.catalog.bases.relocate(technical_name, location)
+        known = self.catalog.levels.meant("base_model", base_model, BaseModel)
+        relocated = self.catalog.bases.relocate(known.name, _hashed(path))
+        _log.info("base model %s lies elsewhere now: %s", known.name, path)
+        return relocated
 
     def find_base_model(self, stated: object) -> BaseModel:
         """The one base model that a training calls `stated`: its name, Hub id or path.
@@ -211,31 +258,34 @@ class ModelRegistry:
 
     # Customized models
 
-    def reserve(self, *, train_name: str, training_id: uuid.UUID, base_model: str) -> str:
+    def reserve(
+        self, *, train_name: str, training_id: uuid.UUID | str, base_model: BaseModel | str
+    ) -> str:
         """Fix, before a training, the name its customized model will have; returns that name.
 
-        The same training id gets the same name again, whatever the date has become.
+        The same training id gets the same name again, whatever the date has become. The arguments
+        are those of `register`.
 
         Raises:
-            InvalidNameError: The train name does not fit.
+            InvalidNameError: The train name has nothing to make a name of.
             NotFoundError: There is no such base model.
             AlreadyExistsError: Another training has that name, or this id trains something else.
         """
-        checked_name("train name", train_name, TRAIN_NAME)
-        reserved = self.catalog.reservations.reserve(
-            train_name=train_name, base_model=base_model, training_id=training_id
-        )
-        return reserved.name
+        return self.catalog.reservations.reserve(
+            train_name=train_name_of(train_name),
+            base_model=arguments.name_of("base_model", base_model, BaseModel),
+            training_id=arguments.identifier("training_id", training_id),
+        ).name
 
     def register(
         self,
         directory: str | os.PathLike[str],
         *,
         train_name: str,
-        base_model: str | None = None,
-        training_id: uuid.UUID | None = None,
-        training: TrainingConfiguration | None = None,
-        evaluation: EvaluationSummary | None = None,
+        base_model: BaseModel | str | None = None,
+        training_id: uuid.UUID | str | None = None,
+        training: TrainingConfiguration | Mapping[str, Any] | None = None,
+        evaluation: EvaluationSummary | Mapping[str, Any] | None = None,
     ) -> CustomizedModel:
         """Copy a trained PEFT adapter in, with its tokenizer and chat template if it has them.
 
@@ -244,15 +294,17 @@ class ModelRegistry:
 
         Args:
             directory: What the training saved.
-            train_name: Lower-case letters, digits, `.` and `-`, at most 48.
-            base_model: A technical name; if None, exactly one base model must match what the
-                adapter says of itself.
+            train_name: What you call the training. It is kept as the model's `label`; its
+                `train_name` is derived from it by `naming.train_name_of`: "My run_2" is `my-run-2`.
+            base_model: If None, exactly one base model must match what the adapter says of itself.
             training_id: Drawn if None.
-            training: Read from the directory's own files if None.
-            evaluation: Read from the directory's own files if None.
+            training: Also as a dict of its fields. Read from the directory's own files if None.
+            evaluation: Also as a dict of its fields, or of metrics and their values. Read from the
+                directory's own files if None.
 
         Raises:
-            InvalidNameError: The train name does not fit.
+            InvalidArgumentError: An argument is of another type, or has unknown fields.
+            InvalidNameError: The train name has nothing to make a name of.
             NotFoundError: There is no such base model.
             BaseModelMismatch: The adapter's tensors do not fit the base, or no base matches.
             BaseModelMissingError: The base is gone.
@@ -261,57 +313,72 @@ class ModelRegistry:
             StorageError, DatabaseError: A disk or the database failed; the same call again finds
                 out whether it was registered where `outcome_unknown` is true.
         """
-        checked_name("train name", train_name, TRAIN_NAME)
-        wanted = Training(train_name, base_model, training_id, training, evaluation)
-        return register(self.catalog, self.shelf, existing_directory(directory), wanted)
+        wanted = Training.given(train_name, base_model, training_id, training, evaluation)
+        source = existing_directory(arguments.path("directory", directory))
+        return register(self.catalog, self.shelf, source, wanted)
 
     # What there is
 
-    def get(self, kind: type[Value], name: str) -> Value:
+    def get(self, kind: type[Model], name: str) -> Model:
         """The value of that class and name.
 
         Raises:
             NotFoundError: There is none.
             IntegrityError: Its row in the database is damaged.
         """
-        return self.catalog.levels.get(kind, name)
+        if kind not in KINDS:
+            classes = ", ".join(known.__name__ for known in KINDS)
+            raise InvalidArgumentError(f"kind takes one of the classes {classes}")
+        return self.catalog.levels.get(kind, arguments.text("name", name))
 
     def base_models(self) -> Listing[BaseModel]:
         """All base models, newest first."""
         return self.catalog.levels.listing(BaseModel)
 
     def customized_models(
-        self, *, base: str | None = None, train_name: str | None = None
+        self, *, base: BaseModel | str | None = None, train_name: str | None = None
     ) -> Listing[CustomizedModel]:
-        """Customized models, newest first; of one base model, of one train name."""
-        return self.catalog.levels.listing(CustomizedModel, base=base, train_name=train_name)
+        """Customized models, newest first; of one base model, of one train name.
+
+        This and the other lists with filters:
+
+        Raises:
+            NotFoundError: What a filter names is not there, and was not when anything listed was
+                made.
+            InvalidArgumentError: A filter is of another type, or there is no such state.
+        """
+        return self.catalog.levels.listing(
+            CustomizedModel, base=base, train_name=_filter(train_name)
+        )
 
     def complete_models(
         self,
         *,
-        base: str | None = None,
+        base: BaseModel | str | None = None,
         train_name: str | None = None,
-        customized: str | None = None,
+        customized: CustomizedModel | str | None = None,
     ) -> Listing[CompleteModel]:
         """Complete models, newest first; of one base, train name or customized model."""
         return self.catalog.levels.listing(
-            CompleteModel, base=base, train_name=train_name, customized=customized
+            CompleteModel, base=base, train_name=_filter(train_name), customized=customized
         )
 
     def live_models(
         self,
         *,
-        base: str | None = None,
+        base: BaseModel | str | None = None,
         train_name: str | None = None,
-        source: str | None = None,
-        environment: str | None = None,
-        state: str | None = None,
+        source: CustomizedModel | CompleteModel | str | None = None,
+        environment: DeploymentEnvironment | str | None = None,
+        state: LiveState | None = None,
     ) -> Listing[LiveModel]:
-        """Live models, newest first; `source`: the complete or customized model's name."""
+        """Live models, newest first; `source`: the complete or customized model."""
+        if state is not None:
+            arguments.choice("state", state, LIVE_STATES)
         return self.catalog.levels.listing(
             LiveModel,
             base=base,
-            train_name=train_name,
+            train_name=_filter(train_name),
             source=source,
             environment=environment,
             state=state,
@@ -325,13 +392,15 @@ class ModelRegistry:
         """The deployment environments, newest first."""
         return self.catalog.levels.listing(DeploymentEnvironment)
 
-    def jobs(self, state: str | None = None) -> Iterator[Job[Any]]:
-        """Saves and deployments under way or over, newest first."""
+    def jobs(self, state: JobState | None = None) -> Listing[Job[Any]]:
+        """Saves and deployments that wait, are under way or over, newest first."""
+        if state is not None:
+            arguments.choice("state", state, JOB_STATES)
         return self.queue.jobs(state)
 
-    def job(self, id: uuid.UUID) -> Job[Any]:
+    def job(self, id: uuid.UUID | str) -> Job[Any]:
         """The job with that id, whichever process started it; `NotFoundError` if there is none."""
-        return self.queue.job(id)
+        return self.queue.job(arguments.identifier("id", id))
 
     # Environments and third parties
 
@@ -339,21 +408,24 @@ class ModelRegistry:
         """Configure where models can be deployed to; adding the same again is fine.
 
         Raises:
-            AlreadyExistsError: Another environment has that name.
+            AlreadyExistsError: Another environment has that name; it says what differs.
             InvalidOptionError: No such backend, or it refuses the settings.
         """
-        check_environment(environment)
-        return self.catalog.levels.add_once(environment)
+        given: DeploymentEnvironment = value_of("environment", environment, DeploymentEnvironment)
+        check_environment(given)
+        added = self.catalog.levels.add_once(given)
+        _log.info("environment %s: %s", added.name, added.backend)
+        return added
 
-    def add_third_party(self, live: LiveModel) -> ThirdPartyModel:
+    def add_third_party(self, live: LiveModel | str) -> ThirdPartyModel:
         """Offer a live model to other services: endpoint, API style and the name to call.
 
         Raises:
             NotFoundError: It is no longer live.
         """
-        known = self.get(LiveModel, live.name)
+        known = self.catalog.levels.meant("live", live, LiveModel)
         if known.state != "live":
-            raise NotFoundError(f"{live.name} is {known.state}, not live")
+            raise NotFoundError(f"{known.name} is {known.state}, not live")
         return self.catalog.levels.add_once(
             ThirdPartyModel(
                 name=known.name,
@@ -367,7 +439,7 @@ class ModelRegistry:
     # Bytes
 
     def checkout(
-        self, model: BaseModel | CustomizedModel | CompleteModel
+        self, model: BaseModel | CustomizedModel | CompleteModel | str
     ) -> AbstractContextManager[Path]:
         """The model's directory, read-only, for as long as the block lasts; not deleted meanwhile.
 
@@ -377,28 +449,35 @@ class ModelRegistry:
             LeaseLostError: At the end of the block, if this process was stopped for so long that
                 the model may have been deleted meanwhile.
         """
-        return self.shelf.checkout(model)
+        return self.shelf.checkout(self._with_bytes(model))
 
-    def local_path(self, model: BaseModel | CustomizedModel | CompleteModel) -> Path:
+    def local_path(self, model: BaseModel | CustomizedModel | CompleteModel | str) -> Path:
         """The model's directory on this host, for a look; `checkout` keeps it from being deleted.
 
         Raises:
             NotFoundError: It has been deleted.
             NotLocalError: The storage is not on this host.
         """
-        with self.checkout(model) as directory:
-            if not isinstance(model, BaseModel) and not isinstance(self._storage, LocalStorage):
-                raise NotLocalError(f"{model.name} is in {self._storage!r}; use checkout")
+        known = self._with_bytes(model)
+        with self.shelf.checkout(known) as directory:
+            if not isinstance(known, BaseModel) and not isinstance(self._storage, LocalStorage):
+                raise NotLocalError(f"{known.name} is in {self._storage!r}; use checkout")
             return directory
 
-    def verify(self, model: CustomizedModel | CompleteModel) -> None:
+    def _with_bytes(self, model: object) -> WithBytes:
+        known = self.catalog.levels.meant("model", model, *get_args(WithBytes))
+        return cast(WithBytes, known)
+
+    def verify(self, model: CustomizedModel | CompleteModel | str) -> None:
         """Read every byte of the model and compare it with what was recorded.
 
         Raises:
             NotFoundError: It has been deleted.
             IntegrityError: Naming the files that differ.
         """
-        self.shelf.verify(model)
+        stored = self.catalog.levels.meant("model", model, CustomizedModel, CompleteModel)
+        self.shelf.verify(stored)
+        _log.info("%s is as it was recorded", stored.name)
 
     # Deleting and repairing
 
@@ -409,22 +488,29 @@ class ModelRegistry:
         | CompleteModel
         | LiveModel
         | ThirdPartyModel
-        | DeploymentEnvironment,
+        | DeploymentEnvironment
+        | str,
     ) -> None:
-        """Remove one thing and nothing else.
+        """Remove one thing and nothing else, given by itself or by its name.
 
         A base model's own files stay; a customized model's complete and live models stay; a live
         model must be undeployed first.
 
         Raises:
             NotFoundError: It is not there.
+            InvalidArgumentError: Several have that name, as a live model and what third parties
+                see of it do; the message says of which classes.
             InUseError: Naming what still needs it.
             StorageError: Its bytes could not be removed; deleting it again, or `recover`, does it.
         """
-        if isinstance(value, CustomizedModel | CompleteModel):
-            self.shelf.delete(value)
+        known: Any = value  # `meant` does not find what a deletion that failed has left
+        if isinstance(value, str) or not isinstance(value, KINDS):
+            known = self.catalog.levels.meant("value", value, *KINDS)
+        if isinstance(known, CustomizedModel | CompleteModel):
+            self.shelf.delete(known)
         else:
-            self.catalog.levels.delete(value)
+            self.catalog.levels.delete(known)
+        _log.info("deleted %s %s", type(known).__name__, known.name)
 
     def recover(self) -> list[str]:
         """Finish or undo what killed processes left half-way, here and at deployment tools.
@@ -438,16 +524,24 @@ class ModelRegistry:
         Raises:
             StorageError, DatabaseError, DeploymentError: It cannot be done now; the rest was.
         """
-        return [*self.shelf.recover(), *recover_deployments(self.catalog, self.shelf)]
+        done = [*self.shelf.recover(), *recover_deployments(self.catalog, self.shelf)]
+        for one in done:
+            _log.info("recovery: %s", one)
+        return done
 
     def gc(self, *, grace_seconds: float = GRACE_SECONDS, dry_run: bool = False) -> list[Litter]:
         """List stored bytes that belong to no model, and remove those known for long enough.
+
+        Logs of jobs that were last written to that long ago are removed as well.
 
         Args:
             grace_seconds: How long after `gc` has first seen them they are removed.
             dry_run: Only list them.
         """
-        return self.shelf.gc(grace_seconds=grace_seconds, dry_run=dry_run)
+        grace = arguments.seconds("grace_seconds", grace_seconds)
+        if not arguments.truth("dry_run", dry_run):
+            self.queue.drop_logs(grace)
+        return self.shelf.gc(grace_seconds=grace, dry_run=dry_run)
 
     def reindex(self) -> list[str]:
         """Make rows again for stored models that have none, or a damaged one, from manifests.
@@ -464,15 +558,61 @@ class ModelRegistry:
         return self.shelf.reindex()
 
 
-def _reopened(root: Path, storage: Storage, database: str) -> ModelRegistry:
-    return ModelRegistry(root, storage=storage, database=database)
+def _reopened(root: Path, storage: Storage, database: str, max_running: int) -> ModelRegistry:
+    return ModelRegistry(root, storage=storage, database=database, max_running=max_running)
+
+
+def _root(given: object) -> Path:
+    root = arguments.path("root", given)
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", str(root)):  # pathlib has made one of two slashes
+        raise InvalidArgumentError(
+            "root takes a directory, not a URL: storage= takes the URL of a place for bytes, "
+            "database= that of a database, and root a directory for what belongs to this host"
+        )
+    if "?" in str(root):  # which begins the options in a database's URL
+        raise InvalidArgumentError("root takes a directory without '?' in its path")
+    return root.absolute()
+
+
+def _storage(root: Path, given: object) -> Storage:
+    if given is None:
+        return LocalStorage(root)
+    if isinstance(given, str):
+        return open_storage(given)
+    methods = [name for name in vars(Storage) if not name.startswith("_")]
+    if isinstance(given, type) or not all(callable(getattr(given, m, None)) for m in methods):
+        raise arguments.refused("storage", given, f"an object with {', '.join(methods)}, or a URL")
+    return cast(Storage, given)
+
+
+def _at_least_one(max_running: object) -> int:
+    count = arguments.whole("max_running", max_running)
+    if count < 1:
+        raise InvalidArgumentError("max_running takes 1 or more")
+    return count
+
+
+def _template(given: object) -> DeploymentTemplate | None:
+    if given is None:
+        return None
+    return cast(DeploymentTemplate, value_of("deployment_template", given, DeploymentTemplate))
+
+
+def _filter(label: object) -> str | None:
+    return None if label is None else train_name_of(label)
+
+
+def _hashed(path: object) -> Location:
+    directory = existing_directory(arguments.path("path", path), BaseModelMissingError)
+    return hash_base_model(directory, _silent)
 
 
 def _silent(phase: str, done: int, total: int) -> None:
     """Progress that nobody watches."""
 
 
-def _checked_model_name(name: str) -> str:
+def _checked_model_name(given: object) -> str:
+    name = arguments.text("model_name", given)
     if not name or len(name) > 200 or not name.isprintable():
         raise InvalidNameError(f"model name {shown(name)} must be 1 to 200 printable characters")
     return name

@@ -37,6 +37,7 @@ from .files.reading import MAX_JSON, python_json
 from .files.writing import disk_errors
 from .models import BaseModel, CompleteModel, CustomizedModel, Progress
 from .storage import Storage
+from .values import Value, checked
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -52,8 +53,8 @@ Finish: TypeAlias = Callable[[Progress], None]
 GRACE_SECONDS = 7 * 24 * 3600.0  # as long as an abandoned staging directory is kept
 
 
-@frozen
-class Litter:
+@frozen(field_transformer=checked)
+class Litter(Value):
     """Stored bytes that belong to no model.
 
     Attributes:

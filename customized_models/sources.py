@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -86,9 +87,9 @@ def proven_merge(
 
 @contextmanager
 def model_source(
-    shelf: Shelf, base: BaseModel, model: CustomizedModel | CompleteModel
+    shelf: Shelf, base: BaseModel, model: BaseModel | CustomizedModel | CompleteModel
 ) -> Iterator[tuple[ModelSource, Finish]]:
-    """A customized or complete model, while the block lasts; the caller holds it.
+    """A model, while the block lasts; the caller holds it.
 
     Yields:
         The source, and what is called once all has been read: it raises `BaseModelMismatch` or
@@ -101,6 +102,31 @@ def model_source(
         with shelf.proven(model) as (directory, finish):
             weights = Checkpoint.open(directory)
             yield ModelSource(carried_files(directory, weights.shards), weights), finish
+
+
+@contextmanager
+def small_files(
+    shelf: Shelf, base: BaseModel, model: BaseModel | CustomizedModel | CompleteModel
+) -> Iterator[tuple[Path, dict[str, Path]]]:
+    """A directory with a model's configuration and tokenizer as whoever opens it has them.
+
+    Yields:
+        The directory, and its files by name; both are there while the block lasts.
+    """
+    with ExitStack() as stack:
+        directory, scratch = (
+            Path(stack.enter_context(tempfile.TemporaryDirectory())) for _ in range(2)
+        )
+        opened = stack.enter_context(shelf.opened(model))
+        if isinstance(model, CustomizedModel):
+            beneath = Checkpoint.open(stack.enter_context(shelf.opened(base)))
+            files = combined_files(beneath, opened, {}, scratch)
+        else:
+            files = carried_files(opened, Checkpoint.open(opened).shards)
+        for name, path in files.items():
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, directory / name)
+        yield directory, {name: directory / name for name in files}
 
 
 def _silent(phase: str, done: int, total: int) -> None:

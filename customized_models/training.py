@@ -1,6 +1,6 @@
-"""Registering what a transformers `Trainer` trains: a callback, and a function for sharded runs.
+"""Registers what a transformers `Trainer` trains: a callback, and a function for sharded weights.
 
-Only trainings import this module, so it imports transformers at its top.
+Unlike the rest of the package, importing this module imports transformers.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attrs import evolve, frozen
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .arguments import instance, texts
 from .cards.reading import evaluation_summary, peft_settings, training_arguments
 from .errors import (
     AlreadyExistsError,
@@ -26,8 +27,9 @@ from .errors import (
     shown,
 )
 from .files.reading import json_object
-from .models import CustomizedModel, TrainingConfiguration
-from .naming import TRAIN_NAME, checked_name
+from .models import BaseModel, CustomizedModel, TrainingConfiguration
+from .naming import train_name_of
+from .registering import Training
 from .registry import ModelRegistry
 
 if TYPE_CHECKING:
@@ -61,9 +63,8 @@ class _Registration:
         if base_model is None:
             stated = model.peft_config[_adapter_name(model)].base_model_name_or_path
             base_model = registry.find_base_model(stated).name
-        checked_name("train name", train_name, TRAIN_NAME)
         reserved = registry.catalog.reservations.reserve(
-            train_name=train_name, training_id=training_id, base_model=base_model
+            train_name=train_name_of(train_name), training_id=training_id, base_model=base_model
         )
         return cls(registry, reserved.name, train_name, base_model, reserved.training_id, training)
 
@@ -71,7 +72,7 @@ class _Registration:
         """Register the adapter in `directory`.
 
         Raises:
-            RegistrationError: it could not be registered; the cause says why.
+            RegistrationError: It could not be registered. The cause says why.
         """
         try:
             settings = peft_settings(json_object(directory / "adapter_config.json"))
@@ -86,28 +87,36 @@ class _Registration:
         except Exception as error:
             raise RegistrationError(
                 f"{self.name} is trained but not registered ({type(error).__name__}: {error}); "
-                f"the adapter is kept in {shown(directory)}: register(that directory, "
+                f"the adapter is kept in {shown(directory)}; retry with register(that directory, "
                 f"train_name={self.train_name!r}, base_model={self.base_model!r}, "
-                f"training_id=uuid.UUID({str(self.training_id)!r})) takes it up",
+                f"training_id=uuid.UUID({str(self.training_id)!r}))",
                 str(directory),
             ) from error
 
 
 class RegisterCallback(TrainerCallback):
-    """Registers the PEFT model that a `Trainer` trains, once the training has succeeded.
+    """Registers the PEFT model that a `Trainer` trains, after the training has succeeded.
 
-    The name is reserved when the training begins, so that a name that is taken is an error then
-    and not hours later. When it ends, the adapter in memory (the best one, if the Trainer loaded
-    it) and the tokenizer are registered; `model` has the result. A training that fails, and a
-    trial of a hyperparameter search, registers nothing. Evaluations that follow the training are
-    not part of the card.
+    The name is reserved when the training begins, so that a name that is taken is an error at the
+    start and not at the end. When the training ends, the adapter in memory is registered with the
+    tokenizer; this is the best adapter if the Trainer has loaded it. A failed training and a trial
+    of a hyperparameter search register nothing. Evaluations after the training are not in the card.
 
-    `base_model`: its technical name; if None, the registered base whose name, Hub id or path the
-    adapter's configuration names. `training_id`: drawn when the training begins if None; the same
-    one lets a resumed training keep its name. `datasets`: names, for the card.
+    A callback is for one training. If registering fails, the adapter is kept in the Trainer's
+    output directory, and the `RegistrationError` says where.
 
-    A callback is for one training. If registering fails, the adapter is kept under the Trainer's
-    output directory and `RegistrationError` says where.
+    Args:
+        registry: A registry, or the directory of one.
+        train_name: What the training is called; lower-case letters, digits, `.` and `-`.
+        base_model: Its technical name. If None, the registered base model whose name, Hub id or
+            path the adapter's configuration states.
+        training_id: Drawn when the training begins if None. A resumed training keeps its name with
+            the same id.
+        datasets: Names of the datasets, for the card.
+
+    Attributes:
+        name: The reserved name, once the training has begun.
+        model: The customized model, once it is registered.
 
     >>> trainer.add_callback(RegisterCallback("models", train_name="support"))  # doctest: +SKIP
     """
@@ -117,15 +126,16 @@ class RegisterCallback(TrainerCallback):
         registry: ModelRegistry | str | os.PathLike[str],
         *,
         train_name: str,
-        base_model: str | None = None,
-        training_id: uuid.UUID | None = None,
-        datasets: Sequence[str] = (),
+        base_model: BaseModel | str | None = None,
+        training_id: uuid.UUID | str | None = None,
+        datasets: str | Iterable[str] = (),
     ) -> None:
         self.registry = registry if isinstance(registry, ModelRegistry) else ModelRegistry(registry)
-        self.train_name = train_name
-        self.base_model = base_model
-        self.training_id = training_id
-        self.datasets = tuple(datasets)
+        given = Training.given(train_name, base_model, training_id)
+        self.train_name = given.label
+        self.base_model = given.base_model
+        self.training_id = given.id
+        self.datasets = texts("datasets", datasets)
         self.name: str | None = None
         self.model: CustomizedModel | None = None
         self._registration: _Registration | None = None
@@ -137,13 +147,13 @@ class RegisterCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Refuse what could not be registered, and reserve the name.
+        """Refuse a training that could not be registered, and reserve the name.
 
         Raises:
-            AlreadyExistsError: the name is taken, or this callback has registered a training.
-            BaseModelMismatch: no base model matches, or several do.
-            UnsupportedError: the weights are sharded; see `register_from_trainer`.
-            UnsupportedAdapterError: the model is no `PeftModel` with one active adapter.
+            AlreadyExistsError: The name is taken, or this callback has registered a training.
+            BaseModelMismatch: No base model matches, or several do.
+            UnsupportedError: The weights are sharded; see `register_from_trainer`.
+            UnsupportedAdapterError: The model is not a `PeftModel` with one active adapter.
         """
         if state.is_hyper_param_search:
             return
@@ -174,10 +184,10 @@ class RegisterCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Save the adapter beside the Trainer's output, register it, and remove that copy.
+        """Save the adapter in the Trainer's output directory, register it, and remove that copy.
 
         Raises:
-            RegistrationError: registering failed; the copy is kept.
+            RegistrationError: Registering failed. The copy is kept.
         """
         registration, self._registration = self._registration, None
         if registration is None:
@@ -199,39 +209,51 @@ def register_from_trainer(
     trainer: Trainer,
     *,
     train_name: str,
-    base_model: str | None = None,
-    training_id: uuid.UUID | None = None,
-    datasets: Sequence[str] = (),
+    base_model: BaseModel | str | None = None,
+    training_id: uuid.UUID | str | None = None,
+    datasets: str | Iterable[str] = (),
 ) -> CustomizedModel | None:
     """Register what `trainer` has trained, sharded or not. Call it on every rank.
 
-    Saves through `trainer.save_model`, which gathers the shards, into the Trainer's output
-    directory, which all ranks must share. Returns None on every rank but the first. The arguments
-    are those of `RegisterCallback`; evaluations made so far are part of the card.
+    The adapter is saved by `trainer.save_model`, which gathers sharded weights, in the Trainer's
+    output directory. All ranks must share that directory. Evaluations so far are in the card.
+
+    Args:
+        registry: A registry, or the directory of one.
+        trainer: After its training.
+        train_name: See `RegisterCallback`, as for the following.
+        base_model: Its technical name.
+        training_id: Drawn if None.
+        datasets: Names of the datasets.
+
+    Returns:
+        The customized model on the first rank, None on the others.
 
     Raises:
-        AlreadyExistsError: the name is taken, or the adapter of an earlier failure lies there.
-        BaseModelMismatch: no base model matches, or several do.
-        UnsupportedAdapterError: the model is no `PeftModel` with one active adapter.
-        RegistrationError: registering failed; the saved adapter is kept.
+        AlreadyExistsError: The name is taken, or the adapter of a failed call is still there.
+        BaseModelMismatch: No base model matches, or several do.
+        UnsupportedAdapterError: The model is not a `PeftModel` with one active adapter.
+        RegistrationError: Registering failed. The saved adapter is kept.
     """
     registry = registry if isinstance(registry, ModelRegistry) else ModelRegistry(registry)
+    given, names = Training.given(train_name, base_model, training_id), texts("datasets", datasets)
+    instance("trainer", trainer, Trainer)
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-    directory = Path(str(trainer.args.output_dir)) / f"unregistered-{train_name}"
+    directory = Path(str(trainer.args.output_dir)) / f"unregistered-{given.train_name}"
     saved = _adapter_directory(model, directory)
     registration = None
     if trainer.is_world_process_zero():
         if directory.exists():
             raise AlreadyExistsError(
-                f"{shown(directory)} has an adapter of an earlier call: register or remove it"
+                f"{shown(directory)} has the adapter of an earlier call; register it or remove it"
             )
         registration = _Registration.reserved(
             registry,
             model,
-            train_name=train_name,
-            base_model=base_model,
-            training_id=training_id,
-            training=_configuration(trainer.args, datasets),
+            train_name=given.label,
+            base_model=given.base_model,
+            training_id=given.id,
+            training=_configuration(trainer.args, names),
         )
     trainer.save_model(str(directory))
     if registration is None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import os
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
-from tests.servers import build_llama_cpp, build_ollama
+from tests.servers import build_llama_cpp, build_ollama, build_vllm
 from tests.servers.artifact import FileArtifact, tiny_artifact
 from tests.servers.counting_proxy import CountingProxy, counting_proxy
 from tests.servers.llama_cpp_oracle import Oracle, oracle
@@ -17,6 +19,34 @@ from tests.servers.ollama_server import OllamaServer, ollama_server
 
 pytest_plugins = ["tests.models"]
 pytest.register_assert_rewrite("tests.merging.parity")
+
+
+BUILDERS = {
+    "built_llama_cpp": (build_llama_cpp.build,),
+    "built_ollama": (build_llama_cpp.build, build_ollama.build),  # a current one serves with both
+    "built_vllm": (build_vllm.build,),
+}
+"""What builds the servers that a fixture stands for."""
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Build the servers that the chosen tests need, once, where the tools for it are there.
+
+    Here and not in the fixtures, because that takes minutes, which no single test has.
+    """
+    asked = {name for item in session.items for name in getattr(item, "fixturenames", ())}
+    builders = dict.fromkeys(
+        build for name in BUILDERS if name in asked for build in BUILDERS[name]
+    )
+    if session.config.option.collectonly:
+        return
+    capturing = session.config.pluginmanager.getplugin("capturemanager")
+    for build in builders:
+        with capturing.global_and_fixture_disabled():
+            try:
+                build()
+            except (OSError, subprocess.CalledProcessError) as error:
+                print(f"{error}; tests that need what it builds are skipped", flush=True)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -28,8 +58,26 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 @pytest.fixture(scope="session")
+def built_ollama() -> None:
+    """For what needs Ollama's programs: `pytest_collection_finish` has built those it could."""
+
+
+@pytest.fixture(scope="session")
+def built_vllm() -> None:
+    """For what needs vLLM, which `pytest_collection_finish` has installed if it could."""
+    skip_without(build_vllm.missing())
+
+
+@pytest.fixture(scope="session")
+def built_llama_cpp() -> Path:
+    """The directory with llama.cpp's programs, converter and models' templates."""
+    skip_without(build_llama_cpp.missing())
+    return build_llama_cpp.directory()
+
+
+@pytest.fixture(scope="session")
 def start_ollama(
-    tmp_path_factory: pytest.TempPathFactory,
+    tmp_path_factory: pytest.TempPathFactory, built_ollama: None
 ) -> Iterator[Callable[[str], OllamaServer]]:
     """Starts a version of Ollama, once; all are ended with the tests."""
     with ExitStack() as running:
@@ -66,12 +114,9 @@ def each_ollama(
 
 
 @pytest.fixture(scope="session")
-def llama_cpp(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Oracle]:
+def llama_cpp(built_llama_cpp: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Oracle]:
     """Upstream's converter and quantizer, whose bytes ours are compared with."""
-    directory = build_llama_cpp.directory()
-    if not build_llama_cpp.runs(directory):
-        skip_without(f"no llama.cpp in {directory}; tests/servers/build_llama_cpp.py builds it")
-    with oracle(directory, tmp_path_factory.mktemp("oracle") / "log") as running:
+    with oracle(built_llama_cpp, tmp_path_factory.mktemp("oracle") / "log") as running:
         yield running
 
 
@@ -86,3 +131,9 @@ def counting_proxy_fixture(ollama: OllamaServer) -> Iterator[CountingProxy]:
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> FileArtifact:
     """A tiny model to deploy, its files written once."""
     return tiny_artifact(tmp_path_factory.mktemp("artifact"))
+
+
+@pytest.fixture(scope="session")
+def other_artifact(tmp_path_factory: pytest.TempPathFactory) -> FileArtifact:
+    """A tiny model of other content."""
+    return tiny_artifact(tmp_path_factory.mktemp("other-artifact"), num_hidden_layers=1)

@@ -9,8 +9,10 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
+import pytest
 from attrs import frozen
 
 import customized_models
@@ -55,6 +57,12 @@ def test_public_names_are_sorted_and_exist() -> None:
     assert list(names) == sorted(names)
     for name in names:
         assert getattr(customized_models, name).__module__.startswith("customized_models")
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    assert customized_models.__version__ == version("customized-models")
+    with pytest.raises(AttributeError, match="no_such_name"):
+        customized_models.no_such_name  # noqa: B018
 
 
 def test_every_public_name_says_what_it_is() -> None:

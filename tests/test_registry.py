@@ -108,8 +108,8 @@ def test_a_base_model_with_a_link_out_of_its_directory_is_refused(
 ) -> None:
     directory = tmp_path / "base"
     shutil.copytree(tiny_base, directory)
-    shutil.move(directory / "config.json", tmp_path / "config.json")
-    (directory / "config.json").symlink_to(tmp_path / "config.json")
+    shutil.move(directory / "config.json", tmp_path / "elsewhere.json")
+    (directory / "config.json").symlink_to(tmp_path / "elsewhere.json")
 
     with pytest.raises(UnsafeFileError, match=r"config\.json"):
         ModelRegistry(tmp_path / "models").add_base_model("linked", directory)
@@ -268,8 +268,28 @@ def test_a_reserved_name_keeps_its_date(registry: ModelRegistry, tiny_adapter: P
     assert customized.name == name
 
 
-@pytest.mark.parametrize("name", ["", "Support", "a_b", "a/b", "a" * 49, "a b", "\uff41", "a\x00"])
-def test_a_train_name_outside_its_alphabet_is_refused(
+@pytest.mark.parametrize(
+    ("label", "train_name"),
+    [
+        ("support", "support"),
+        ("My Run", "my-run"),
+        ("llama_sft/2026.11", "llama-sft-2026.11"),
+        ("Réseau_v2 (final)", "reseau-v2-final"),
+        ("a" * 60, "a" * 48),
+    ],
+)
+def test_what_a_person_calls_a_training_is_kept_and_a_name_derived_from_it(
+    registry: ModelRegistry, tiny_adapter: Path, label: str, train_name: str
+) -> None:
+    customized = registry.register(tiny_adapter, train_name=label)
+    assert (customized.label, customized.train_name) == (label, train_name)
+    assert customized.name.startswith(f"llama-tiny_{train_name}_")
+    for either in (label, train_name):
+        assert list(registry.customized_models(train_name=either)) == [customized]
+
+
+@pytest.mark.parametrize("name", ["", "...", "模型", "a\x00", "a\n", "a" * 201])
+def test_a_train_name_that_nothing_can_be_derived_from_is_refused(
     registry: ModelRegistry, tiny_adapter: Path, name: str
 ) -> None:
     with pytest.raises(InvalidNameError):
@@ -333,7 +353,8 @@ def test_lists_are_newest_first_and_filtered(registry: ModelRegistry, tiny_adapt
 
     assert [m.name for m in registry.customized_models()] == names[::-1]
     assert [m.name for m in registry.customized_models(train_name="run-1")] == names[1:2]
-    assert list(registry.customized_models(base="other")) == []
+    assert [m.name for m in registry.customized_models(base="llama-tiny")] == names[::-1]
+    assert list(registry.customized_models(train_name="run-3")) == []
 
 
 def test_a_listing_shows_escaped_in_a_notebook_without_being_consumed(

@@ -1,4 +1,4 @@
-"""Whether an adapter can have been trained on a base, by the names and shapes in their headers."""
+"""Checks by the names and shapes in the headers that an adapter fits a base model."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ from .tensor_names import PREFIX, layer_of, tail
 
 
 def check_fits(adapter: Adapter, base: Checkpoint) -> None:
-    """Whether the adapter can have been trained on `base`, by names and shapes in the headers.
+    """Check by names and shapes in the headers that the adapter may have been trained on `base`.
 
-    A module whose weight `base` has under that name must have the adapter's shape. Other modules
-    are passed over if some are found, because transformers renames and fuses tensors of some
-    architectures while it loads them: which of those exist is left to the merge plan, and so is
-    what each tensor means.
+    Where `base` has a weight with the name of an adapted module, the shapes must agree. Other
+    modules are not checked as long as some are found, because transformers renames and fuses the
+    tensors of some architectures while it loads them. The merge plan checks those.
 
     Raises:
-        BaseModelMismatch: Shapes differ, a layer's number is beyond the base's, or nothing fits.
+        BaseModelMismatch: Shapes differ, the base has too few layers, or no module is found.
     """
     rows = _rows_outside_of_layers(adapter)
     here, weights = {name: [info] for name, info in base.infos.items()}, _by_tail(base)
@@ -43,11 +42,11 @@ def check_fits(adapter: Adapter, base: Checkpoint) -> None:
             wrong.add(name)
     elsewhere = adapter_type(adapter.config).shared or adapter.config.get("target_parameters")
     if wrong or not (found or elsewhere):
-        reason = f"they do not fit: {listed(wrong)}" if wrong else "none names a module of it"
+        reason = f"{listed(wrong)} do not fit" if wrong else "none belongs to a module of it"
         raise BaseModelMismatch(
-            f"the adapter's tensors are not for this base model: {reason}; name the base it was "
-            f"trained on. If the training added tokens, save the adapter with its embeddings "
-            f"(save_embedding_layers=True)"
+            f"the adapter was not trained on this base model, as its tensors show: {reason}; "
+            f"register it with the base model that it was trained on; if the training added "
+            f"tokens, save the adapter with its embeddings (save_embedding_layers=True)"
         )
 
 
@@ -59,7 +58,7 @@ def _rows_outside_of_layers(adapter: Adapter) -> set[int]:
 
 
 def _by_tail(base: Checkpoint) -> dict[str, list[TensorInfo]]:
-    """The base's tensors by tail, which a part for language and one for images may share."""
+    """The base's tensors by tail. A language model and a vision tower may share one."""
     result: dict[str, list[TensorInfo]] = {}
     for name, info in base.infos.items():
         result.setdefault(tail(name), []).append(info)
@@ -67,7 +66,7 @@ def _by_tail(base: Checkpoint) -> dict[str, list[TensorInfo]]:
 
 
 def _targets(path: str, infos: Mapping[str, list[TensorInfo]]) -> list[TensorInfo]:
-    """What `path` may stand for itself, or the weights of the module it lies in."""
+    """The tensor of that name, or the weight of the nearest module around it."""
     if path in infos:
         return infos[path]
     while "." in path:
@@ -80,7 +79,7 @@ def _targets(path: str, infos: Mapping[str, list[TensorInfo]]) -> list[TensorInf
 def _same_shape(
     path: str, info: TensorInfo, target: TensorInfo, adapter: Adapter, rows: Collection[int]
 ) -> bool:
-    """Whether a LoRA factor or a full copy goes with its target; other kinds are not looked at.
+    """Whether a LoRA factor or a full copy fits its target; other kinds are not checked.
 
     `rows`: what the target may have instead, if its vocabulary was resized.
     """

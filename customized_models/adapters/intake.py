@@ -1,7 +1,7 @@
-"""An untrusted adapter directory: a checked private copy of it, and its facts.
+"""Copies an untrusted adapter directory, checks the copy, and reads its facts.
 
-Nothing of Hugging Face runs here. What PEFT would execute, look up or match without bounds while
-it reads an adapter is refused before PEFT sees it.
+Nothing of Hugging Face's runs here. Whatever would make PEFT run code, open other files or match a
+pattern for a very long time is refused before PEFT reads the adapter.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ _INDEX_DTYPES = ("I64", "I32", "I16", "U8", "BOOL")
 
 @frozen
 class Intake:
-    """An adapter that was copied into a directory of ours, and found sound.
+    """A checked copy of an adapter.
 
     Attributes:
         adapter: The copy.
-        content: Size and digest of each of its files.
-        stated_base: What its configuration says of its base model, which the copy leaves out
-            unless it is a Hub id.
+        content: Size and digest of each of its files, by name.
+        stated_base: `base_model_name_or_path` of the original, which the copy has only if it is a
+            Hub id.
         notes: What was changed in the copy, and what was found that its owner may want to know.
     """
 
@@ -58,18 +58,22 @@ class Intake:
 
 
 def take_in(source: Path, destination: Path) -> Intake:
-    """Copy what belongs to an adapter into the empty directory `destination`, and check it.
+    """Copy an adapter's files into the empty directory `destination`, and check them.
 
-    Each file of `source` is read once; those that hold weights of other formats or only served
-    the training are left. The configuration is rewritten so that one adapter always has one byte
-    string; see `canonical`. Tensors get the names that PEFT gives them; see `plain_names`.
+    Each file of `source` is read once. Weights in other formats and files that only the training
+    needs are left out. The configuration is rewritten so that equal adapters have equal bytes; see
+    `canonical`. Tensors get the names that PEFT gives them; see `plain_names`.
+
+    Args:
+        source: The directory that a training saved.
+        destination: An empty directory.
 
     Raises:
         MalformedError: A required file is missing, the configuration or the weights' header does
             not parse, or a file changed while it was copied.
-        UnsafeFileError: A link out of a Hub cache, a pipe, device or oversized file.
-        UnsupportedAdapterError: The weights are pickled, or the configuration names what could
-            run code, or a pattern that takes long to match.
+        UnsafeFileError: A file is a link out of a Hub cache, a pipe or a device, or is too large.
+        UnsupportedAdapterError: The weights are pickled, or the configuration could run code or has
+            a pattern that takes long to match.
         StorageError: The disk failed.
     """
     _refuse_pickled(source)
@@ -156,10 +160,12 @@ def _with_plain_names(
 
 @frozen
 class Adapter:
-    """A PEFT adapter in a directory of our own, found sound.
+    """A PEFT adapter that was checked, in a private directory.
 
-    `config`: its `adapter_config.json`. `tensors`: what its weights hold, by the name PEFT gave
-    them.
+    Attributes:
+        directory: Where it is.
+        config: Its `adapter_config.json`.
+        tensors: The tensors of its weights, by PEFT's names.
     """
 
     directory: Path
@@ -168,29 +174,30 @@ class Adapter:
 
     @classmethod
     def open(cls, directory: Path) -> Adapter:
-        """Read the configuration and the weights' header.
+        """Read and check the configuration and the header of the weights.
 
         Raises:
-            MalformedError: A value of the wrong type or out of range, or no weights.
-            UnsupportedAdapterError: It names code, paths or odd dtypes.
+            MalformedError: A value has the wrong type or is out of range, or there are no weights.
+            UnsupportedAdapterError: The configuration could run code or open other files, or a
+                tensor has an unusual dtype.
         """
         config = json_object(directory / CONFIG, limit=row_of(CONFIG).limit)
         check_settings(config)
         tensors = read_header(directory / WEIGHTS, limit=_MAX_HEADER).tensors
         if not tensors:
-            raise MalformedError(f"{WEIGHTS} holds no tensors; save the adapter again")
+            raise MalformedError(f"{WEIGHTS} has no tensors; save the adapter again")
         if empty := {name for name, info in tensors.items() if not info.size}:
             raise MalformedError(
-                f"tensors without elements in {WEIGHTS}: {listed(empty)}. So DeepSpeed ZeRO-3 "
-                f"saves weights that it has not gathered: save the adapter through the Trainer or "
-                f"accelerate with stage3_gather_16bit_weights_on_model_save, or gather the "
+                f"{WEIGHTS} has tensors without elements: {listed(empty)}. DeepSpeed ZeRO-3 saves "
+                f"weights that it has not gathered like this: save the adapter through the Trainer "
+                f"or accelerate with stage3_gather_16bit_weights_on_model_save, or gather the "
                 f"checkpoint with its zero_to_fp32.py"
             )
         dtypes = _DTYPES + (_INDEX_DTYPES if adapter_type(config).saves_indices else ())
         if odd := {name for name, info in tensors.items() if info.dtype not in dtypes}:
             raise UnsupportedAdapterError(
-                f"tensors of other dtypes than {', '.join(dtypes)}: {listed(odd)}; cast the "
-                f"adapter with model.float() before it is saved"
+                f"{WEIGHTS} has tensors with a dtype other than {', '.join(dtypes)}: "
+                f"{listed(odd)}; cast the adapter with model.float() before it is saved"
             )
         return cls(directory.resolve(), config, tensors)
 

@@ -1,4 +1,4 @@
-"""Regular expressions out of an adapter's configuration: any that PEFT matches in a moment.
+"""Matches regular expressions from an adapter's configuration, within a bounded time.
 
 How long an expression takes cannot be told by looking at it. So all that PEFT would match is
 matched once before, in an interpreter that is ended when it takes too long.

@@ -39,10 +39,12 @@ def check_settings(config: Mapping[str, Any]) -> None:
 
     Raises:
         MalformedError: One has the wrong type, or is out of range.
-        UnsupportedAdapterError: One leads to code, or to files outside of the adapter.
+        UnsupportedAdapterError: One makes PEFT run code or open files outside the adapter.
     """
     if not re.fullmatch(r"[A-Z0-9_]{1,40}", str(config.get("peft_type")), re.ASCII):
-        raise MalformedError(f"peft_type {shown(config.get('peft_type'))} is no PEFT type")
+        raise MalformedError(
+            f"peft_type {shown(config.get('peft_type'))} is not the name of a PEFT type"
+        )
     kind = adapter_type(config)
     if "r" in config and (kind.requires_rank or config["r"] is not None):
         _check_rank("r", config["r"], 1 if kind.requires_rank else 0)
@@ -86,7 +88,7 @@ def canonical(config: Mapping[str, Any]) -> bytes:
         text = json.dumps(changed, indent=2, sort_keys=True, allow_nan=False)
     except (ValueError, RecursionError) as error:
         raise MalformedError(
-            f"{CONFIG} holds a number that is not finite, or lists in lists without end"
+            f"{CONFIG} has a number that is not finite, or is nested too deeply"
         ) from error
     return text.encode() + b"\n"
 
@@ -112,7 +114,7 @@ def _check_pattern_values(config: Mapping[str, Any], kind: AdapterType) -> None:
         if key == "alpha_pattern" and patterns is None:
             continue
         if not isinstance(patterns, dict):
-            raise MalformedError(f"{key} is no object")
+            raise MalformedError(f"{key} is not a JSON object")
         for pattern, value in patterns.items():
             _check_expression(key, pattern)
             if key != "rank_pattern":
@@ -127,13 +129,15 @@ def _check_pattern_values(config: Mapping[str, Any], kind: AdapterType) -> None:
 
 def _check_rank(what: str, value: object, lowest: int = 1) -> None:
     if type(value) is not int or not lowest <= value <= _MAX_RANK:
-        raise MalformedError(f"{what} {shown(value)} is no whole number {lowest} to {_MAX_RANK}")
+        raise MalformedError(
+            f"{what} {shown(value)} is not a whole number from {lowest} to {_MAX_RANK}"
+        )
 
 
 def _check_masks(what: str, value: object) -> None:
     """Which of a module's ranks are left."""
     if not isinstance(value, list) or not all(isinstance(item, bool) for item in value):
-        raise MalformedError(f"{what} {shown(value)} is no list of true and false")
+        raise MalformedError(f"{what} {shown(value)} is not a list of true and false")
 
 
 def _check_number(what: str, value: object) -> None:
@@ -142,7 +146,7 @@ def _check_number(what: str, value: object) -> None:
     except OverflowError:
         finite = False
     if not finite:
-        raise MalformedError(f"{what} {shown(value)} is no finite number")
+        raise MalformedError(f"{what} {shown(value)} is not a finite number")
 
 
 def _check_names(key: str, value: object) -> None:
@@ -153,7 +157,7 @@ def _check_names(key: str, value: object) -> None:
         _check_expression(key, value)
         return
     if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
-        raise MalformedError(f"{key} is no list of names: {shown(value)}")
+        raise MalformedError(f"{key} is not a list of names: {shown(value)}")
     for item in value:
         _check_expression(key, item)
 
@@ -184,7 +188,7 @@ def _refuse_outside(config: Mapping[str, Any], where: str) -> None:
 
 def _refuse(key: str, value: object, where: str = CONFIG) -> None:
     raise UnsupportedAdapterError(
-        f"{shown(key)} in {where} leads PEFT to code or files outside of the adapter: "
+        f"{shown(key)} in {where} makes PEFT run code or open files outside the adapter: "
         f"{shown(value)}; remove it from {CONFIG}, if the adapter does not need it"
     )
 

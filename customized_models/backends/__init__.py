@@ -2,27 +2,43 @@
 
 from ..gguf import GGUFFile
 from ..models import Progress, Quantization
-from .opening import BackendFactory, check_environment, open_backend
+from .connection import Secrets, environment_variable
+from .opening import BackendFactory, Tools, check_environment, open_backend
 from .protocol import (
     AdapterBesideBase,
+    Addressed,
     Artifact,
     Backend,
+    Describing,
     Plan,
+    Probe,
+    Probing,
+    Promoting,
+    Unloading,
     checked_options,
     chosen_served_name,
 )
 
 __all__ = [
     "AdapterBesideBase",
+    "Addressed",
     "Artifact",
     "Backend",
     "BackendFactory",
+    "Describing",
     "GGUFFile",
     "Plan",
+    "Probe",
+    "Probing",
     "Progress",
+    "Promoting",
     "Quantization",
+    "Secrets",
+    "Tools",
+    "Unloading",
     "check_environment",
     "checked_options",
     "chosen_served_name",
+    "environment_variable",
     "open_backend",
 ]

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import socket
 import sys
 import time
 import uuid
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from attrs import Attribute, asdict, field, frozen
 
+from ..deploying.templates.chat_template import ChatTemplate
+from ..deploying.templates.conversations import Conversation
+from ..deploying.templates.live import Tokenizer, prove_on_llama_cpp
+from ..deploying.templates.proofs import TemplateProof
 from ..errors import (
     AlreadyExistsError,
+    DeploymentError,
     InvalidOptionError,
     MissingDependencyError,
     ServerAnswerError,
@@ -24,16 +32,26 @@ from ..errors import (
 )
 from ..models import DeploymentEnvironment, Progress, Served, Status
 from ..processes import Process
-from .http import JSONServer, answer_timeout, bearer_token
+from .connection import (
+    DEFAULT_SECONDS,
+    Connection,
+    Secrets,
+    bearer_token,
+    checked_settings,
+    environment_variable,
+)
+from .http import JSONServer
 from .process import end, output_of_start, processes_with
 from .protocol import Artifact, Plan, checked_options, chosen_served_name
 
 __all__ = ["LlamaCpp", "LlamaCppOptions"]
 
 _HOST = "127.0.0.1"
-_SERVER = Path(__file__).resolve().with_name("llama_server.py")
+_SERVER = Path(__file__).resolve().with_name("embedded_server.py")
 _PORT_SECONDS = 2.0  # the system frees the port of a killed server a moment after it is gone
 _START_SECONDS = 600.0  # a large file on a slow disk
+_POLL_SECONDS = 0.1
+_ANSWER_SECONDS = 600.0  # a few tokens of a large model on a slow processor
 
 
 def _positive(_: object, attribute: Attribute[Any], value: object) -> None:
@@ -67,7 +85,9 @@ class LlamaCpp:
 
     options = LlamaCppOptions
 
-    def __init__(self, environment: DeploymentEnvironment) -> None:
+    def __init__(
+        self, environment: DeploymentEnvironment, *, secrets: Secrets = environment_variable
+    ) -> None:
         if environment.address not in (None, _HOST, "localhost"):
             raise InvalidOptionError(
                 f"environment {shown(environment.name)}: llama_cpp starts servers on this "
@@ -76,7 +96,8 @@ class LlamaCpp:
         if environment.scheme != "http" or environment.path:
             raise InvalidOptionError("the backend llama_cpp takes no scheme or path")
         self._environment = environment
-        self._timeout = answer_timeout(environment)
+        self._timeout = float(checked_settings(environment).get("timeout", DEFAULT_SECONDS))
+        self._secrets = secrets
 
     def preflight(self, artifact: Artifact, served_name: str | None, options: Any) -> Plan:
         """See `Backend.preflight`.
@@ -88,11 +109,8 @@ class LlamaCpp:
         options = checked_options(options, LlamaCppOptions)
         name = chosen_served_name(artifact, served_name)
         artifact.check_gguf()
-        if importlib.util.find_spec("xllamacpp") is None:
-            raise MissingDependencyError(
-                "the backend llama_cpp needs xllamacpp: pip install 'customized-models[llama-cpp]'"
-            )
-        bearer_token(self._environment)
+        self._refuse_missing_wheel()
+        self._token()
         self._refuse_taken_port()
         return Plan(artifact, name, options, details={"mark": uuid.uuid4().hex})
 
@@ -101,19 +119,23 @@ class LlamaCpp:
         file = plan.artifact.gguf(progress, chat_template=True)
         self._refuse_taken_port()
         command = self._command(os.path.abspath(file.path), plan)
-        output = output_of_start(command, _START_SECONDS, progress)
+        output = output_of_start(command, _START_SECONDS, progress, self._secret_variables())
         process, port = _reported(output)
         try:
             aliases = self._aliases(port)
             if plan.served_name not in aliases:
                 raise ServerAnswerError(f"llama.cpp serves {shown(aliases)} instead of its model")
-            progress("starting", 1, 1)
+            progress("starting", 0, 0)
         except BaseException:
             end(process)
             raise
         details = {**plan.details, "process": asdict(process), "port": port}
         endpoint = f"http://{_HOST}:{port}/v1"
         return Served(plan.served_name, endpoint, "openai", file.digest, details=details)
+
+    def probe(self, served: Served) -> LlamaCppProbe:
+        """See `Probing`."""
+        return LlamaCppProbe(self._server(served.details["port"]))
 
     def status(self, served: Served) -> Status:
         """See `Backend.status`."""
@@ -125,6 +147,29 @@ class LlamaCpp:
         except (ServerUnreachableError, ServerAnswerError):
             return Status.UNREACHABLE
         return Status.LOADED if served.name in aliases else Status.CHANGED
+
+    def unload(self, served: Served, seconds: float) -> str:
+        """See `Unloading`: `undeploy`, which ends the process, frees the memory."""
+        if Process(**served.details["process"]).is_gone:
+            return ""
+        until = time.monotonic() + seconds
+        try:
+            server = self._server(served.details["port"])
+            while _answers_under_way(server):
+                if time.monotonic() > until:
+                    return f"an answer was still under way after {seconds:g} seconds, and was cut"
+                time.sleep(_POLL_SECONDS)
+        except DeploymentError:  # ending the process needs neither an answer nor a token
+            return "the server could not be asked whether an answer was under way"
+        return ""
+
+    def describe(self) -> Mapping[str, Any]:
+        """See `Describing`: the wheel's version, and how models are served."""
+        self._refuse_missing_wheel()
+        return {
+            "version": importlib.metadata.version("xllamacpp"),
+            "serves": "each model by a process of its own on this host",
+        }
 
     def undeploy(self, served: Served) -> None:
         """See `Backend.undeploy`."""
@@ -147,6 +192,12 @@ class LlamaCpp:
             command += ["--token-env", self._environment.token_env]
         return command
 
+    def _refuse_missing_wheel(self) -> None:
+        if importlib.util.find_spec("xllamacpp") is None:
+            raise MissingDependencyError(
+                "the backend llama_cpp needs xllamacpp: pip install 'customized-models[llama-cpp]'"
+            )
+
     def _refuse_taken_port(self) -> None:
         if self._environment.port is None:
             return
@@ -161,12 +212,55 @@ class LlamaCpp:
 
     def _aliases(self, port: int) -> list[str]:
         """The names that the server at that port goes by."""
-        url = f"http://{_HOST}:{port}"
-        server = JSONServer("llama.cpp", url, self._timeout, bearer_token(self._environment))
+        server = self._server(port)
         models = server.get("/v1/models").get("data")
         if not isinstance(models, list) or not all(isinstance(model, dict) for model in models):
-            raise ServerAnswerError(f"the server at {url} does not list models")
+            raise ServerAnswerError(f"the server at {server.url} does not list models")
         return [str(model.get("id")) for model in models]
+
+    def _server(self, port: int) -> JSONServer:
+        token = self._token()
+        authorization = None if token is None else f"Bearer {token}"
+        url = f"http://{_HOST}:{port}"
+        return JSONServer("llama.cpp", Connection(url, self._timeout, authorization))
+
+    def _secret_variables(self) -> dict[str, str]:
+        """What the server finds the token in, wherever it is kept here."""
+        token, name = self._token(), self._environment.token_env
+        return {} if token is None or name is None else {name: token}
+
+    def _token(self) -> str | None:
+        return bearer_token(self._environment, self._secrets)
+
+
+@frozen
+class LlamaCppProbe:
+    """What a llama.cpp server is asked for its proofs; see `Probe`."""
+
+    server: JSONServer
+
+    def template(
+        self, chat: ChatTemplate, tokenizer: Tokenizer, conversations: Sequence[Conversation]
+    ) -> TemplateProof:
+        """See `Probe.template`: of the chat template in the file, by `/apply-template`."""
+        return prove_on_llama_cpp(self.server, chat, tokenizer, conversations=conversations)
+
+    def tensor_types(self) -> None:
+        """See `Probe.tensor_types`: llama.cpp does not tell; it reads our file itself."""
+
+    def greedy(self, prompt: str, count: int) -> str:
+        """See `Probe.greedy`."""
+        body = {"prompt": prompt, "n_predict": count, "temperature": 0, "top_k": 1, "seed": 0}
+        return str(self.server.post("/completion", body, seconds=_ANSWER_SECONDS).get("content"))
+
+
+def _answers_under_way(server: JSONServer) -> int:
+    """How many answers a llama.cpp server is at, or has still to begin."""
+    text = server.get_text("/metrics")
+    found = re.findall(r"^llamacpp:requests_(?:processing|deferred) (\d+)", text, re.MULTILINE)
+    if not found:
+        raise ServerAnswerError(f"llama.cpp at {server.url} does not say what it is about")
+    return sum(map(int, found))
 
 
 def _bind_error(port: int) -> OSError | None:
@@ -181,7 +275,7 @@ def _bind_error(port: int) -> OSError | None:
 
 
 def _reported(output: bytes) -> tuple[Process, int]:
-    """The process that `llama_server` reports, and its port.
+    """The process that `embedded_server` reports, and its port.
 
     Raises:
         ServerAnswerError: It ended instead; the message has the end of its output.

@@ -1,79 +1,363 @@
-"""A llama.cpp server as a process of its own, outliving whoever started it.
+"""llama.cpp's server elsewhere, as a router: models by files in a directory that both hosts see.
 
-Run by its path in a fresh interpreter; it imports nothing of this package. It puts itself into the
-background, loads the model, prints `{"pid": ..., "port": ...}` as its last line and is silent
-from then on. Whatever else it prints is the reason why it ended.
+The server is started by someone else, with
+`llama-server --models-preset <server_directory>/customized-models.ini` and without a model; the
+file may be empty. Each model is a process of the server's, which begins with the first call.
+
+Source: `tools/server/server-models.cpp` of llama.cpp b11434.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import signal
-import sys
+import uuid
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import PurePosixPath
 from typing import Any
-from urllib.parse import urlsplit
+
+from attrs import Attribute, evolve, field, frozen
+
+from ..adapters.intake import Adapter
+from ..adapters.plain_lora import refuse_unless_plain
+from ..deploying.templates.chat_template import ChatTemplate
+from ..deploying.templates.conversations import Conversation
+from ..deploying.templates.live import Tokenizer, prove_on_llama_cpp
+from ..deploying.templates.proofs import TemplateProof
+from ..errors import (
+    AlreadyExistsError,
+    DeploymentError,
+    InvalidNameError,
+    InvalidOptionError,
+    ServerAnswerError,
+    ServerUnreachableError,
+    UnsupportedError,
+    shown,
+)
+from ..files.model_directory import carried_files
+from ..files.safetensors import Checkpoint, ModelSource
+from ..gguf.adapter import plan_adapter
+from ..models import DeploymentEnvironment, Progress, Served, Status
+from . import presets
+from .connection import Connection, Secrets, checked_settings, environment_variable
+from .http import JSONServer
+from .protocol import Artifact, Plan, checked_options, chosen_served_name
+from .router import Router
+from .shared_directory import SETTINGS, SharedDirectory, version_name
+
+__all__ = ["LlamaServer", "LlamaServerOptions"]
+
+DEFAULT_PORT = 8080
+_ANSWER_SECONDS = 600.0  # a few tokens of a large model on a slow processor
+_OWN_NAMES = ("*", "default")  # sections that are no models
 
 
-def main() -> None:
-    """Serve what the command line names until a signal ends the process."""
-    arguments = _arguments()
-    if os.fork():
-        os._exit(0)  # the rest is an orphan, and no zombie to anyone
-    signal.pthread_sigmask(signal.SIG_SETMASK, [])
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
-    try:
-        server = _serving(arguments)
-    except RuntimeError as error:  # llama.cpp has said why
-        sys.exit(str(error))
-    port = urlsplit(server.listening_address).port
-    print(json.dumps({"pid": os.getpid(), "port": port}), flush=True)
-    null = os.open(os.devnull, os.O_RDWR)
-    os.dup2(null, 1)
-    os.dup2(null, 2)
-    while True:
-        signal.pause()
+def _positive(_: object, attribute: Attribute[Any], value: object) -> None:
+    if value is not None and not (type(value) is int and 0 < value < 1 << 31):
+        raise InvalidOptionError(f"{attribute.name} must be a positive int, not {shown(value)}")
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--alias", required=True)
-    parser.add_argument("--mark", required=True, help="by which its command is found again")
-    parser.add_argument("--port", type=int, required=True, help="0: any free one")
-    parser.add_argument("--context", type=int, required=True, help="tokens; 0: the model's own")
-    parser.add_argument("--threads", type=int, help="as many as llama.cpp sees fit")
-    parser.add_argument("--token-env", help="the variable with the bearer token to ask for")
-    return parser.parse_args()
+@frozen
+class LlamaServerOptions:
+    """How a model is served by a router.
+
+    `beside_base`: not merged into one file, but as the adapter's file beside the base's, which all
+    adapters of that base share, on the disk and in memory. `context`: tokens; None for what the
+    server was started with, or the model was made for.
+
+    Raises:
+        InvalidOptionError: A value of another type.
+    """
+
+    beside_base: bool = field(default=False)
+    context: int | None = field(default=None, validator=_positive)
+
+    @beside_base.validator
+    def _check_beside_base(self, _: object, value: object) -> None:
+        if type(value) is not bool:
+            raise InvalidOptionError(f"beside_base must be True or False, not {shown(value)}")
 
 
-def _serving(arguments: argparse.Namespace) -> Any:
-    """A server that has loaded its model and answers."""
-    import xllamacpp
+class LlamaServer:
+    """A router of llama.cpp's; on port 8080 if the environment states none.
 
-    parameters = xllamacpp.CommonParams()
-    parameters.model.path = arguments.model
-    parameters.model_alias = {arguments.alias}
-    parameters.hostnames = ["127.0.0.1"]
-    parameters.port = arguments.port
-    parameters.n_ctx = arguments.context
-    if arguments.threads is not None:
-        parameters.cpuparams.n_threads = arguments.threads
-        parameters.cpuparams_batch.n_threads = arguments.threads
-    if arguments.token_env is not None:
-        parameters.api_keys = [os.environ[arguments.token_env]]
-    parameters.use_jinja = True  # the chat template in the file, exactly
-    parameters.offline = True
-    parameters.ui = False
-    # Any web page open on this host could otherwise talk to it, and read what others sent.
-    parameters.cors_origins = ""
-    parameters.cors_credentials = False
-    parameters.endpoint_slots = False
-    parameters.verbosity = 1  # errors
-    return xllamacpp.Server(parameters)
+    A model's files are copied into a directory that the server reads, under names drawn for this
+    deployment, and get a section of the router's file of presets; so does the served name, once
+    the model is proven. The file's own chat template is used.
+
+    With `LlamaServerOptions(beside_base=True)`, a customized model is served as its base's file
+    and a file of its adapter. The base's is there once, whatever the number of adapters, and the
+    processes that serve them share its pages in memory: on a processor, unless it was started with
+    `--no-mmap` or repacks the weights (`--no-repack` keeps it from that).
+
+    Settings: see `shared_directory`.
+    """
+
+    options = LlamaServerOptions
+
+    def __init__(
+        self, environment: DeploymentEnvironment, *, secrets: Secrets = environment_variable
+    ) -> None:
+        self._environment = environment
+        self._secrets = secrets
+        checked_settings(environment, SETTINGS)
+        _ = self.url  # raises where there is no address
+        self._directory = SharedDirectory.of(environment)
+        if not presets.VALUE.fullmatch(str(self._directory.there)):
+            raise InvalidOptionError(
+                "the directory's path has characters that cannot stand in a file of presets"
+            )
+
+    @property
+    def url(self) -> str:
+        """See `Addressed`."""
+        return self._environment.url_with(DEFAULT_PORT)
+
+    def preflight(self, artifact: Artifact, served_name: str | None, options: Any) -> Plan:
+        """See `Backend.preflight`; sends GET requests only.
+
+        Raises:
+            UnsupportedAdapterError: llama.cpp does not apply such an adapter beside its base.
+            UnsupportedError: The server is no router, or a complete model has no base beside it.
+        """
+        options = checked_options(options, LlamaServerOptions)
+        name = chosen_served_name(artifact, served_name)
+        if ":" in name or name in _OWN_NAMES:
+            raise InvalidNameError(f"llama.cpp's router has a meaning of its own for {shown(name)}")
+        artifact.check_gguf()
+        if options.beside_base:
+            if artifact.adapter_config is None:
+                raise UnsupportedError(
+                    f"{shown(artifact.name)} is complete, and has no adapter to serve beside a base"
+                )
+            refuse_unless_plain(artifact.adapter_config)
+        self._directory.check()
+        self._router().properties(self._directory.seen_by_server(presets.FILE))
+        version = version_name(name, uuid.uuid4().hex[:12])
+        return Plan(artifact, name, options, {"version": version})
+
+    def push(self, plan: Plan, progress: Progress) -> Served:
+        """See `Backend.push`. Details: `version`, how its files' names begin; and `base`."""
+        router, version = self._router(), plan.details["version"]
+        served = Served(version, f"{self.url}/v1", "openai", "", dict(plan.details))
+        try:
+            if plan.options.beside_base:
+                served = self._put_beside_base(plan, served, progress)
+            else:
+                served = self._put_whole(plan, served, progress)
+            if version not in router.models(reload=True):
+                raise ServerAnswerError(
+                    f"llama.cpp at {self.url} does not list what was put into "
+                    f"{shown(self._directory.here)}: start it with --models-preset "
+                    f"{self._directory.seen_by_server(presets.FILE)}"
+                )
+            router.load(version, progress)
+        except BaseException as error:
+            try:
+                self._take_away(router, evolve(served, digest=""))
+            except DeploymentError as second:
+                error.add_note(f"{shown(version)} may be left at the server: {second}")
+            raise
+        return served
+
+    def _put_whole(self, plan: Plan, served: Served, progress: Progress) -> Served:
+        file = plan.artifact.gguf(progress, chat_template=True)
+        self._directory.put_file(f"{served.name}.gguf", file.path, file.digest, progress)
+        self._write_section(served.name, self._section(plan, f"{served.name}.gguf"))
+        return evolve(served, digest=file.digest)
+
+    def _put_beside_base(self, plan: Plan, served: Served, progress: Progress) -> Served:
+        """The adapter's file, and the base's unless it is there."""
+        base = plan.artifact.base_gguf(progress, chat_template=True)
+        base_name = f"{plan.artifact.base}.{base.digest.partition(':')[2][:16]}.gguf"
+        # First the section: a file that one names is kept when another adapter is undeployed.
+        section = self._section(plan, base_name)
+        section["lora"] = self._directory.seen_by_server(f"{served.name}.lora")
+        self._write_section(served.name, section)
+        details = {**served.details, "base": base_name, "base_digest": base.digest}
+        if not self._directory.holds(base_name, base.digest):
+            self._directory.put_file(base_name, base.path, base.digest, progress)
+        with plan.artifact.adapter() as beside, self._directory.unfinished() as path:
+            base_weights = Checkpoint.open(beside.base)
+            source = ModelSource(carried_files(beside.base, base_weights.shards), base_weights)
+            adapter = Adapter.open(beside.adapter)
+            file = plan_adapter(source, adapter, name=plan.artifact.name).write(path, progress)
+            self._directory.publish(path, f"{served.name}.lora")
+        return evolve(served, digest=file.digest, details=details)
+
+    def _section(self, plan: Plan, model: str) -> dict[str, str]:
+        options = {"model": self._directory.seen_by_server(model)}
+        if plan.options.context is not None:
+            options["ctx-size"] = str(plan.options.context)
+        return options
+
+    # Versions and names
+
+    def identity(self, served: Served) -> str:
+        """See `Promoting.identity`: the version."""
+        return str(served.details["version"])
+
+    def version(self, served: Served) -> Served:
+        """See `Promoting.version`."""
+        return evolve(served, name=served.details["version"])
+
+    def refuse_taken(self, name: str, replaced: Collection[str] | None) -> None:
+        """See `Promoting.refuse_taken`. A model of someone else's is never replaced."""
+        section = presets.sections(self._presets()).get(name)
+        version = self._version_of(section)
+        free = section is None and name not in self._router().models()
+        if free or (version is not None and (replaced is None or version in replaced)):
+            return
+        raise AlreadyExistsError(
+            f"llama.cpp at {self.url} already serves something under {shown(name)}; choose another "
+            f"served_name, or say replace=True"
+        )
+
+    def promote(self, served: Served, name: str, replaced: Collection[str] | None) -> Served:
+        """See `Promoting.promote`: the version's section is written again, for the served name.
+
+        The process of what had the name before is ended then.
+        """
+        router, version = self._router(), served.details["version"]
+        with self._directory.locked():
+            before = presets.sections(self._presets()).get(name)
+            if self._version_of(before) != version:
+                self.refuse_taken(name, replaced)
+            self._rename(name, presets.sections(self._presets())[version])
+            router.models(reload=True)
+        router.unload(version)
+        try:
+            router.load(name, _silent)
+        except BaseException:
+            self._give_back(router, name, version, before)
+            raise
+        return evolve(served, name=name)
+
+    def _give_back(
+        self, router: Router, name: str, version: str, before: Mapping[str, str] | None
+    ) -> None:
+        """Let a name mean what it meant before, unless someone has taken it meanwhile."""
+        with self._directory.locked():
+            if self._version_of(presets.sections(self._presets()).get(name)) == version:
+                self._rename(name, before)
+                router.models(reload=True)
+
+    def _rename(self, name: str, options: Mapping[str, str] | None) -> None:
+        text = presets.without_section(self._presets(), name)
+        self._write(text if options is None else presets.with_section(text, name, options))
+
+    def status(self, served: Served) -> Status:
+        """See `Backend.status`."""
+        try:
+            model = self._router().models().get(served.name)
+        except (ServerUnreachableError, ServerAnswerError):
+            return Status.UNREACHABLE
+        if model is None:
+            return Status.ABSENT
+        options = {"lora": model.options.get("--lora"), "model": model.options.get("--model")}
+        if self._version_of(options) != served.details["version"]:
+            return Status.CHANGED
+        return Status.LOADED if model.is_loaded else Status.LIVE
+
+    def undeploy(self, served: Served) -> None:
+        """See `Backend.undeploy`: the base's file goes with the last adapter beside it."""
+        router = self._router()
+        router.models()  # raises if the server does not answer; then nothing is removed
+        self._take_away(router, served)
+
+    def _take_away(self, router: Router, served: Served) -> None:
+        version = served.details["version"]
+        with self._directory.locked():
+            text = self._presets()
+            for name, section in presets.sections(text).items():
+                if self._version_of(section) == version:
+                    text = presets.without_section(text, name)
+            if text != self._presets():
+                self._write(text)
+                router.models(reload=True)
+            used = {section.get("model") for section in presets.sections(text).values()}
+        for suffix in ("gguf", "lora"):
+            self._directory.remove(f"{version}.{suffix}", served.digest)
+        base = served.details.get("base")
+        if base is not None and self._directory.seen_by_server(base) not in used:
+            self._directory.remove(base, served.details["base_digest"])
+
+    def probe(self, served: Served) -> LlamaServerProbe:
+        """See `Probing`."""
+        return LlamaServerProbe(_Named(self._server(), served.name))
+
+    def describe(self) -> Mapping[str, Any]:
+        """See `Describing`: the build, and how many models may be loaded at a time."""
+        told = self._router().properties(self._directory.seen_by_server(presets.FILE))
+        return {
+            "version": str(told.get("build_info")),
+            "most loaded at a time": told.get("max_instances"),
+        }
+
+    # The file of presets
+
+    def _presets(self) -> str:
+        path = self._directory.here / presets.FILE
+        return path.read_text(encoding="utf-8") if path.exists() else ""
+
+    def _write(self, text: str) -> None:
+        with self._directory.unfinished() as path:
+            path.write_text(text, encoding="utf-8")
+            self._directory.publish(path, presets.FILE)
+
+    def _write_section(self, name: str, options: Mapping[str, str]) -> None:
+        with self._directory.locked():
+            self._rename(name, options)
+
+    def _version_of(self, section: Mapping[str, str | None] | None) -> str | None:
+        """Which version a section of ours is for; None for another's, or none."""
+        path = PurePosixPath((section or {}).get("lora") or (section or {}).get("model") or "")
+        return path.stem if path.parent == self._directory.there else None
+
+    def _router(self) -> Router:
+        return Router(self._server())
+
+    def _server(self) -> JSONServer:
+        connection = Connection.of(
+            self._environment, self._secrets, default_port=DEFAULT_PORT, own=SETTINGS
+        )
+        return JSONServer("llama.cpp", connection)
 
 
-if __name__ == "__main__":
-    main()
+@frozen
+class _Named:
+    """A router that is asked about one model."""
+
+    server: JSONServer
+    name: str
+
+    def post(
+        self, path: str, body: Mapping[str, Any], *, seconds: float | None = None
+    ) -> dict[str, Any]:
+        return self.server.post(path, {"model": self.name, **body}, seconds=seconds)
+
+    def delete(self, path: str, body: Mapping[str, Any]) -> None:
+        self.server.delete(path, body)
+
+
+@frozen
+class LlamaServerProbe:
+    """What a router is asked for a model's proofs; see `Probe`."""
+
+    server: _Named
+
+    def template(
+        self, chat: ChatTemplate, tokenizer: Tokenizer, conversations: Sequence[Conversation]
+    ) -> TemplateProof:
+        """See `Probe.template`: of the chat template in the file, by `/apply-template`."""
+        return prove_on_llama_cpp(self.server, chat, tokenizer, conversations=conversations)
+
+    def tensor_types(self) -> None:
+        """See `Probe.tensor_types`: llama.cpp does not tell; it reads our file itself."""
+
+    def greedy(self, prompt: str, count: int) -> str:
+        """See `Probe.greedy`."""
+        body = {"prompt": prompt, "n_predict": count, "temperature": 0, "top_k": 1, "seed": 0}
+        return str(self.server.post("/completion", body, seconds=_ANSWER_SECONDS).get("content"))
+
+
+def _silent(phase: str, done: int, total: int) -> None:
+    """Progress that nobody watches."""

@@ -2,260 +2,281 @@
 
 from __future__ import annotations
 
-import re
-import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from attrs import evolve, frozen
+
+from ..deploying.templates.chat_template import ChatTemplate
+from ..deploying.templates.conversations import Conversation
+from ..deploying.templates.live import Tokenizer, prove_on_ollama
+from ..deploying.templates.proofs import TemplateProof
 from ..errors import (
-    AlreadyExistsError,
     DeploymentError,
+    InvalidNameError,
     NoTemplateError,
-    ServedModelChangedError,
     ServerAnswerError,
     ServerUnreachableError,
-    UnsupportedVersionError,
     shown,
 )
 from ..gguf import GGUFFile
-from ..models import DeploymentEnvironment, DeploymentTemplate, Progress, Served, Status
-from .http import JSONServer, answer_timeout, bearer_token
+from ..models import DeploymentEnvironment, Progress, Served, Status
+from .connection import Connection, Secrets, checked_settings, environment_variable
+from .http import JSONServer
+from .ollama_api import (
+    CREATE_SECONDS,
+    Name,
+    create_model,
+    digest_of,
+    is_made_of,
+    listed_models,
+    remove_versions,
+    server_version,
+    show_model,
+    unload_model,
+    upload_file,
+)
+from .ollama_host import DEFAULT_PORT, environment_from_host
+from .ollama_names import give_name, new_version, refuse_taken_name, take_name
 from .ollama_options import OllamaOptions
 from .protocol import Artifact, Plan, checked_options, chosen_served_name
 
 if TYPE_CHECKING:
     import httpx
 
-__all__ = ["Ollama", "OllamaOptions"]
-
-_CREATE_SECONDS = 900.0  # the server reads the file, and some versions copy it
-_UNLOAD_SECONDS = 10.0
+__all__ = ["Ollama", "OllamaOptions", "environment_from_host"]
 
 
 class Ollama:
-    """An Ollama server, 0.5.5 or later.
+    """An Ollama server, 0.5.5 or later; on port 11434 if the environment states none.
 
-    Of what a deployment sends, only an uploaded file can outlive its failure: Ollama has no
-    request to remove one, and does it by itself the next time it starts.
+    A model is made under a tag of its own beside the served name, such as
+    `support:cm-3be93ff2a1b7`, and takes the served name once it is proven. Both stand for the same
+    manifest, whose digest is recorded: only what has that digest is ever removed. Tags that begin
+    with such a one, as `support:cm-3be93ff2a1b7-claim-5d1f0c2e`, are there for a moment while a
+    name changes its meaning.
+
+    Undeploying frees the disk as well: Ollama deletes a file together with the last model that is
+    made of it. A file that was sent for a deployment which then failed has no model, and stays for
+    the next attempt. Ollama has no request to remove it, and does so by itself when it starts:
+    before 0.21.0 every such file, since then one that is more than an hour old.
     """
 
     options = OllamaOptions
 
     def __init__(
-        self, environment: DeploymentEnvironment, *, client: httpx.Client | None = None
+        self,
+        environment: DeploymentEnvironment,
+        *,
+        secrets: Secrets = environment_variable,
+        client: httpx.Client | None = None,
     ) -> None:
         self._environment = environment
-        self._url = environment.url
-        self._timeout = answer_timeout(environment)
-        self._client = client
+        self._secrets = secrets
+        self._given = client
+        checked_settings(environment)
+        self.url  # noqa: B018 -- raises where there is no address
 
     def preflight(self, artifact: Artifact, served_name: str | None, options: Any) -> Plan:
         """See `Backend.preflight`; sends GET requests only.
 
         Raises:
-            NoTemplateError: the base model has no deployment template. Ollama would guess one.
-            UnsupportedVersionError: the server is older than 0.5.5.
+            NoTemplateError: There is no deployment template. Ollama would guess one.
+            UnsupportedVersionError: The server is older than 0.5.5.
         """
         options = checked_options(options, OllamaOptions)
-        name = chosen_served_name(artifact, served_name)
+        name = _checked(Name.of(chosen_served_name(artifact, served_name)))
         artifact.check_gguf()
-        if artifact.template is None or not artifact.template.text:
+        if artifact.template is None and not options.use_chat_template:
             raise NoTemplateError(
                 f"Ollama needs a deployment template to serve {shown(artifact.name)}; give its "
-                f"base model one with ModelRegistry.set_deployment_template"
+                f"base model one with ModelRegistry.set_deployment_template, or say "
+                f"template='infer' to have it made from the chat template"
             )
         server = self._server()
-        _refuse_version(server.get("/api/version").get("version"))
-        _refuse_taken(server, name)
-        return Plan(artifact, name, options)
+        found = server_version(server)
+        options.refuse_unfit(found)
+        template = None if options.use_chat_template else artifact.template
+        details = {"version": str(new_version(name))}
+        return Plan(artifact, name.short, options, details, template)
 
     def push(self, plan: Plan, progress: Progress) -> Served:
-        """See `Backend.push`. Details: `manifest`, the digest the server gives the whole model."""
-        file = plan.artifact.gguf(progress, chat_template=False)
-        server = self._server()
-        _upload_if_missing(server, file, progress)
-        # Someone may have taken the name since preflight, and creating replaces silently.
-        _refuse_taken(server, plan.served_name)
+        """See `Backend.push`. Details: `version`, its tag, and `manifest`, its digest."""
+        chat_template = plan.options.use_chat_template
+        file = plan.artifact.gguf(progress, chat_template=chat_template)
+        server, version = self._server(), Name.of(plan.details["version"])
+        upload_file(server, file, progress)
         try:
-            progress("creating", 0, 1)
-            _create(server, plan, file, progress)
-            manifest = _verified(server, plan, file)
-            progress("creating", 1, 1)
+            progress("creating", 0, 0)
+            create_model(server, version, file, self._body(plan), progress)
+            manifest = self._verified(server, version, plan, file)
         except BaseException as error:
-            _withdraw(server, plan.served_name, error)
+            _take_back(server, version, error)
             raise
-        return Served(
-            plan.served_name, self._url, "ollama", file.digest, details={"manifest": manifest}
-        )
+        details = {**plan.details, "manifest": manifest}
+        return Served(str(version), server.url, "ollama", file.digest, details, copied=True)
+
+    def _body(self, plan: Plan) -> dict[str, Any]:
+        template = plan.template
+        body: dict[str, Any] = {} if template is None else {"template": template.text}
+        stop = [*(template.stop if template else ()), *plan.options.parameters.get("stop", ())]
+        parameters = {n: v for n, v in plan.options.parameters.items() if n != "stop"}
+        if stop:
+            parameters["stop"] = list(dict.fromkeys(stop))
+        if parameters:
+            body["parameters"] = parameters
+        if plan.options.system is not None:
+            body["system"] = plan.options.system
+        return body
+
+    def _verified(self, server: JSONServer, version: Name, plan: Plan, file: GGUFFile) -> str:
+        """The digest of the new manifest, once the server shows that it is what was sent."""
+        where = f"Ollama at {server.url}, {shown(version)}"
+        told, body = show_model(server, version), self._body(plan)
+        if not is_made_of(told, file.digest):
+            raise ServerAnswerError(f"{where}: it does not serve the file it was given")
+        if "template" in body and told.get("template") != body["template"]:
+            raise ServerAnswerError(f"{where}: its template is not the one it was given")
+        if (told.get("system") or None) != plan.options.system:
+            raise ServerAnswerError(f"{where}: its system message is not the one it was given")
+        digest = digest_of(server, version)
+        if digest is None:
+            raise ServerAnswerError(f"{where}: it was created, and is not listed")
+        return digest
+
+    def probe(self, served: Served) -> OllamaProbe:
+        """See `Probing`: what proves the model under its version's tag."""
+        server = self._server()
+        # The first answer waits for the model to be loaded.
+        patient = evolve(server.connection, timeout=max(server.connection.timeout, CREATE_SECONDS))
+        return OllamaProbe(evolve(server, connection=patient), served.details["version"])
+
+    def refuse_taken(self, name: str, replaced: Collection[str] | None) -> None:
+        """See `Promoting.refuse_taken`."""
+        if replaced is not None:
+            refuse_taken_name(self._server(), Name.of(name), replaced)
+
+    def promote(self, served: Served, name: str, replaced: Collection[str] | None) -> Served:
+        """See `Promoting.promote`."""
+        server, version = self._server(), Name.of(served.details["version"])
+        give_name(server, Name.of(name), version, self.identity(served), replaced)
+        return evolve(served, name=name)
+
+    def identity(self, served: Served) -> str:
+        """See `Promoting.identity`: the manifest's digest."""
+        return str(served.details["manifest"])
+
+    def version(self, served: Served) -> Served:
+        """See `Promoting.version`."""
+        return evolve(served, name=served.details["version"])
 
     def status(self, served: Served) -> Status:
         """See `Backend.status`."""
-        server = self._server()
+        server, name = self._server(), Name.of(served.name)
         try:
-            entry = _entry(server, "/api/tags", served.name)
-            if entry is None:
+            digest = digest_of(server, name)
+            if digest is None:
                 return Status.ABSENT
-            if entry.get("digest") != served.details["manifest"]:
+            if digest != served.details.get("manifest"):
                 return Status.CHANGED
-            loaded = _entry(server, "/api/ps", served.name)
+            names = {str(name), str(Name.of(served.details["version"]))}
+            loaded = names & listed_models(server, "/api/ps").keys()
         except (ServerUnreachableError, ServerAnswerError):
             return Status.UNREACHABLE
-        return Status.LIVE if loaded is None else Status.LOADED
+        return Status.LOADED if loaded else Status.LIVE
+
+    def unload(self, served: Served, seconds: float) -> str:
+        """See `Unloading`."""
+        server, digest = self._server(), served.details.get("manifest")
+        version, name = Name.of(served.details["version"]), Name.of(served.name)
+        if digest is None or digest_of(server, version) != digest:
+            return ""  # its answers, if there are any, are nobody's to wait for
+        take_name(server, name, version, digest)
+        if unload_model(server, (version, name), digest, seconds):
+            return ""
+        return (
+            f"an answer was still under way after {seconds:g} seconds; the memory is freed once "
+            f"that is finished"
+        )
 
     def undeploy(self, served: Served) -> None:
-        """See `Backend.undeploy`."""
-        server = self._server()
-        entry = _entry(server, "/api/tags", served.name)
-        if entry is None:
-            return
-        if "manifest" not in served.details:  # of a push that was killed
-            if not served.digest or not _serves(server, served.name, served.digest):
-                return
-        elif entry.get("digest") != served.details["manifest"]:
-            raise ServedModelChangedError(
-                f"{shown(served.name)} at {self._url} is no longer the model that was deployed: "
-                f"someone else changed it, so it is not removed; once `ollama rm` has removed "
-                f"it, undeploying succeeds"
-            )
-        _unload(server, served.name)
-        server.delete("/api/delete", {"model": served.name})
-        if _entry(server, "/api/tags", served.name) is not None:
-            raise ServerAnswerError(
-                f"Ollama at {self._url} says it deleted {shown(served.name)}, and still lists it"
-            )
+        """See `Backend.undeploy`: what has the recorded digest goes, all else stays."""
+        server, version = self._server(), Name.of(served.details["version"])
+        if "manifest" in served.details:  # else of a push that was killed, and had no other name
+            take_name(server, Name.of(served.name), version, served.details["manifest"])
+        remove_versions(server, version)
+
+    @property
+    def url(self) -> str:
+        """See `Addressed`."""
+        return self._environment.url_with(DEFAULT_PORT)
+
+    def describe(self) -> Mapping[str, Any]:
+        """See `Describing`: the version, and what it can do."""
+        version = server_version(self._server())
+        return {
+            "version": ".".join(map(str, version.number)),
+            "shows what a template writes": version.renders,
+            "can use the file's chat template": version.uses_file_template,
+            "keeps unused files over a restart": f"{version.keeps_blobs:g} s",
+        }
 
     def _server(self) -> JSONServer:
-        token = bearer_token(self._environment)
-        return JSONServer("Ollama", self._url, self._timeout, token, self._client)
+        connection = Connection.of(self._environment, self._secrets, default_port=DEFAULT_PORT)
+        return JSONServer("Ollama", connection, self._given)
 
 
-def _refuse_version(version: object) -> None:
-    match = re.match(r"(\d{1,6})\.(\d{1,6})\.(\d{1,6})", str(version), re.ASCII)
-    if match is None:
-        raise ServerAnswerError(f"Ollama calls its version {shown(version)}, which is none")
-    number = tuple(map(int, match.groups()))
-    if number < (0, 5, 5):
-        raise UnsupportedVersionError(
-            f"Ollama {shown(version)} cannot make a model from an uploaded file; 0.5.5 can"
+@frozen
+class OllamaProbe:
+    """What a model at Ollama is asked for its proofs; see `Probe`."""
+
+    server: JSONServer
+    name: str
+
+    def template(
+        self, chat: ChatTemplate, tokenizer: Tokenizer, conversations: Sequence[Conversation]
+    ) -> TemplateProof:
+        """See `Probe.template`."""
+        return prove_on_ollama(self.server, self.name, chat, tokenizer, conversations=conversations)
+
+    def tensor_types(self) -> Mapping[str, str] | None:
+        """See `Probe.tensor_types`; servers before 0.5.13 do not tell."""
+        told = self.server.post("/api/show", {"model": self.name, "verbose": True})
+        tensors = told.get("tensors")
+        if not isinstance(tensors, list):
+            return None
+        return {str(t.get("name")): str(t.get("type")).upper() for t in tensors}
+
+    def greedy(self, prompt: str, count: int) -> str:
+        """See `Probe.greedy`."""
+        options = {
+            "temperature": 0, "num_predict": count, "repeat_penalty": 1.0, "top_k": 1, "seed": 0,
+        }  # fmt: skip
+        body = {
+            "model": self.name, "prompt": prompt, "raw": True, "stream": False, "options": options,
+        }  # fmt: skip
+        answer = self.server.post("/api/generate", body, seconds=CREATE_SECONDS)
+        return str(answer.get("response"))
+
+
+def _checked(name: Name) -> Name:
+    """The name, unless current servers take it for one of a model elsewhere.
+
+    Source: `parseSourceSuffix` in `internal/modelref/modelref.go` of Ollama v0.34.1.
+    """
+    if name.tag in ("cloud", "local") or name.tag.endswith("-cloud"):
+        raise InvalidNameError(
+            f"served name {shown(name)}: Ollama keeps the tags 'cloud', 'local' and '...-cloud' "
+            f"for itself"
         )
+    return name
 
 
-def _entry(server: JSONServer, path: str, name: str) -> dict[str, Any] | None:
-    """What the listing at `path` has under `name`; Ollama's names ignore case."""
-    models = server.get(path).get("models") or []
-    if not isinstance(models, list) or not all(isinstance(model, dict) for model in models):
-        raise ServerAnswerError(f"Ollama at {server.url}: {path} does not list models")
-    wanted = f"{name}:latest"
-    return next((m for m in models if str(m.get("name")).lower() == wanted), None)
-
-
-def _refuse_taken(server: JSONServer, name: str) -> None:
-    if _entry(server, "/api/tags", name) is not None:
-        raise AlreadyExistsError(f"Ollama at {server.url} already has a model {shown(name)}")
-
-
-def _upload_if_missing(server: JSONServer, file: GGUFFile, progress: Progress) -> None:
-    blob = f"/api/blobs/{file.digest}"
-    if not server.has(blob):
-        server.upload(blob, file, progress)
-
-
-def _create(server: JSONServer, plan: Plan, file: GGUFFile, progress: Progress) -> None:
+def _take_back(server: JSONServer, version: Name, error: BaseException) -> None:
+    """Delete what a failed creation left under the tag that was drawn for it."""
     try:
-        _create_once(server, plan, file)
-    except ServerAnswerError:
-        # A server that restarts drops what no model uses yet.
-        if server.has(f"/api/blobs/{file.digest}"):
-            raise
-        _upload_if_missing(server, file, progress)
-        _create_once(server, plan, file)
-
-
-def _create_once(server: JSONServer, plan: Plan, file: GGUFFile) -> None:
-    body: dict[str, Any] = {
-        "model": plan.served_name,
-        "files": {"model.gguf": file.digest},
-        "template": _template(plan).text,
-        "stream": True,
-    }
-    if parameters := _parameters(plan):
-        body["parameters"] = parameters
-    if plan.options.system is not None:
-        body["system"] = plan.options.system
-    lines = server.post_for_lines("/api/create", body, seconds=_CREATE_SECONDS)
-    for line in lines:
-        if "error" in line:
-            raise ServerAnswerError(
-                f"Ollama at {server.url} did not create {shown(plan.served_name)}: "
-                f"{server.shown(line['error'])}"
-            )
-    if not lines or lines[-1].get("status") != "success":
-        raise ServerAnswerError(
-            f"Ollama at {server.url} stopped creating {shown(plan.served_name)} without success"
-        )
-
-
-def _parameters(plan: Plan) -> dict[str, Any]:
-    stop = [*_template(plan).stop, *plan.options.parameters.get("stop", ())]
-    rest = {name: v for name, v in plan.options.parameters.items() if name != "stop"}
-    return {**rest, "stop": list(dict.fromkeys(stop))} if stop else rest
-
-
-def _template(plan: Plan) -> DeploymentTemplate:
-    template = plan.artifact.template
-    assert template is not None  # preflight refused
-    return template
-
-
-def _verified(server: JSONServer, plan: Plan, file: GGUFFile) -> str:
-    """The digest of the new model's manifest, once the server shows that it is what was sent."""
-    where = f"Ollama at {server.url}, {shown(plan.served_name)}"
-    shows = server.post("/api/show", {"model": plan.served_name})
-    # The Modelfile's first instruction; further on, it quotes text of ours. Servers from 0.30.0 to
-    # 0.34.0 serve llama-quantize's copy of the file, which has the same bytes if it was written
-    # in llama.cpp's own order.
-    if not _is_made_of(shows, file.digest):
-        raise ServerAnswerError(f"{where}: it does not serve the file it was given")
-    if shows.get("template") != _template(plan).text:
-        raise ServerAnswerError(f"{where}: its template is not the one it was given")
-    if (shows.get("system") or None) != plan.options.system:
-        raise ServerAnswerError(f"{where}: its system message is not the one it was given")
-    entry = _entry(server, "/api/tags", plan.served_name)
-    if entry is None or not re.fullmatch(r"[0-9a-f]{64}", str(entry.get("digest"))):
-        raise ServerAnswerError(f"{where}: it was created, and is not listed with a digest")
-    return str(entry["digest"])
-
-
-def _serves(server: JSONServer, name: str, digest: str) -> bool:
-    return _is_made_of(server.post("/api/show", {"model": name}), digest)
-
-
-def _is_made_of(shows: Mapping[str, Any], digest: str) -> bool:
-    """Whether what /api/show tells of a model says that its weights are the blob of that digest."""
-    weights = re.search(r"^FROM .*", str(shows.get("modelfile")), re.MULTILINE)
-    return weights is not None and weights[0].rstrip().endswith(digest.replace(":", "-"))
-
-
-def _withdraw(server: JSONServer, name: str, error: BaseException) -> None:
-    """Delete what a failed creation left under a name that was free before."""
-    try:
-        if _entry(server, "/api/tags", name) is not None:
-            server.delete("/api/delete", {"model": name})
+        remove_versions(server, version)
     except DeploymentError as second:
         error.add_note(
-            f"{shown(name)} may be left at the server, which could not be asked: {second}"
+            f"{shown(version)} may be left at the server, which could not be asked: {second}"
         )
-
-
-def _unload(server: JSONServer, name: str) -> None:
-    """Take the model out of memory, if it is there."""
-    if _entry(server, "/api/ps", name) is None:
-        return
-    server.post("/api/generate", {"model": name, "keep_alive": 0, "stream": False})
-    end = time.monotonic() + _UNLOAD_SECONDS
-    while _entry(server, "/api/ps", name) is not None:
-        if time.monotonic() > end:
-            raise ServerAnswerError(
-                f"Ollama at {server.url} does not take {shown(name)} out of memory"
-            )
-        time.sleep(0.05)

@@ -6,9 +6,10 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from attrs import field, frozen
+from attrs import Attribute, field, frozen
 
-from ..errors import InvalidOptionError, shown
+from ..errors import InvalidOptionError, UnsupportedVersionError, shown
+from .ollama_api import Version
 
 
 def _whole(value: object) -> bool:
@@ -56,13 +57,20 @@ def _checked_parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
     return dict(parameters)
 
 
+def _is_flag(_: object, attribute: Attribute[Any], value: object) -> None:
+    if not _flag(value):
+        raise InvalidOptionError(f"{attribute.name} must be True or False, not {shown(value)}")
+
+
 @frozen
 class OllamaOptions:
     """What a model at Ollama is made with, besides its weights and its template.
 
     `system`: the system message of conversations that bring none; None for none. `parameters`:
     defaults that a call may override, checked here because the server does not; `stop` adds to
-    the template's own.
+    the template's own. `use_chat_template`: let the server render with the chat template in the
+    file, and not with a Go template; servers from 0.30.0 on can, unless their variable
+    OLLAMA_GO_TEMPLATE is 1.
 
     >>> OllamaOptions(parameters={"num_ctx": 4096, "temperature": 0}).parameters["num_ctx"]
     4096
@@ -75,6 +83,18 @@ class OllamaOptions:
     parameters: Mapping[str, Any] = field(
         factory=dict, converter=_checked_parameters, hash=False, kw_only=True
     )
+    use_chat_template: bool = field(default=False, validator=_is_flag, kw_only=True)
+
+    def refuse_unfit(self, version: Version) -> None:
+        """Refuse what a server of that version cannot do.
+
+        Raises:
+            UnsupportedVersionError: It is too old.
+        """
+        if self.use_chat_template and not version.uses_file_template:
+            raise UnsupportedVersionError(
+                "this Ollama renders with Go templates only; leave out use_chat_template"
+            )
 
     @system.validator
     def _check_system(self, _: object, value: object) -> None:

@@ -7,35 +7,59 @@ from difflib import get_close_matches
 from importlib.metadata import entry_points
 from typing import TypeAlias
 
+from attrs import field, frozen
+
 from ..errors import InvalidOptionError, shown
 from ..models import DeploymentEnvironment
+from .connection import Secrets, environment_variable
 from .llama_cpp import LlamaCpp
+from .llama_server import LlamaServer
 from .ollama import Ollama
 from .protocol import Backend
+from .vllm import VLLM
 
 ENTRY_POINTS = "customized_models.backends"
 """The entry point group of further backends: name to a callable that takes the environment."""
 
 BackendFactory: TypeAlias = Callable[[DeploymentEnvironment], Backend]
 
-BUILT_IN: Mapping[str, BackendFactory] = {"llama_cpp": LlamaCpp, "ollama": Ollama}
+BUILT_IN: Mapping[str, Callable[..., Backend]] = {
+    "llama_cpp": LlamaCpp,
+    "llama_server": LlamaServer,
+    "ollama": Ollama,
+    "vllm": VLLM,
+}
 
 
-def open_backend(
-    environment: DeploymentEnvironment, backends: Mapping[str, BackendFactory] | None = None
-) -> Backend:
+@frozen
+class Tools:
+    """The deployment tools that a caller can reach, and where it keeps their secrets.
+
+    Attributes:
+        backends: Further ones, by name.
+        secrets: Gives the secret that an environment names, such as in `token_env`.
+    """
+
+    backends: Mapping[str, BackendFactory] = field(factory=dict)
+    secrets: Secrets = environment_variable
+
+
+def open_backend(environment: DeploymentEnvironment, tools: Tools | None = None) -> Backend:
     """The backend that serves `environment`; nothing is sent yet.
 
     Args:
         environment: Names it.
-        backends: Further ones of the caller's, by name.
+        tools: What the caller brings.
 
     Raises:
         InvalidOptionError: No backend goes by that name, or it does not know a setting.
     """
-    known = {**BUILT_IN, **(backends or {})}
-    if environment.backend in known:
-        return known[environment.backend](environment)
+    tools = tools or Tools()
+    if environment.backend in tools.backends:
+        return tools.backends[environment.backend](environment)
+    if environment.backend in BUILT_IN:
+        return BUILT_IN[environment.backend](environment, secrets=tools.secrets)
+    known = {*BUILT_IN, *tools.backends}
     further = entry_points(group=ENTRY_POINTS)
     for point in further.select(name=environment.backend):
         backend: Backend = point.load()(environment)

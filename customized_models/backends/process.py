@@ -7,7 +7,7 @@ import selectors
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 import psutil
@@ -58,12 +58,17 @@ def end(process: Process) -> None:
     raise DeploymentError(f"process {process.pid} does not end")
 
 
-def output_of_start(command: Sequence[str], seconds: float, progress: Progress) -> bytes:
+def output_of_start(
+    command: Sequence[str],
+    seconds: float,
+    progress: Progress,
+    variables: Mapping[str, str] | None = None,
+) -> bytes:
     """Run a command that puts itself into the background; its output until it closes it.
 
-    The command's processes form a session of their own. `progress("starting", 0, 1)` is called
+    The command's processes form a session of their own. `progress("starting", 0, 0)` is called
     meanwhile; if it raises, or `seconds` pass, the whole session is killed. Of more than 64 KiB
-    of output, the last are given.
+    of output, the last are given. `variables` go into its environment.
 
     Raises:
         DeploymentError: the output was not closed in time.
@@ -74,6 +79,7 @@ def output_of_start(command: Sequence[str], seconds: float, progress: Progress) 
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         cwd="/",
+        env={**os.environ, **(variables or {})},
         start_new_session=True,
     )
     assert process.stdout is not None
@@ -82,7 +88,7 @@ def output_of_start(command: Sequence[str], seconds: float, progress: Progress) 
         try:
             output, until = b"", time.monotonic() + seconds
             while time.monotonic() < until:
-                progress("starting", 0, 1)
+                progress("starting", 0, 0)
                 if selector.select(_TICK):
                     piece = os.read(process.stdout.fileno(), _KEPT)
                     if not piece:

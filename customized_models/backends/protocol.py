@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from attrs import field, frozen
 
@@ -15,15 +15,25 @@ from ..gguf import GGUFFile
 from ..models import DeploymentTemplate, Progress, Quantization, Served, Status
 from ..naming import SERVED_NAME, checked_name
 
+if TYPE_CHECKING:
+    from ..deploying.templates.chat_template import ChatTemplate
+    from ..deploying.templates.conversations import Conversation
+    from ..deploying.templates.live import Tokenizer
+    from ..deploying.templates.proofs import TemplateProof
+
 _Options = TypeVar("_Options")
 
 
 @frozen
 class AdapterBesideBase:
-    """An adapter as PEFT saved it, and the base model's directory."""
+    """An adapter as PEFT saved it, and the base model that it goes with.
+
+    `adapter`, `base`: their directories. `base_digest`: the base's, as the registry has it.
+    """
 
     adapter: Path
     base: Path
+    base_digest: str = ""
 
 
 class Artifact(Protocol):
@@ -42,6 +52,14 @@ class Artifact(Protocol):
     @property
     def architecture(self) -> str:
         """The class in `config.json`, such as "LlamaForCausalLM"."""
+
+    @property
+    def base(self) -> str:
+        """The base model's technical name."""
+
+    @property
+    def adapter_config(self) -> Mapping[str, Any] | None:
+        """`adapter_config.json` of a customized model; None for a complete one."""
 
     @property
     def quantization(self) -> Quantization:
@@ -80,14 +98,118 @@ class Artifact(Protocol):
             IntegrityError: The model's bytes are not what was recorded.
         """
 
+    def base_gguf(self, progress: Progress, *, chat_template: bool) -> GGUFFile:
+        """The base model as one GGUF file, to which adapters are applied; as `gguf`."""
+
     def adapter(self) -> AbstractContextManager[AdapterBesideBase]:
         """The adapter as PEFT saved it, beside its base.
 
         Raises:
-            UnsupportedQuantizationError: A quantization was asked for.
             UnsupportedError: It is a complete model.
             IntegrityError, BaseModelMismatch: The bytes are not what was recorded.
         """
+
+
+@runtime_checkable
+class Promoting(Protocol):
+    """A backend whose `push` makes a version of a model, which then takes the name others call.
+
+    `push` returns the version under a name of its own; it is proven before it takes the served
+    name, and the one that had it before is kept beside it.
+    """
+
+    def identity(self, served: Served) -> str:
+        """What tells this version from others under the same name, such as a digest."""
+
+    def version(self, served: Served) -> Served:
+        """The same by the name of its own, which `push` gave it: whatever the served name means.
+
+        Law: `version(promote(served, name, None)) == served` for what `push` returned.
+        """
+
+    def refuse_taken(self, name: str, replaced: Collection[str] | None) -> None:
+        """Refuse a name that stands for something already, before anything is sent.
+
+        Args:
+            name: The served name.
+            replaced: The identities that may be replaced; None for anything.
+
+        Raises:
+            AlreadyExistsError: It stands for something else.
+        """
+
+    def promote(self, served: Served, name: str, replaced: Collection[str] | None) -> Served:
+        """Let `name` stand for this version, unless someone else takes it at the same time.
+
+        Args:
+            served: The version, or another that had the name before.
+            name: The served name.
+            replaced: As for `refuse_taken`.
+
+        Returns:
+            What is called by the served name now.
+
+        Raises:
+            AlreadyExistsError: It stands for something else; nothing was changed.
+        """
+
+
+@runtime_checkable
+class Probing(Protocol):
+    """A backend that can be asked what it serves, so that a deployment can be proven."""
+
+    def probe(self, served: Served) -> Probe:
+        """What to ask of the model."""
+
+
+class Probe(Protocol):
+    """What is asked of a live model for its proofs; errors are `DeploymentError`."""
+
+    def template(
+        self, chat: ChatTemplate, tokenizer: Tokenizer, conversations: Sequence[Conversation]
+    ) -> TemplateProof | None:
+        """What the server makes of conversations, compared; None if it cannot tell."""
+
+    def tensor_types(self) -> Mapping[str, str] | None:
+        """The type of each tensor by its name, as the server has it; None if it does not tell."""
+
+    def greedy(self, prompt: str, count: int) -> str:
+        """The text of `count` tokens, the likeliest each time, after a prompt taken as it is."""
+
+
+@runtime_checkable
+class Unloading(Protocol):
+    """A backend whose answers under way can be finished before the model is undeployed."""
+
+    def unload(self, served: Served, seconds: float) -> str:
+        """Let nobody begin another answer, if the tool can, and wait for those under way.
+
+        Then free the memory. `undeploy` is called after it, whatever came of it.
+
+        Args:
+            served: As for `undeploy`.
+            seconds: For how long to wait; less if it is not necessary.
+
+        Returns:
+            What is still under way, and what becomes of it, in words; "" if nothing is.
+        """
+
+
+@runtime_checkable
+class Addressed(Protocol):
+    """A backend whose models are called at the address that the environment states."""
+
+    @property
+    def url(self) -> str:
+        """What endpoints begin with: the environment's URL, with the tool's own port if none."""
+
+
+@runtime_checkable
+class Describing(Protocol):
+    """A backend whose server tells of itself."""
+
+    def describe(self) -> Mapping[str, Any]:
+        """The version, and what it can do; raises `ServerUnreachableError` if it is not there."""
 
 
 @frozen
@@ -98,6 +220,8 @@ class Plan:
         artifact: The model.
         served_name: What callers will put into `model`.
         options: The backend's own.
+        template: The deployment template that the tool will render with, if it does; whether it
+            fits the model's chat template is checked before anything is sent.
         details: What `undeploy` needs to find and remove what a killed `push` has left, as JSON
             can hold it. It is recorded before `push` is called.
     """
@@ -106,6 +230,7 @@ class Plan:
     served_name: str
     options: Any
     details: Mapping[str, Any] = field(factory=dict)
+    template: DeploymentTemplate | None = None
 
 
 class Backend(Protocol):
@@ -134,7 +259,8 @@ class Backend(Protocol):
             MissingDependencyError: An optional package is not installed.
             NoTemplateError: The tool needs a deployment template.
             ServerUnreachableError: The tool does not answer.
-            AlreadyExistsError: The tool already serves something under that name.
+            AlreadyExistsError: The tool already serves something under that name, and the backend
+                is not `Promoting`.
         """
 
     def push(self, plan: Plan, progress: Progress) -> Served:
@@ -150,12 +276,14 @@ class Backend(Protocol):
     def undeploy(self, served: Served) -> None:
         """Free its memory and remove it; no error if absent.
 
+        What the name means now, and was not deployed here, stays.
+
         Args:
-            served: What `push` returned; or, where that was killed, the plan's served name and
-                details, with the digest of the file that it had asked for, or "" if none.
+            served: What `push` or `promote` returned; or, where that was killed, the plan's served
+                name and details, with the digest of the file that it had asked for, or "" if none.
 
         Raises:
-            ServedModelChangedError: The name now means something that was not deployed here;
+            ServedModelChangedError: It cannot be removed without what was not deployed here;
                 nothing is removed.
             ServerUnreachableError: The tool does not answer.
         """

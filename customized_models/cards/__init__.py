@@ -1,1 +1,1 @@
-"""Model cards: read from what files say of a model, rendered as its `README.md`."""
+"""Model cards: read from a model's files, and rendered as its `README.md`."""

@@ -1,6 +1,7 @@
-"""What files say of a model: a base model's own, and those that a training left beside an adapter.
+"""Reads model cards from a base model's files, and from those that a training saved.
 
-The files are other people's: parsed strictly, bounded, and nothing is unpickled or downloaded.
+The files are not trusted: they are parsed strictly and within limits, and nothing is unpickled or
+downloaded.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ TRAINER_ARGUMENTS = {
     "max_length", "packing", "completion_only_loss", "assistant_only_loss", "beta",
     "loss_type",
 }  # fmt: skip
-"""The arguments of transformers' Trainer, and of TRL's, that bear on the result."""
+"""Arguments of transformers' Trainer, and of TRL's trainers, that affect the result."""
 
 MAX_ENTRIES = 200
 """Of a setting in a card; AdaLoRA's ranks by module, for one, have many more."""
@@ -51,10 +52,9 @@ _WORD = re.compile(r"[\w.+-]{1,64}", re.ASCII)
 
 
 def read_base_card(directory: Path, checkpoint: Checkpoint) -> BaseModelCard:
-    """What the files of the base model in `directory` say of it.
+    """The card of the base model in `directory`.
 
-    The license is a single identifier in the header of its `README.md`. That file is other
-    people's prose: where its header is missing, too large or does not parse, the license is None.
+    The license is None unless the header of `README.md` is readable and states a single identifier.
 
     Raises:
         MalformedError: A configuration does not parse, or names neither architecture nor type.
@@ -115,14 +115,18 @@ def _has_chat_template(files: Mapping[str, Path]) -> bool:
 
 
 def training_facts(directory: Path, adapter_config: Mapping[str, Any]) -> ModelCard:
-    """What a finished training directory says of the training. Nothing is unpickled.
+    """The card that the files in a training's output directory give.
 
-    Read are `adapter_config`, `trainer_state.json`, `train_results.json`, `eval_results.json`,
-    `all_results.json` (later ones win) and the datasets in the header of `README.md`.
+    These are `trainer_state.json`, `train_results.json`, `eval_results.json` and
+    `all_results.json`, of which later ones win, and the header of `README.md` for the datasets.
+
+    Args:
+        directory: The directory.
+        adapter_config: The contents of its `adapter_config.json`.
 
     Raises:
-        MalformedError: one of the JSON files does not parse.
-        UnsafeFileError: one of them is a link, a pipe or too large.
+        MalformedError: One of the JSON files does not parse.
+        UnsafeFileError: One of them is a link or a pipe, or is too large.
     """
     directory = directory.resolve()
     state = _log_file(directory, "trainer_state.json")
@@ -147,9 +151,9 @@ def training_facts(directory: Path, adapter_config: Mapping[str, Any]) -> ModelC
 
 
 def peft_settings(adapter_config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of `adapter_config.json` that bear on the result, and the method's name.
+    """The settings of `adapter_config.json` that affect the result, and the method's name.
 
-    What is off, empty or unset is left out.
+    Settings that are off, empty or unset are left out.
 
     >>> peft_settings({"peft_type": "LORA", "r": 8, "use_dora": True, "inference_mode": True})
     {'method': 'LoRA, DoRA', 'peft_type': 'LORA', 'r': 8, 'use_dora': True}
@@ -173,9 +177,9 @@ def _brief(value: Any) -> Any:
 
 
 def training_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the Trainer's `args.to_dict()`, what bears on the result.
+    """The values in the Trainer's `args.to_dict()` that affect the result.
 
-    Numbers, booleans and single words only: never a path, a token or a host's name.
+    Only numbers, booleans and single words are kept; never a path, a token or a host name.
     """
     kept = {key: arguments[key] for key in sorted(TRAINER_ARGUMENTS & arguments.keys())}
     return {key: value for key, value in kept.items() if _is_plain(value)}
@@ -188,10 +192,7 @@ def _is_plain(value: object) -> bool:
 
 
 def evaluation_summary(state: Mapping[str, Any]) -> EvaluationSummary:
-    """What a Trainer's state, such as `trainer_state.json`, says was measured.
-
-    `first_loss` and `last_loss` are those of the first and the last logged training loss.
-    """
+    """The measurements in a Trainer's state, such as the contents of `trainer_state.json`."""
     history = state.get("log_history")
     entries = [e for e in history if isinstance(e, dict)] if isinstance(history, list) else []
     metrics: dict[str, float] = {}
@@ -229,7 +230,7 @@ def _finite(value: object) -> float | None:
 
 
 def _log_file(directory: Path, name: str) -> dict[str, Any]:
-    """The JSON object that the Trainer wrote, with null for the NaN it may have written."""
+    """The JSON object in a file of the Trainer's, which may have NaN; here that is null."""
     if not os.path.lexists(directory / name):
         return {}
     text = plain_text(linked_file(directory, name), row_of(name).limit)
@@ -238,7 +239,7 @@ def _log_file(directory: Path, name: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise MalformedError(f"{name} is not JSON: {shown(error)}") from error
     if not isinstance(document, dict):
-        raise MalformedError(f"{name} holds no JSON object")
+        raise MalformedError(f"{name} is not a JSON object")
     return document
 
 

@@ -1,8 +1,7 @@
-"""`README.md`: a model's card as the Hub shows it, and as this library reads it back.
+"""Renders a model's card as `README.md`, in the Hub's format, and reads it back.
 
 Law: `parse_card(render_customized(model, base)) == storable_card(model.card)`, and the same for
-complete models. A number that is not finite is no measurement: it is left out of a mapping, and
-None where it stands alone or in a list.
+complete models. A number that is not finite is left out of a mapping, and is None elsewhere.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ def readme_header(text: str) -> dict[str, Any]:
     Aliases are refused, so a header's size bounds the size of its value.
 
     Raises:
-        MalformedError: It does not parse under these rules.
+        MalformedError: It does not parse.
     """
     import yaml
 
@@ -55,7 +54,7 @@ def readme_header(text: str) -> dict[str, Any]:
     if not bounded:
         raise MalformedError("the header of README.md has aliases, or is too large or too deep")
     if not isinstance(header, dict):
-        raise MalformedError("the header of README.md is no mapping")
+        raise MalformedError("the header of README.md is not a mapping")
     return header
 
 
@@ -72,13 +71,13 @@ def _is_bounded(events: Iterable[Any]) -> bool:
 
 
 def storable_card(card: ModelCard) -> ModelCard:
-    """`card` as JSON and YAML can hold it: tuples become lists, numbers that are not finite go.
+    """`card` with values that JSON and YAML have: tuples become lists, and infinity and NaN go.
 
     Law: `storable_card(storable_card(c)) == storable_card(c)`.
 
     Raises:
-        MalformedError: A value is no JSON, is nested too deeply, or is text UTF-8 cannot hold; or
-            there are more than `MAX_VALUES`, or than `MAX_TEXT` characters.
+        MalformedError: A value is not JSON, is nested too deeply or cannot be encoded as UTF-8, or
+            there are more than `MAX_VALUES` values or `MAX_TEXT` characters.
     """
     return from_document(ModelCard, storable(attrs.asdict(card)))
 
@@ -111,7 +110,9 @@ def _storable(value: Any, depth: int) -> Any:
         raise MalformedError(f"a card nests mappings and lists deeper than {MAX_DEPTH} levels")
     if isinstance(value, dict):
         if not all(isinstance(key, str) for key in value):
-            raise MalformedError(f"a card has a mapping whose keys are not text: {shown(value)}")
+            raise MalformedError(
+                f"a card has a mapping with keys that are not strings: {shown(value)}"
+            )
         plain = {_storable(key, depth): _storable(v, depth + 1) for key, v in value.items()}
         return {key: v for key, v in plain.items() if v is not None or value[key] is None}
     if isinstance(value, list | tuple):
@@ -123,11 +124,13 @@ def _storable(value: Any, depth: int) -> Any:
             value.encode()
         except UnicodeEncodeError as error:
             raise MalformedError(
-                f"a card has text that UTF-8 cannot hold: {shown(value)}"
+                f"a card has text that cannot be encoded as UTF-8: {shown(value)}"
             ) from error
         return str.__str__(value)  # of an enum that is a string: its value, not its name
     if value is not None and type(value) not in (bool, int):
-        raise MalformedError(f"a card has {shown(value)}, a {type(value).__name__} and no JSON")
+        raise MalformedError(
+            f"a card has {shown(value)}, a {type(value).__name__}, which JSON does not have"
+        )
     return value
 
 
@@ -182,21 +185,24 @@ def _table(title: str, values: Mapping[str, Any]) -> str:
 
 
 def _escaped(value: object) -> str:
-    """`value` on one line, with nothing in it that Markdown or HTML would act on."""
+    """`value` on one line, escaped for Markdown and HTML."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     text = html.escape(" ".join(text.split()), quote=False).replace("://", "&#58;//")
     return _MARKS.sub(r"\\\g<0>", text)
 
 
 def parse_card(source: str | Path) -> ModelCard:
-    """The card in a `README.md` that this library rendered: its text, or the file's path.
+    """The card in a `README.md` that this library wrote.
+
+    Args:
+        source: The text of the file, or its path.
 
     Raises:
-        MalformedError: there is no such card in it.
+        MalformedError: It does not have such a card.
     """
     text = source if isinstance(source, str) else plain_text(source, MAX_README)
     own = readme_header(text).get("customized_models")
     if not isinstance(own, dict) or not {"training", "evaluation"} <= own.keys():
-        raise MalformedError("README.md has no card of this library in its header")
+        raise MalformedError("the header of README.md does not have a card that this library wrote")
     fields = {field.name for field in attrs.fields(ModelCard)}
     return from_document(ModelCard, {key: own[key] for key in own.keys() & fields})

@@ -22,7 +22,16 @@ from ..files.documents import from_document, to_document
 from ..files.links import hub_id
 from ..models import BaseModel
 from .database import Database
-from .rows import change_row, checked_row, find_row, insert_value, required, update_value, value_of
+from .rows import (
+    change_row,
+    checked_row,
+    differences,
+    find_row,
+    insert_value,
+    required,
+    update_value,
+    value_of,
+)
 from .schema import base_models
 
 
@@ -42,8 +51,12 @@ class Bases:
             row = find_row(connection, base_models, name=base.technical_name)
             if row is not None:
                 return _added_again(base, value_of(BaseModel, row))
-            if find_row(connection, base_models, model_name=base.model_name) is not None:
-                raise AlreadyExistsError(f"a base model is named {shown(base.model_name)} already")
+            other = find_row(connection, base_models, model_name=base.model_name)
+            if other is not None:
+                raise AlreadyExistsError(
+                    f"base model {shown(other['name'])} has the model name "
+                    f"{shown(base.model_name)} already; model_name= gives another"
+                )
             insert_value(connection, base, **_columns(location))
         return base
 
@@ -107,15 +120,9 @@ def _added_again(new: BaseModel, known: BaseModel) -> BaseModel:
     same = evolve(new, created=known.created, card=known.card, deployment_template=template)
     if same == known:
         return known
-    different = [
-        name
-        for name in ("model_name", "digest", "deployment_template", "trust_remote_code")
-        if getattr(same, name) != getattr(known, name)
-    ]
     raise AlreadyExistsError(
-        f"base model {shown(known.name)} exists with another {' and '.join(different)}: "
-        f"its {different[0]} is {shown(getattr(known, different[0]))}, "
-        f"not {shown(getattr(same, different[0]))}"
+        f"base model {shown(known.name)} exists with {differences(known, same)}; "
+        f"set_deployment_template changes the template, and another base has another name"
     )
 
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import functools
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event, exc, pool
-from sqlalchemy.engine import make_url
+from sqlalchemy.engine import URL, make_url
 
 from ..errors import AlreadyExistsError, DatabaseError, UnsupportedError, shown
 from ..files.writing import disk_errors, make_directories
 from .schema import VERSION, metadata
+
+_log = logging.getLogger(__name__)
 
 BUSY_SECONDS = 30.0  # half a lease: whoever waits for the database longer could lose what it holds
 
@@ -23,40 +27,49 @@ class Database:
 
     Args:
         url: As SQLAlchemy takes it; `sqlite:///<path>` here.
+
+    Raises:
+        UnsupportedError: It is another URL, which may have a password, so the message has it not.
     """
 
     def __init__(self, url: str) -> None:
         self.url = url
+        self._has_tables = False  # once it is seen to have them, it is not asked again
+        try:
+            parsed: URL | None = make_url(url)
+        except exc.ArgumentError:
+            parsed = None
+        if parsed is None or parsed.get_backend_name() != "sqlite" or not parsed.database:
+            raise UnsupportedError("a registry's database is sqlite:///<path>")
+        self._file = Path(parsed.database)
 
     def __repr__(self) -> str:
-        return f"Database({make_url(self.url).render_as_string(hide_password=True)!r})"
+        return f"Database({self.url!r})"
 
     def __reduce__(self) -> tuple[type[Database], tuple[str]]:
         return Database, (self.url,)
 
     @functools.cached_property
     def _engine(self) -> Engine:
-        url = make_url(self.url)
-        if url.get_backend_name() != "sqlite" or not url.database:
-            raise UnsupportedError(
-                f"a registry's database is sqlite:///<path>, not {shown(url.drivername)}"
-            )
-        with disk_errors("the registry's directory cannot be made"):
-            make_directories(Path(url.database).parent)
-        engine = create_engine(url, poolclass=pool.NullPool, connect_args={"timeout": BUSY_SECONDS})
+        """Opens connections; nothing is opened or made yet."""
+        engine = create_engine(
+            self.url, poolclass=pool.NullPool, connect_args={"timeout": BUSY_SECONDS}
+        )
         event.listen(engine, "connect", _sqlite_connection)
         event.listen(engine, "begin", _sqlite_begin)
-        with _errors_translated(), engine.begin() as connection:
-            version = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
-            if version not in (0, VERSION):
-                raise DatabaseError(
-                    f"the registry has database version {version}, this library knows {VERSION}: "
-                    f"install a newer customized-models"
-                )
-            if version == 0:
+        return engine
+
+    @functools.cached_property
+    def _made(self) -> Engine:
+        """As `_engine`, once there are tables."""
+        with disk_errors("the registry's directory cannot be made"):
+            make_directories(self._file.parent)
+        with self._engine.begin() as connection:
+            if not _has_tables(connection):
                 metadata.create_all(connection)
                 connection.exec_driver_sql(f"PRAGMA user_version={VERSION}")
-        return engine
+                _log.info("made a registry: %s", self._file)
+        return self._engine
 
     @contextmanager
     def write(self) -> Iterator[Connection]:
@@ -67,7 +80,7 @@ class Database:
             DatabaseError: It cannot be used; `outcome_unknown` where it failed at the commit.
         """
         with _errors_translated():
-            connection = self._engine.connect()
+            connection = self._made.connect()
             with connection:
                 transaction = connection.begin()
                 try:
@@ -80,15 +93,54 @@ class Database:
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
-        """One transaction that sees a single state of the database."""
-        engine = self._engine.execution_options(reading=True)
-        with _errors_translated(), engine.begin() as connection:
-            yield connection
+        """One transaction that sees a single state of the database.
+
+        Where there is no database yet, it sees an empty one, and none is made.
+        """
+        with _errors_translated():
+            if not self._exists:
+                with create_engine("sqlite://", poolclass=pool.NullPool).begin() as connection:
+                    metadata.create_all(connection)
+                    yield connection
+                return
+            with self._engine.execution_options(reading=True).begin() as connection:
+                yield connection
+
+    @property
+    def _exists(self) -> bool:
+        """Whether there is a database with tables.
+
+        Raises:
+            StorageError: Its directory is a file.
+            DatabaseError: It is of another version.
+        """
+        if self._has_tables:
+            return True
+        with disk_errors("the registry cannot be opened"):
+            if self._file.is_file():
+                with self._engine.execution_options(reading=True).begin() as connection:
+                    self._has_tables = _has_tables(connection)
+                return self._has_tables
+            if self._file.parent.exists() and not self._file.parent.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, "not a directory", str(self._file.parent))
+        _log.debug("there is no registry yet: %s", self._file)
+        return False
 
     def rows(self, statement: Any) -> list[Any]:
         """What a select finds, in a transaction of its own."""
         with self.read() as connection:
             return list(connection.execute(statement).mappings())
+
+
+def _has_tables(connection: Connection) -> bool:
+    """Whether a database has tables; `DatabaseError` if they are of another version."""
+    version = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
+    if version not in (0, VERSION):
+        raise DatabaseError(
+            f"the registry has database version {version}, this library knows {VERSION}: "
+            f"install the version of customized-models that made it"
+        )
+    return bool(version)
 
 
 def _sqlite_connection(connection: Any, _: Any) -> None:

@@ -19,6 +19,7 @@ from ..errors import (
     shown,
     to_record,
 )
+from ..processes import Process
 from .database import Database
 from .leases import Leases
 from .rows import add_row, change_row, checked_row, find_row
@@ -26,6 +27,9 @@ from .schema import complete_models, jobs, live_models
 
 RUNNING = ("queued", "running")
 """The states of a job that has not ended."""
+
+_WAIT = 0.1  # seconds for each job ahead: many that wait do not keep the database busy
+_LONGEST_WAIT = 2.0
 
 _DRAWS = 100  # of the 65,536 names that a model's saves can have
 
@@ -43,6 +47,8 @@ class Jobs:
         name: Callable[[uuid.UUID], str],
         arguments: Mapping[str, Any],
         holds: Iterable[str],
+        max_running: int,
+        process: Process | None = None,
     ) -> uuid.UUID:
         """Record a job, which holds `holds` from now on; returns its id.
 
@@ -52,6 +58,8 @@ class Jobs:
                 another id is drawn.
             arguments: All that the work depends on, as JSON can hold it.
             holds: What must not be deleted while it runs.
+            max_running: It waits while as many jobs of the registry run or wait before it.
+            process: The one whose end is the job's, until its worker begins; this one if None.
         """
         with self._database.write() as connection:
             id = self._free_id(connection, name)
@@ -63,14 +71,15 @@ class Jobs:
                 name=name(id),
                 state="queued",
                 arguments=json.dumps(arguments),
-                phase="starting",
+                phase="waiting",
                 done=0,
                 total=0,
                 cancel=0,
-                created=datetime.now(UTC).isoformat(),
+                max_running=max_running,
+                created=_now(),
             )
             keys = (f"job/{id}", *holds)
-            self._leases.take(connection, str(id), keys, f"{kind} {name(id)}")
+            self._leases.take(connection, str(id), keys, f"{kind} {name(id)}", process)
         return id
 
     @staticmethod
@@ -87,15 +96,56 @@ class Jobs:
 
         Raises:
             NotFoundError: There is no such job.
+            IntegrityError: The row is damaged.
         """
+        row = self.rows([id]).get(id)
+        if row is None:
+            raise NotFoundError(f"no job {id}")
+        if isinstance(row, IntegrityError):
+            raise row
+        return row
+
+    def rows(self, ids: Iterable[str]) -> dict[str, Mapping[str, Any] | IntegrityError]:
+        """As `row` for several, by id; those that are not there are left out."""
+        return self._load("id", ids)
+
+    def numbered(self, numbers: Iterable[int]) -> dict[int, Mapping[str, Any] | IntegrityError]:
+        """As `row` for several, by their numbers."""
+        return self._load("seq", numbers)
+
+    def numbers(self, state: str | None, limit: int | None) -> list[int]:
+        """The numbers of the jobs in a state, or of all, newest first."""
+        query = select(jobs.c.seq, jobs.c.id, jobs.c.state).order_by(jobs.c.seq.desc())
         with self._database.read() as connection:
-            row = find_row(connection, jobs, id=id)
-            if row is None:
-                raise NotFoundError(f"no job {id}")
-            checked_row(jobs, row)
-            if row["state"] in RUNNING and not self._leases.holds(connection, id):
-                return dict(row) | {"state": "lost"}
-        return dict(row)
+            rows = list(connection.execute(query).mappings())
+            lost = set() if state is None else self._lost(connection, rows)
+        every = [
+            row["seq"]
+            for row in rows
+            if state in (None, "lost" if row["id"] in lost else row["state"])
+        ]
+        return every[:limit]
+
+    def _load(self, key: str, values: Iterable[Any]) -> dict[Any, Any]:
+        found: dict[Any, Any] = {}
+        with self._database.read() as connection:
+            query = select(jobs).where(jobs.c[key].in_(list(values)))
+            rows = list(connection.execute(query).mappings())
+            lost = self._lost(connection, rows)
+        for row in rows:
+            try:
+                found[row[key]] = dict(checked_row(jobs, row))
+            except IntegrityError as error:
+                found[row[key]] = error
+            else:
+                if row["id"] in lost:
+                    found[row[key]]["state"] = "lost"
+        return found
+
+    def _lost(self, connection: Connection, rows: Iterable[Any]) -> set[str]:
+        """The ids of those of `rows` whose workers have gone without a word."""
+        under_way = {row["id"] for row in rows if row["state"] in RUNNING}
+        return under_way - self._leases.held(connection, under_way)
 
     @staticmethod
     def error(row: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -111,10 +161,25 @@ class Jobs:
             raise IntegrityError(f"the row of job {row['id']} is damaged") from error
         return record
 
-    def ids(self) -> list[uuid.UUID]:
-        """The ids of all jobs, newest first."""
-        rows = self._database.rows(select(jobs.c.id).order_by(jobs.c.seq.desc()))
-        return [uuid.UUID(row["id"]) for row in rows]
+    def seconds_to_wait(self, id: str) -> float:
+        """0 when it is a queued job's turn, else in how many seconds to ask again.
+
+        Jobs begin in the order in which they were submitted, as soon as fewer than the job's
+        `max_running` run or wait before it. Those whose workers are gone do not count, and one
+        that was asked to stop need not wait for that.
+        """
+        query = select(jobs.c.seq, jobs.c.id, jobs.c.state).where(jobs.c.state.in_(RUNNING))
+        with self._database.read() as connection:
+            row = find_row(connection, jobs, id=id)
+            if row is None or row["state"] != "queued" or row["cancel"]:
+                return 0.0
+            others = list(connection.execute(query).mappings())
+            lost = self._lost(connection, others)
+        ahead = sum(
+            other["id"] not in lost and (other["seq"] < row["seq"] or other["state"] == "running")
+            for other in others
+        )
+        return 0.0 if ahead < row["max_running"] else min(_WAIT * ahead, _LONGEST_WAIT)
 
     def begin(self, id: str) -> Mapping[str, Any] | None:
         """Say that the work is taken up here; the job's columns, or None if it has ended already.
@@ -128,7 +193,9 @@ class Jobs:
             row = find_row(connection, jobs, id=id)
             if row is None or row["state"] != "queued":
                 return None
-            change_row(connection, jobs, row["name"], state="running")
+            change_row(
+                connection, jobs, row["name"], state="running", phase="starting", started=_now()
+            )
         return dict(row)
 
     def report(self, id: str, phase: str, done: int, total: int) -> None:
@@ -164,7 +231,7 @@ class Jobs:
         if row is None or row["state"] not in RUNNING:
             raise JobLost("the job was given up while its worker was stopped")
         record = None if error is None else json.dumps(to_record(error))
-        change_row(connection, jobs, row["name"], state=state, error=record)
+        change_row(connection, jobs, row["name"], **_ended(row, state), error=record)
 
     def give_up_saves_of(self, customized: str) -> list[str]:
         """The ids of saves of that customized model whose workers have gone without a word.
@@ -180,11 +247,21 @@ class Jobs:
                 and not self._leases.holds(connection, row["id"])
             ]
             for row in lost:
-                change_row(connection, jobs, row["name"], state="lost")
+                change_row(connection, jobs, row["name"], **_ended(row, "lost"))
         return [row["id"] for row in lost]
 
     def finish_for(self, connection: Connection, name: str, state: str) -> None:
         """End the job that makes the model of that name, whose worker is gone."""
         row = find_row(connection, jobs, name=name)
         if row is not None and row["state"] in (*RUNNING, "lost"):
-            change_row(connection, jobs, name, state=state)
+            change_row(connection, jobs, name, **_ended(row, state))
+
+
+def _ended(row: Any, state: str) -> dict[str, Any]:
+    """The columns of a job that has ended; all of one that has succeeded is done."""
+    columns = {"state": state, "ended": _now()}
+    return columns | {"phase": "done", "done": row["total"]} if state == "succeeded" else columns
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat()

@@ -13,7 +13,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from attrs import asdict, frozen
@@ -53,11 +53,26 @@ class Leases:
         self._database = database
         self._watched: dict[str, tuple[float, float]] = {}  # owner: last renewal, seen since
 
-    def take(self, connection: Connection, owner: str, keys: Iterable[str], purpose: str) -> None:
-        """Hold `keys` for this process, so that `refuse_if_held` refuses them to others."""
+    def take(
+        self,
+        connection: Connection,
+        owner: str,
+        keys: Iterable[str],
+        purpose: str,
+        process: Process | None = None,
+    ) -> None:
+        """Hold `keys`, so that `refuse_if_held` refuses them to others.
+
+        Args:
+            connection: Of the transaction.
+            owner: Who holds them.
+            keys: What to hold.
+            purpose: What for.
+            process: Whose end is that of the hold; this process if None.
+        """
         for key in keys:
             self.end(connection, owner, key)
-            add_row(connection, leases, owner=owner, key=key, purpose=purpose, **_now())
+            add_row(connection, leases, owner=owner, key=key, purpose=purpose, **_now(process))
 
     def end(self, connection: Connection, owner: str, key: str | None = None) -> None:
         """Release what `owner` holds: one key, or everything."""
@@ -81,6 +96,12 @@ class Leases:
         query = select(leases).where(leases.c.owner == owner).limit(1)
         row = connection.execute(query).mappings().first()
         return row is not None and not self._has_ended(Holder.of(row))
+
+    def held(self, connection: Connection, owners: Collection[str]) -> set[str]:
+        """Those of `owners` whose leases last, as `holds` says of one."""
+        query = select(leases).where(leases.c.owner.in_(owners))
+        holders = map(Holder.of, connection.execute(query).mappings().all())
+        return {h.owner for h in {h.owner: h for h in holders}.values() if not self._has_ended(h)}
 
     def refuse_if_held(self, connection: Connection, key: str) -> None:
         """Raise `InUseError` if anyone holds `key`; take it from those whose lease has ended."""
@@ -128,9 +149,9 @@ class Leases:
         return time.monotonic() - since > LEASE_SECONDS
 
 
-def _now() -> dict[str, Any]:
+def _now(holder: Process | None = None) -> dict[str, Any]:
     """Who renews a lease, and when: the columns of its row."""
-    process = json.dumps(asdict(Process.current()), sort_keys=True)
+    process = json.dumps(asdict(holder or Process.current()), sort_keys=True)
     return {"process": process, "renewed": time.monotonic()}
 
 

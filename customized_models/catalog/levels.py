@@ -7,16 +7,18 @@ shown to anyone. Whoever finds such a row whose operation has ended without a wo
 
 from __future__ import annotations
 
-import functools
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, Generic, TypeVar, overload
 
 from attrs import evolve, frozen
 from sqlalchemy import Connection, select
 
+from .. import arguments
 from ..errors import (
     AlreadyExistsError,
     IntegrityError,
     InUseError,
+    InvalidArgumentError,
     JobLost,
     NotFoundError,
     listed,
@@ -36,6 +38,7 @@ from .listing import Listing
 from .rows import (
     TABLES,
     change_row,
+    differences,
     find_row,
     insert_value,
     names,
@@ -49,6 +52,10 @@ T = TypeVar("T", bound=Any)
 
 STAGED: tuple[type[Any], ...] = (CustomizedModel, CompleteModel, LiveModel)
 """The classes whose rows have a stage."""
+
+
+DEPLOYED = ("live", "superseded")
+"""The states of a live model that is at a tool."""
 
 
 @frozen
@@ -93,6 +100,41 @@ class Levels:
             raise NotFoundError(f"{kind.__name__} {name} is being {_DOING[row['stage']]}")
         return value
 
+    @overload
+    def meant(self, argument: str, value: object, kind: type[T], /) -> T: ...
+    @overload
+    def meant(self, argument: str, value: object, *kinds: type[Any]) -> Any: ...
+    def meant(self, argument: str, value: object, *kinds: type[Any]) -> Any:
+        """The visible value that a caller means: by itself, or by its name.
+
+        Args:
+            argument: Its name, for the message.
+            value: A value of one of these classes, or a name that one of them has.
+            kinds: Classes of `rows.TABLES`.
+
+        Raises:
+            InvalidArgumentError: It is neither, or several values have that name.
+            NotFoundError: There is none.
+            IntegrityError: Its row is damaged.
+        """
+        name = arguments.name_of(argument, value, *kinds)
+        if not isinstance(value, str):
+            return self.get(type(value), name)
+        if len(kinds) == 1:
+            return self.get(kinds[0], name)
+        with self._database.read() as connection:
+            found = [k for k in kinds if find_row(connection, TABLES[k], name=name) is not None]
+            if len(found) > 1:
+                classes = " and a ".join(kind.__name__ for kind in found)
+                raise InvalidArgumentError(
+                    f"{argument}: a {classes} are named {shown(name)}; pass the one that is meant, "
+                    f"registry.get({found[0].__name__}, name)"
+                )
+            if not found:
+                classes = " or ".join(kind.__name__ for kind in kinds)
+                raise NotFoundError(f"no {classes} is named {shown(name)}")
+            return self.in_transaction(connection, found[0], name)
+
     def is_visible(self, value: Any) -> bool:
         """Whether that very value is there."""
         try:
@@ -102,21 +144,35 @@ class Levels:
         return found
 
     def listing(self, kind: type[T], **equals: Any) -> Listing[T]:
-        """The visible values whose columns equal those that are not None, newest first."""
-        given = {key: value for key, value in equals.items() if value is not None}
-        return Listing(kind, functools.partial(self._page, kind, given))
+        """The visible values whose columns equal those that are not None, newest first.
 
-    def _page(
-        self, kind: type[T], equals: dict[str, Any], before: int | None, count: int
-    ) -> list[tuple[int, T | IntegrityError]]:
-        table = TABLES[kind]
-        query = select(table).where(*(table.c[key] == value for key, value in equals.items()))
-        if kind in STAGED:  # not `== "visible"`: a damaged row is to be seen
-            query = query.where(table.c.stage.not_in(_DOING))
-        if before is not None:
-            query = query.where(table.c.seq < before)
-        rows = self._database.rows(query.order_by(table.c.seq.desc()).limit(count))
-        return [(row["seq"], _value_or_error(kind, row)) for row in rows]
+        A column that names another value takes that value or its name.
+
+        Raises:
+            InvalidArgumentError: What is given for a column is neither text nor such a value.
+            NotFoundError: It names a value that neither is there nor has any of the listed.
+        """
+        given = {
+            column: arguments.name_of(column, value, *_REFERENCES[column])
+            if column in _REFERENCES
+            else value
+            for column, value in equals.items()
+            if value is not None
+        }
+        rows = _LevelRows(self._database, kind, given)
+        if not rows.numbers(1):
+            for column in given.keys() & _REFERENCES.keys():
+                self._refuse_unknown(kind, column, given[column])
+        return Listing(kind.__name__, _COLUMNS[kind], rows)
+
+    def _refuse_unknown(self, kind: type[Any], column: str, name: str) -> None:
+        """An empty list answers a question about what there is, and not a mistyped name."""
+        with self._database.read() as connection:
+            if names(connection, TABLES[kind], **{column: name}):
+                return
+            referred = _REFERENCES[column]
+            if not any(find_row(connection, TABLES[k], name=name) is not None for k in referred):
+                required(connection, referred[0], name)  # raises, with the nearest name
 
     def settled(self, connection: Connection, kind: type[T], **equals: Any) -> list[T]:
         """The values whose columns equal these, newest first.
@@ -145,7 +201,8 @@ class Levels:
                 insert_value(connection, value)
             elif (other := value_of(kind, known)) != value:
                 raise AlreadyExistsError(
-                    f"{kind.__name__} {shown(other.name)} exists, with other settings"
+                    f"{kind.__name__} {shown(other.name)} exists with {differences(other, value)}; "
+                    f"delete it first, or choose another name"
                 )
         return value
 
@@ -220,6 +277,48 @@ class Levels:
         if row is not None and row["operation"] == operation:
             remove_row(connection, TABLES[type(value)], value.name)
 
+    def live_at(self, connection: Connection, environment: str) -> list[LiveModel]:
+        """The live models that have a served name at an environment, or are about to have it."""
+        table = TABLES[LiveModel]
+        query = select(table).where(
+            table.c.environment == environment,
+            table.c.state == "live",
+            table.c.stage.in_(("visible", "pending")),
+        )
+        return [value_of(LiveModel, row) for row in connection.execute(query).mappings()]
+
+    def change_pending(self, connection: Connection, value: Any, operation: str) -> None:
+        """Say more of a value that is about to be made.
+
+        Raises:
+            JobLost: Its row was taken over meanwhile.
+        """
+        row = find_row(connection, TABLES[type(value)], name=value.name)
+        if row is None or (row["stage"], row["operation"]) != ("pending", operation):
+            raise JobLost(f"{value.name} was given up while this process was stopped")
+        update_value(connection, value)
+
+    def put(self, connection: Connection, value: Any, **columns: Any) -> None:
+        """Put a changed value in place of the visible one of its name."""
+        self.in_transaction(connection, type(value), value.name)
+        update_value(connection, value, **columns)
+
+    def follow(self, connection: Connection, live: LiveModel) -> None:
+        """Let what third parties see of a live model say where it is now."""
+        row = find_row(connection, TABLES[ThirdPartyModel], name=live.name)
+        if row is not None:
+            offered = value_of(ThirdPartyModel, row)
+            update_value(
+                connection,
+                evolve(offered, endpoint=live.served.endpoint, environment=live.environment),
+            )
+
+    def change_state(self, connection: Connection, name: str, state: Any) -> LiveModel:
+        """Give a live model another state; what it is then."""
+        live = evolve(self.in_transaction(connection, LiveModel, name), state=state)
+        update_value(connection, live, state=state)
+        return live
+
     def note_artifact(self, connection: Connection, live: LiveModel, key: str) -> None:
         """Say which file a pending live model will be served from."""
         change_row(connection, TABLES[LiveModel], live.name, artifact=key)
@@ -273,14 +372,62 @@ class Levels:
             if of:
                 raise InUseError(f"{value.name} is the base of {listed(of)}")
         if isinstance(value, DeploymentEnvironment):
-            of = names(connection, TABLES[LiveModel], environment=value.name, state="live")
-            if of:
-                raise InUseError(f"{value.name} still serves {listed(of)}")
-        if isinstance(value, LiveModel) and row["state"] == "live":
+            table = TABLES[LiveModel]
+            query = select(table.c.name).where(
+                table.c.environment == value.name, table.c.state.in_(DEPLOYED)
+            )
+            if of := list(connection.execute(query).scalars()):
+                raise InUseError(
+                    f"{value.name} still serves {listed(of)}; undeploy what is there, with "
+                    f"forget=True if the server is gone"
+                )
+        if isinstance(value, LiveModel) and row["state"] in DEPLOYED:
             raise InUseError(f"{value.name} is deployed; Deployer.undeploy it first")
 
 
+_REFERENCES: Mapping[str, tuple[type[Any], ...]] = {
+    "base": (BaseModel,),
+    "customized": (CustomizedModel,),
+    "source": (CustomizedModel, CompleteModel),
+    "environment": (DeploymentEnvironment,),
+}
+"""Columns that name a value of these classes."""
+
+_COLUMNS: Mapping[type[Any], tuple[str, ...]] = {
+    BaseModel: ("technical_name", "model_name", "card", "created"),
+    CustomizedModel: ("base", "train_name", "card", "name", "created"),
+    CompleteModel: ("base", "train_name", "card", "name", "created"),
+    LiveModel: ("base", "train_name", "card", "name", "environment", "endpoint", "state"),
+    ThirdPartyModel: ("name", "endpoint", "api", "model", "environment", "stale"),
+    DeploymentEnvironment: ("name", "backend", "address", "port"),
+}
+"""What a list shows in a notebook, by class."""
+
 _DOING = {"pending": "made", "deleting": "deleted"}
+
+
+@frozen
+class _LevelRows(Generic[T]):
+    """The visible rows of a class whose columns have certain values."""
+
+    database: Database
+    kind: type[T]
+    equals: Mapping[str, Any]
+
+    def numbers(self, limit: int | None) -> list[int]:
+        """See `listing.Rows`."""
+        table = TABLES[self.kind]
+        query = select(table.c.seq).where(*(table.c[k] == v for k, v in self.equals.items()))
+        if self.kind in STAGED:  # not `== "visible"`: a damaged row is to be seen
+            query = query.where(table.c.stage.not_in(_DOING))
+        rows = self.database.rows(query.order_by(table.c.seq.desc()).limit(limit))
+        return [row["seq"] for row in rows]
+
+    def load(self, numbers: Sequence[int]) -> Mapping[int, T | IntegrityError]:
+        """See `listing.Rows`."""
+        table = TABLES[self.kind]
+        rows = self.database.rows(select(table).where(table.c.seq.in_(numbers)))
+        return {row["seq"]: _value_or_error(self.kind, row) for row in rows}
 
 
 def _value_or_error(kind: type[T], row: Any) -> T | IntegrityError:

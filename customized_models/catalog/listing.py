@@ -3,73 +3,158 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Any, Generic, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, Protocol, TypeVar, overload
 
+from ..arguments import refused
 from ..display import html_table
-from ..errors import IntegrityError
+from ..errors import IntegrityError, InvalidArgumentError, MissingDependencyError
+
+if TYPE_CHECKING:
+    import pandas
 
 T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
 PAGE = 100  # rows fetched at once
 SHOWN = 20  # rows of a table in a notebook
-
-_COLUMNS = {
-    "BaseModel": ("technical_name", "model_name", "card"),
-    "CustomizedModel": ("base", "train_name", "card", "name"),
-    "CompleteModel": ("base", "train_name", "card", "name"),
-    "LiveModel": ("base", "train_name", "card", "name", "environment", "endpoint", "state"),
-    "ThirdPartyModel": ("name", "endpoint", "api", "model", "environment", "stale"),
-    "DeploymentEnvironment": ("name", "backend", "address", "port"),
-}
 
 
 class DamagedRowWarning(UserWarning):
     """A list leaves out a row whose digest is not that of what it says; `get` raises it."""
 
 
-class Listing(Generic[T], Iterator[T]):
-    """An iterator over models, newest first, that fetches a page at a time.
+class Rows(Protocol[T_co]):
+    """Where a listing finds what it lists."""
 
-    In a notebook it shows the newest ones as a table, without consuming them. A damaged row does
-    not keep the others from being listed: a `DamagedRowWarning` names it in its place.
+    def numbers(self, limit: int | None) -> list[int]:
+        """The numbers of the rows, newest first; at most `limit` of them if not None."""
+
+    def load(self, numbers: Sequence[int]) -> Mapping[int, T_co | IntegrityError]:
+        """By number, what these rows hold; the error that it gives if one is damaged.
+
+        Rows that have been removed meanwhile are left out.
+        """
+
+
+class Listing(Sequence[T], Generic[T]):
+    """Models, environments or jobs, newest first: a sequence that reads rows when it is asked.
+
+    Each use asks the registry again, so `len`, an index or another loop sees what has changed. A
+    loop sees the rows that there were when it began, and fetches them a page at a time.
+
+    A damaged row does not keep the others from being listed: a `DamagedRowWarning` names it in its
+    place; its index raises `IntegrityError`.
+
+    >>> newest = registry.customized_models()[0]               # doctest: +SKIP
+    >>> registry.complete_models(base="qw2.5-7-i").to_pandas() # doctest: +SKIP
 
     Args:
-        kind: The class of what is listed.
-        page: `page(before, count)` returns up to `count` pairs of sequence number and value, or
-            the error that its row gives, those with a number below `before` (if not None), in
-            descending order.
+        kind: The class of what is listed, for the message.
+        columns: What a table shows of each.
+        rows: Where it is.
     """
 
-    def __init__(
-        self,
-        kind: type[T],
-        page: Callable[[int | None, int], list[tuple[int, T | IntegrityError]]],
-    ) -> None:
+    __slots__ = ("_columns", "_kind", "_rows")
+
+    def __init__(self, kind: str, columns: tuple[str, ...], rows: Rows[T]) -> None:
         self._kind = kind
-        self._page = page
-        self._before: int | None = None
-        self._fetched: list[tuple[int, T | IntegrityError]] = []
+        self._columns = columns
+        self._rows = rows
 
-    def __iter__(self) -> Listing[T]:
-        return self
+    def __len__(self) -> int:
+        return len(self._rows.numbers(None))
 
-    def __next__(self) -> T:
-        while True:
-            if not self._fetched:
-                self._fetched = self._page(self._before, PAGE)[::-1]
-                if not self._fetched:
-                    raise StopIteration
-            self._before, value = self._fetched.pop()
-            if not isinstance(value, IntegrityError):
-                return value
-            warnings.warn(str(value), DamagedRowWarning, stacklevel=2)
+    def __bool__(self) -> bool:
+        return bool(self._rows.numbers(1))
+
+    def __iter__(self) -> Iterator[T]:
+        return self._values(self._rows.numbers(None))
+
+    def __reversed__(self) -> Iterator[T]:
+        return self._values(self._rows.numbers(None)[::-1])
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[T]: ...
+    def __getitem__(self, index: int | slice) -> T | list[T]:
+        if isinstance(index, slice):
+            return list(self._values(self._rows.numbers(None)[index]))
+        if not hasattr(index, "__index__"):
+            raise refused("the index of a listing", index, "a whole number or a slice")
+        number = self._rows.numbers(None)[index]
+        value = self._rows.load([number]).get(number)
+        if value is None:
+            raise IndexError("the row was removed while it was read")
+        if isinstance(value, IntegrityError):
+            raise value
+        return value
+
+    def first(self) -> T | None:
+        """The newest one; None if there is none."""
+        return next(self._values(self._rows.numbers(1)), None)
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """A row for each, a column for each field; fields within fields are joined by dots.
+
+        `card.evaluation.metrics.eval_loss` is one, so that a sweep can be sorted by it. Times are
+        in UTC.
+
+        Raises:
+            MissingDependencyError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise MissingDependencyError("pandas is not installed: pip install pandas") from error
+        values: list[Any] = list(self)
+        table = pandas.json_normalize([value.to_dict() for value in values])
+        for column in {"created", "started", "ended"}.intersection(table.columns):
+            table[column] = pandas.to_datetime(table[column], utc=True)
+        return table
+
+    def keys(self) -> NoReturn:
+        """A listing is no mapping; without this, `dict(listing)` would be empty if it is empty."""
+        raise InvalidArgumentError(
+            f"a listing is a sequence, not a mapping: use list(listing), and in a web service "
+            f"return that, or annotate the function as -> list[{self._kind}]"
+        )
 
     def __repr__(self) -> str:
-        return f"<{self._kind.__name__} listing, newest first>"
+        count = len(self)
+        return f"<{count} {self._kind}{'' if count == 1 else 's'}, newest first>"
 
     def _repr_html_(self) -> str:
-        columns = _COLUMNS[self._kind.__name__]
-        fetched = [value for _, value in self._page(None, SHOWN + 1)]
-        newest: list[Any] = [v for v in fetched if not isinstance(v, IntegrityError)]
-        table = html_table(columns, [tuple(getattr(v, c) for c in columns) for v in newest[:SHOWN]])
-        return table + ("<p>and older ones</p>" if len(newest) > SHOWN else "")
+        numbers = self._rows.numbers(None)
+        found = self._rows.load(numbers[:SHOWN])
+        newest = [v for n in numbers if (v := found.get(n)) and not isinstance(v, IntegrityError)]
+        table = html_table(
+            self._columns, [tuple(getattr(v, c) for c in self._columns) for v in newest]
+        )
+        older = len(numbers) - SHOWN
+        return table + (f"<p>and {older} older</p>" if older > 0 else "")
+
+    def _values(self, numbers: list[int]) -> Iterator[T]:
+        for start in range(0, len(numbers), PAGE):
+            page = numbers[start : start + PAGE]
+            found = self._rows.load(page)
+            for number in page:
+                value = found.get(number)
+                if isinstance(value, IntegrityError):
+                    warnings.warn(str(value), DamagedRowWarning, stacklevel=3)
+                elif value is not None:
+                    yield value
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
+        """For web services: `-> Listing[CustomizedModel]` answers with a list."""
+        from pydantic_core import core_schema
+
+        (item,) = getattr(source, "__args__", (Any,))
+        items = core_schema.list_schema(handler.generate_schema(item))
+        return core_schema.no_info_before_validator_function(_as_list, items)
+
+
+def _as_list(given: object) -> object:
+    return list(given) if isinstance(given, Listing) else given

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import Any, TypeVar
 
 from sqlalchemy import Connection, Table, delete, insert, select, update
@@ -127,8 +128,23 @@ def required(connection: Connection, kind: type[Any], name: str) -> Any:
     """
     row = find_row(connection, TABLES[kind], name=name)
     if row is None:
-        raise NotFoundError(f"no {kind.__name__} is named {shown(name)}")
+        newest = select(TABLES[kind].c.name).order_by(TABLES[kind].c.seq.desc()).limit(_LOOKED_AT)
+        near = get_close_matches(name, connection.execute(newest).scalars(), 1)
+        hint = f"; did you mean {shown(near[0])}?" if near else ""
+        raise NotFoundError(f"no {kind.__name__} is named {shown(name)}{hint}")
     return row
+
+
+_LOOKED_AT = 1000  # names among which one that is nearly the same is looked for
+
+
+def differences(known: Any, new: Any) -> str:
+    """What differs between two values of one class, field by field, old and new."""
+    return " and ".join(
+        f"another {name}: {shown(known[name])}, not {shown(new[name])}"
+        for name in known.keys()  # noqa: SIM118 -- a value, which is no mapping
+        if known[name] != new[name]
+    )
 
 
 def insert_value(connection: Connection, value: Any, **columns: Any) -> None:

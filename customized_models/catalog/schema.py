@@ -10,7 +10,7 @@ from typing import Any
 
 from sqlalchemy import Column, Float, ForeignKey, Integer, MetaData, String, Table, Text
 
-VERSION = 1
+VERSION = 2
 """Of the tables below; a database of another version is refused."""
 
 metadata = MetaData()
@@ -99,8 +99,11 @@ jobs = Table(
     Column("done", Integer, nullable=False),
     Column("total", Integer, nullable=False),
     Column("cancel", Integer, nullable=False),  # 1 once it was asked to stop
+    Column("max_running", Integer, nullable=False),  # of its registry's jobs, while it begins
     Column("error", Text),  # `errors.to_record` as JSON
     _text("created"),
+    Column("started", String),
+    Column("ended", String),
     _text("digest"),
     sqlite_autoincrement=True,
 )

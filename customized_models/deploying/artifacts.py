@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from ..adapters.settings import CONFIG
 from ..backends import AdapterBesideBase
 from ..errors import (
     AlreadyExistsError,
@@ -24,6 +25,7 @@ from ..files.digests import FileDigest, digest_of
 from ..files.manifest import Manifest
 from ..gguf import GGUFFile, check_architecture
 from ..gguf import plan as plan_gguf
+from ..gguf.finished import check_finished
 from ..models import (
     BaseModel,
     CompleteModel,
@@ -33,7 +35,9 @@ from ..models import (
     Quantization,
 )
 from ..shelf import Shelf
-from ..sources import model_source
+from ..sources import model_source, small_files
+from .templates.chat_template import ChatTemplate
+from .templates.end_tokens import EndTokens
 
 if TYPE_CHECKING:
     from ..catalog.catalog import Catalog
@@ -57,6 +61,17 @@ class RegistryArtifact:
         quantization: The mode of a file.
         holding: Called with the key of a file before it is made or used, to keep it from being
             removed.
+        template: In place of the base model's.
+        ready: A finished GGUF file of the model, to be given as it is.
+        llama_cpp: A checkout of llama.cpp, whose converter makes files of architectures that
+            have none here.
+
+    Attributes:
+        base: The base model's technical name.
+        adapter_config: See `backends.Artifact.adapter_config`.
+        key: Under which the file that `gguf` gave is stored; None before, or if it was ready.
+        file: That file.
+        types: The type of each tensor in it, by its name.
     """
 
     def __init__(
@@ -67,17 +82,27 @@ class RegistryArtifact:
         name: str,
         quantization: Quantization,
         holding: Holding,
+        *,
+        template: DeploymentTemplate | None = None,
+        ready: Path | None = None,
+        llama_cpp: str | None = None,
     ) -> None:
         self.name = name
+        self.model = model
         self.quantization = quantization
         self.key: str | None = None
+        self.file: GGUFFile | None = None
+        self.types: Mapping[str, str] = {}
         self._shelf = shelf
-        self._model = model
         self._holding = holding
+        self._ready = ready
+        self._llama_cpp = None if llama_cpp is None else Path(llama_cpp)
         self._base = catalog.levels.get(BaseModel, model.base)
-        self.template: DeploymentTemplate | None = self._base.deployment_template
-        told_by = self._base if isinstance(model, CustomizedModel) else model
-        self._config = shelf.document(told_by, "config.json")
+        self.template = template or self._base.deployment_template
+        customized = isinstance(model, CustomizedModel)
+        self._config = shelf.document(self._base if customized else model, "config.json")
+        self.base = self._base.name
+        self.adapter_config = shelf.document(model, CONFIG) if customized else None
         self._given = ExitStack()
 
     def __enter__(self) -> RegistryArtifact:
@@ -96,34 +121,60 @@ class RegistryArtifact:
         """See `backends.Artifact.architecture`."""
         named = self._config.get("architectures")
         if not isinstance(named, list) or not named:
-            raise UnsupportedArchitectureError(f"config.json of {self._model.name} names no class")
+            raise UnsupportedArchitectureError(f"config.json of {self.model.name} names no class")
         return str(named[0])
 
     def check_gguf(self) -> None:
         """See `backends.Artifact.check_gguf`."""
-        check_architecture(self._config)
+        if self._ready is None and self._llama_cpp is None:
+            check_architecture(self._config)
 
     def gguf(self, progress: Progress, *, chat_template: bool) -> GGUFFile:
         """See `backends.Artifact.gguf`."""
         self.check_gguf()
-        recipe = {
-            "source": self._model.digest,
-            "quantization": self.quantization,
-            "chat_template": chat_template,
-            "name": self._model.name,
-        }
+        if self._ready is not None:
+            with model_source(self._shelf, self._base, self.model) as (source, _):
+                self.file = check_finished(self._ready, source, progress, llama_cpp=self._llama_cpp)
+            return self.file
+        return self._made(self.model, progress, chat_template)
+
+    def base_gguf(self, progress: Progress, *, chat_template: bool) -> GGUFFile:
+        """See `backends.Artifact.base_gguf`."""
+        self.check_gguf()
+        return self._made(self._base, progress, chat_template)
+
+    def _made(self, model: BaseModel | Stored, progress: Progress, chat_template: bool) -> GGUFFile:
+        """The file of `model`, out of the cache or made now."""
+        recipe = self._recipe(model, chat_template)
         key = f"gguf/{digest_of(recipe).partition(':')[2]}"
         self._holding(key)
         file = self._cached(key, recipe)
         if file is None:
-            self._make(key, recipe, progress)
+            self._make(model, key, recipe, progress)
             file = self._cached(key, recipe)
             if file is None:
                 raise IntegrityError(
                     f"the file that was just written under {shown(key)} is damaged"
                 )
-        self.key = key
+        self.key, self.file = key, file
         return file
+
+    def _recipe(self, model: BaseModel | Stored, chat_template: bool) -> dict[str, Any]:
+        """What the file's bytes depend on; it is stored under the digest of this."""
+        with small_files(self._shelf, self._base, model) as (_, files):
+            keys = serving_keys(files, chat_template=chat_template)
+        return {
+            "source": model.digest,
+            "quantization": self.quantization,
+            "chat_template": chat_template,
+            "keys": keys,
+            "name": model.name,
+            "converter": "llama.cpp" if self._llama_cpp else "own",
+        }
+
+    def small_files(self) -> AbstractContextManager[tuple[Path, dict[str, Path]]]:
+        """A directory with the model's configuration and tokenizer, and its files by name."""
+        return small_files(self._shelf, self._base, self.model)
 
     def _cached(self, key: str, recipe: Mapping[str, Any]) -> GGUFFile | None:
         """The file under a key, if it is there and every byte is what its recipe gave."""
@@ -134,6 +185,7 @@ class RegistryArtifact:
             if manifest.recipe != recipe:
                 raise IntegrityError(f"{shown(key)} was made by another recipe")
             manifest.verify(directory)
+            self.types = manifest.record["types"]
         except NotFoundError:
             return None
         except (IntegrityError, MalformedError):
@@ -142,22 +194,27 @@ class RegistryArtifact:
         file = manifest.content[GGUF_NAME]
         return GGUFFile(directory / GGUF_NAME, file.size, file.digest)
 
-    def _make(self, key: str, recipe: Mapping[str, Any], progress: Progress) -> None:
+    def _make(
+        self, model: BaseModel | Stored, key: str, recipe: Mapping[str, Any], progress: Progress
+    ) -> None:
         storage = self._shelf.storage
         with (
             storage.staging(f"gguf-{uuid.uuid4().hex}") as staging,
-            model_source(self._shelf, self._base, self._model) as (source, finish),
+            model_source(self._shelf, self._base, model) as (source, finish),
         ):
             plan = plan_gguf(
                 source,
                 self.quantization,
-                name=self._model.name,
+                name=model.name,
                 chat_template=recipe["chat_template"],
+                keys=recipe["keys"],
+                llama_cpp=self._llama_cpp,
             )
             file = plan.write(staging / GGUF_NAME, progress)
             finish(progress)
             content = {GGUF_NAME: FileDigest(file.size, file.digest)}
-            Manifest("gguf", content, {"source": self._model.digest}, recipe, {}).write(staging)
+            parents, record = {"source": model.digest}, {"types": dict(plan.types)}
+            Manifest("gguf", content, parents, recipe, record).write(staging)
             try:
                 storage.publish(staging, key)
             except AlreadyExistsError:
@@ -166,35 +223,46 @@ class RegistryArtifact:
     @contextmanager
     def directory(self) -> Iterator[Path]:
         """See `backends.Artifact.directory`."""
-        self._refuse_quantization("a model directory")
-        if not isinstance(self._model, CompleteModel):
-            raise UnsupportedError(
-                f"{self._model.name} is an adapter; save it with Merger(registry).save first"
+        if self.quantization != "no_quantization":
+            raise UnsupportedQuantizationError(
+                f"a model directory is not quantized here (asked for {self.quantization}); the "
+                f"tool may have a setting of its own"
             )
-        with self._shelf.proven(self._model) as (directory, finish):
+        if not isinstance(self.model, CompleteModel):
+            raise UnsupportedError(
+                f"{self.model.name} is an adapter; save it with Merger(registry).save first"
+            )
+        with self._shelf.proven(self.model) as (directory, finish):
             finish(_silent)
             yield directory
 
     @contextmanager
     def adapter(self) -> Iterator[AdapterBesideBase]:
         """See `backends.Artifact.adapter`."""
-        self._refuse_quantization("an adapter")
-        if not isinstance(self._model, CustomizedModel):
-            raise UnsupportedError(f"{self._model.name} is a complete model, and has no adapter")
+        if not isinstance(self.model, CustomizedModel):
+            raise UnsupportedError(f"{self.model.name} is a complete model, and has no adapter")
         with (
             self._shelf.proven(self._base) as (base, finish_base),
-            self._shelf.proven(self._model) as (adapter, finish),
+            self._shelf.proven(self.model) as (adapter, finish),
         ):
             finish(_silent)
             finish_base(_silent)
-            yield AdapterBesideBase(adapter, base)
+            yield AdapterBesideBase(adapter, base, self._base.digest)
 
-    def _refuse_quantization(self, what: str) -> None:
-        if self.quantization != "no_quantization":
-            raise UnsupportedQuantizationError(
-                f"{what} is not quantized here (asked for {self.quantization}); the tool may "
-                f"have a setting of its own"
-            )
+
+def serving_keys(files: Mapping[str, Path], *, chat_template: bool) -> dict[str, bool | int]:
+    """What a served file must say beside what a converted one does.
+
+    Every token that ends an answer, where there are several. And, for a tool that renders with a
+    deployment template, whether a beginning-of-text token is to be added: what the tokenizer does
+    to plain texts need not be what conversations are made with.
+    """
+    keys: dict[str, bool | int] = {**EndTokens.read(files).file_keys}
+    if not chat_template:
+        with suppress(UnsupportedError):  # it has no chat template, and continues texts
+            adds = ChatTemplate.read(files).file_adds_bos
+            keys["tokenizer.ggml.add_bos_token"] = adds
+    return keys
 
 
 def _silent(phase: str, done: int, total: int) -> None:

@@ -2,37 +2,82 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import uuid
-from collections.abc import Mapping
-from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from attrs import evolve
+from attrs import evolve, frozen
 
-from ..backends import Backend, BackendFactory, Plan, open_backend
-from ..errors import DatabaseError, NoEnvironmentError, NotFoundError, listed, shown
-from ..files.documents import from_document, to_document
+from ..backends import (
+    Backend,
+    BackendFactory,
+    Describing,
+    Promoting,
+    Secrets,
+    Tools,
+    Unloading,
+    environment_variable,
+    open_backend,
+)
+from ..errors import (
+    DeploymentError,
+    NoEnvironmentError,
+    NoTemplateError,
+    NotFoundError,
+    ServerUnreachableError,
+    UnsupportedError,
+    listed,
+    shown,
+)
+from ..files.documents import to_document
+from ..jobs.isolated import run_isolated
 from ..jobs.job import Job
-from ..jobs.work import Work
 from ..models import (
     BaseModel,
     CompleteModel,
     CustomizedModel,
     DeploymentEnvironment,
+    DeploymentTemplate,
     LiveModel,
-    Quantization,
-    Served,
     Status,
     checked_quantization,
 )
 from ..naming import live_name
+from ..sources import small_files
 from .artifacts import RegistryArtifact
+from .proving import checked_proofs
 from .recovery import recover_deployments
+from .request import DeployRequest
+from .templates.fitness import check_fitness
+from .templates.proposing import ProposedTemplate, propose_deployment_template
 
 if TYPE_CHECKING:
     from ..registry import ModelRegistry
 
 Stored: TypeAlias = "CustomizedModel | CompleteModel"
+
+_RENDER_SECONDS = 120.0  # a chat template is somebody's program, and may not come to an end
+UNLOAD_SECONDS = 10.0  # an answer of ordinary length is finished by then
+
+
+@frozen
+class EnvironmentReport:
+    """A deployment environment, and what its server says of itself.
+
+    Attributes:
+        environment: As it is recorded.
+        reachable: Whether the server answers; None where the backend needs none.
+        told: Its version, and what it can do.
+        error: Why it cannot be reached, in words.
+    """
+
+    environment: DeploymentEnvironment
+    reachable: bool | None
+    told: Mapping[str, Any]
+    error: str = ""
 
 
 class Deployer:
@@ -45,15 +90,21 @@ class Deployer:
         backends: Tools besides the built-in and the installed ones: a name, which an environment
             has as its `backend`, to what makes a `Backend` of an environment. It is built again in
             the job's process, so it lies in a module that can be imported there.
+        secrets: Gives the secret of a name that an environment states, such as its `token_env`;
+            environment variables if not given. It is asked in the job's process as well.
     """
 
     def __init__(
-        self, registry: ModelRegistry, *, backends: Mapping[str, BackendFactory] | None = None
+        self,
+        registry: ModelRegistry,
+        *,
+        backends: Mapping[str, BackendFactory] | None = None,
+        secrets: Secrets = environment_variable,
     ) -> None:
         self._catalog = registry.catalog
         self._shelf = registry.shelf
         self._queue = registry.queue
-        self._backends = dict(backends or {})
+        self._tools = Tools(dict(backends or {}), secrets)
 
     def __repr__(self) -> str:
         return f"Deployer({self._shelf!r})"
@@ -66,11 +117,17 @@ class Deployer:
         quantization: str = "no_quantization",
         served_name: str | None = None,
         options: Any = None,
+        template: DeploymentTemplate | Literal["infer"] | None = None,
+        replace: bool = False,
+        gguf: str | os.PathLike[str] | None = None,
+        proofs: str | Collection[str] = ("content", "template"),
+        accept_failed: str | Collection[str] = (),
     ) -> Job[LiveModel]:
         """Make the model callable at a deployment tool, in the background; returns at once.
 
         A customized model needs no complete model on disk: it is merged on the way. What can be
-        refused is refused here, before the job starts and before anything is sent.
+        refused is refused here, before the job starts and before anything is sent. The model takes
+        the served name once it is proven; if a proof fails, whatever had the name keeps it.
 
         Args:
             model: What to deploy.
@@ -78,42 +135,114 @@ class Deployer:
             quantization: `no_quantization`, `q8_0`, `q4_K_M` or `q4_K_S`.
             served_name: What callers put into `model`; derived from the live model's name if None.
             options: The backend's own value, such as `OllamaOptions`.
+            template: In place of the base model's deployment template; "infer" makes one from the
+                model's chat template.
+            replace: Take over a served name that stands for something already; what had it is kept
+                for `rollback`.
+            gguf: A finished file of this model, to be served as it is.
+            proofs: Which proofs are made: "content", "template" and "greedy", which loads the
+                complete model into memory.
+            accept_failed: Proofs whose failure does not matter.
 
         Raises:
             NotFoundError: The model has been deleted.
             UnsupportedError: Not an architecture or mode we can make.
             NoEnvironmentError: No environment to deploy to.
-            NoTemplateError: The tool needs a deployment template that the base lacks.
+            NoTemplateError: The tool needs a deployment template; the message has one that fits,
+                if there is.
+            TemplateMismatchError, InvalidTemplateError: The deployment template does not write
+                what the model was trained with.
             MissingDependencyError: An optional package is not installed.
             ServerUnreachableError, ServerAnswerError: The tool does not answer, or with an error.
             InvalidNameError, InvalidOptionError, AlreadyExistsError: See `backends.Backend`.
         """
-        mode = checked_quantization(quantization)
         target = self._environment(environment)
         model = self._catalog.levels.get(type(model), model.name)
         base = self._catalog.levels.get(BaseModel, model.base)
-        recover_deployments(self._catalog, self._shelf, self._backends, environment=target.name)
-        backend = open_backend(target, self._backends)
-        options = backend.options() if options is None else options
-        trial = live_name(model.name, uuid.uuid4(), mode)
-        with RegistryArtifact(
-            self._catalog, self._shelf, model, trial, mode, _hold_nothing
-        ) as artifact:
-            backend.preflight(artifact, served_name, options)
+        recover_deployments(self._catalog, self._shelf, self._tools, environment=target.name)
+        backend = open_backend(target, self._tools)
+        request = DeployRequest(
+            kind="customized" if isinstance(model, CustomizedModel) else "complete",
+            model=model.name,
+            environment=target.name,
+            quantization=checked_quantization(quantization),
+            served_name=served_name,
+            options=to_document(backend.options() if options is None else options),
+            template=template if isinstance(template, DeploymentTemplate) else None,
+            gguf=None if gguf is None else str(Path(gguf).absolute()),
+            replace=replace,
+            proofs=checked_proofs(proofs, "proofs"),
+            accept_failed=checked_proofs(accept_failed, "accept_failed"),
+        )
+        if template == "infer":
+            request = evolve(request, template=self.propose_template(model).template)
+        self._preflight(backend, target, model, request, options)
         return self._queue.submit(
             "deploy",
-            lambda id: live_name(model.name, id, mode),
-            {
-                "kind": _KINDS[type(model)],
-                "model": model.name,
-                "environment": target.name,
-                "quantization": mode,
-                "served_name": served_name,
-                "options": to_document(options),
-            },
+            lambda id: live_name(model.name, id, request.quantization),
+            request.document,
             (model.key, base.key) if isinstance(model, CustomizedModel) else (model.key,),
-            self._backends,
+            self._tools,
         )
+
+    def _preflight(
+        self,
+        backend: Backend,
+        target: DeploymentEnvironment,
+        model: Stored,
+        request: DeployRequest,
+        options: Any,
+    ) -> None:
+        trial = live_name(model.name, uuid.uuid4(), request.quantization)
+        with self._artifact(model, request, target, trial) as artifact:
+            options = backend.options() if options is None else options
+            try:
+                plan = backend.preflight(artifact, request.served_name, options)
+            except NoTemplateError as error:
+                raise self._with_proposal(error, model) from None
+            if isinstance(backend, Promoting):
+                backend.refuse_taken(plan.served_name, None if request.replace else [])
+            if plan.template is not None and "template" not in request.accept_failed:
+                with artifact.small_files() as (_, files):
+                    run_isolated(check_fitness, plan.template, files, seconds=_RENDER_SECONDS)
+
+    def _artifact(
+        self, model: Stored, request: DeployRequest, target: DeploymentEnvironment, name: str
+    ) -> RegistryArtifact:
+        return RegistryArtifact(
+            self._catalog,
+            self._shelf,
+            model,
+            name,
+            request.quantization,
+            _hold_nothing,
+            template=request.template,
+            ready=None if request.gguf is None else Path(request.gguf),
+            llama_cpp=target.settings.get("llama_cpp"),
+        )
+
+    def _with_proposal(self, error: NoTemplateError, model: Stored) -> NoTemplateError:
+        try:
+            proposed = self.propose_template(model)
+        except DeploymentError:
+            return error
+        except UnsupportedError as why:
+            return NoTemplateError(f"{error} (which cannot be done here: {why})")
+        return NoTemplateError(f"{error}. It would be:\n{proposed.template.text}")
+
+    def propose_template(self, model: BaseModel | Stored) -> ProposedTemplate:
+        """A deployment template made from a model's chat template, and shown to write the same.
+
+        Raises:
+            NotFoundError: The model has been deleted.
+            UnsupportedError: It has no chat template, or one that a Go template cannot say.
+        """
+        if isinstance(model, BaseModel):
+            base = self._catalog.levels.get(BaseModel, model.name)
+        else:
+            base = self._catalog.levels.get(BaseModel, model.base)
+        with small_files(self._shelf, base, model) as (_, files):
+            return run_isolated(propose_deployment_template, files, seconds=_RENDER_SECONDS)
 
     def status(self, live: LiveModel) -> Status:
         """What the deployment tool says of the model at this moment.
@@ -126,23 +255,116 @@ class Deployer:
             return Status.ABSENT
         return self._backend_of(live).status(live.served)
 
-    def undeploy(self, live: LiveModel) -> LiveModel:
+    def undeploy(
+        self, live: LiveModel, *, wait: float = UNLOAD_SECONDS, forget: bool = False
+    ) -> LiveModel:
         """Take the model off its deployment tool; its record stays, third parties' goes stale.
 
-        Undeploying again is fine.
+        Only what the recorded digest says is ours is removed. Undeploying again is fine.
+
+        Args:
+            live: The model.
+            wait: Seconds for which answers under way may still be finished. After them the name is
+                taken away all the same, and the memory is freed as soon as the tool lets it: the
+                result's `note` says so.
+            forget: Only mark it as undeployed, because its server is gone for good.
 
         Raises:
             NotFoundError: It has been deleted.
-            ServerUnreachableError, ServerAnswerError: The tool does not answer, or with an error.
+            ServerUnreachableError, ServerAnswerError: The tool does not answer, or with an error;
+                `forget=True` is the way out where it never will again.
             ServedModelChangedError: What is there now is not what was deployed; it is left alone.
         """
         live = self._catalog.levels.get(LiveModel, live.name)
-        if live.state == "live":
-            self._backend_of(live).undeploy(live.served)
-            live = evolve(live, state="undeployed")
-            self._catalog.levels.mark_undeployed(live)
-            self._shelf.drop_unused("gguf/")
+        if live.state == "undeployed":
+            return live
+        note = "forgotten; what is left at its server was not looked at"
+        if not forget:
+            try:
+                note = self._take_off(live, wait)
+            except ServerUnreachableError as error:
+                error.add_note(
+                    "where the server is gone for good, undeploy(live, forget=True) is the way "
+                    "out; where it has moved, ModelRegistry.update_environment"
+                )
+                raise
+        live = evolve(live, state="undeployed", note=note)
+        self._catalog.levels.mark_undeployed(live)
+        self._shelf.drop_unused("gguf/")
         return live
+
+    def _take_off(self, live: LiveModel, wait: float) -> str:
+        backend, note = self._backend_of(live), ""
+        if isinstance(backend, Unloading) and not backend.unload(live.served, wait):
+            note = (
+                f"an answer was still under way after {wait:g} seconds; its memory is freed once "
+                f"that is finished"
+            )
+        backend.undeploy(live.served)
+        return note
+
+    def rollback(self, live: LiveModel) -> LiveModel:
+        """Give the served name back to the live model that had it before.
+
+        Returns:
+            That model; `live` stays at the tool as "superseded", and can be given the name again.
+
+        Raises:
+            NotFoundError: There was none before, or it has been deleted.
+            AlreadyExistsError: The name stands for something else meanwhile.
+            UnsupportedError: The backend does not keep versions.
+            ServerUnreachableError, ServerAnswerError: The tool does not answer, or with an error.
+        """
+        levels = self._catalog.levels
+        live = levels.get(LiveModel, live.name)
+        if live.replaces is None:
+            raise NotFoundError(f"{live.name} took its name from no other live model")
+        before = levels.get(LiveModel, live.replaces)
+        if before.state != "superseded":
+            raise NotFoundError(f"{before.name}, which had the name before, is {before.state}")
+        backend = self._backend_of(live)
+        if not isinstance(backend, Promoting):
+            raise UnsupportedError(f"the backend of {live.environment} does not keep versions")
+        ours = [backend.identity(live.served)]
+        served = backend.promote(before.served, live.served.name, ours)
+        before = evolve(before, served=served, replaces=live.name)
+        with self._catalog.database.write() as connection:
+            levels.change_state(connection, live.name, "superseded")
+            levels.put(connection, evolve(before, state="live"), state="live")
+        return evolve(before, state="live")
+
+    def relocate(self, live: LiveModel, environment: str | DeploymentEnvironment) -> LiveModel:
+        """Say that a live model is at another environment now, because its server has moved.
+
+        Raises:
+            NotFoundError: It has been deleted.
+            DeploymentError: It is not there.
+        """
+        target = self._environment(environment)
+        live = self._catalog.levels.get(LiveModel, live.name)
+        old = self._catalog.levels.get(DeploymentEnvironment, live.environment)
+        served = evolve(live.served, endpoint=_moved(live.served.endpoint, old, target))
+        status = open_backend(target, self._tools).status(served)
+        if status not in (Status.LIVE, Status.LOADED):
+            raise DeploymentError(f"{live.name} is {status.value} at {target.name}")
+        moved = evolve(live, environment=target.name, served=served)
+        with self._catalog.database.write() as connection:
+            self._catalog.levels.put(connection, moved, environment=target.name)
+            self._catalog.levels.follow(connection, moved)
+        return moved
+
+    def environments(self) -> list[EnvironmentReport]:
+        """Every environment: whether its server answers, its version, and what it can do."""
+        return [self._report(e) for e in self._catalog.levels.listing(DeploymentEnvironment)]
+
+    def _report(self, environment: DeploymentEnvironment) -> EnvironmentReport:
+        try:
+            backend = open_backend(environment, self._tools)
+            if not isinstance(backend, Describing):
+                return EnvironmentReport(environment, None, {})
+            return EnvironmentReport(environment, True, backend.describe())
+        except DeploymentError as error:
+            return EnvironmentReport(environment, False, {}, str(error))
 
     def recover(self) -> list[str]:
         """As `ModelRegistry.recover`, and with the backends that this deployer was given.
@@ -150,11 +372,27 @@ class Deployer:
         Raises:
             DeploymentError: A tool cannot be asked now; the rest was done.
         """
-        return recover_deployments(self._catalog, self._shelf, self._backends)
+        return recover_deployments(self._catalog, self._shelf, self._tools)
+
+    async def deploy_async(
+        self, model: CustomizedModel | CompleteModel, **arguments: Any
+    ) -> Job[LiveModel]:
+        """As `deploy`, without keeping the event loop from other work meanwhile."""
+        return await asyncio.to_thread(self.deploy, model, **arguments)
+
+    async def status_async(self, live: LiveModel) -> Status:
+        """As `status`, without keeping the event loop from other work meanwhile."""
+        return await asyncio.to_thread(self.status, live)
+
+    async def undeploy_async(
+        self, live: LiveModel, *, wait: float = UNLOAD_SECONDS, forget: bool = False
+    ) -> LiveModel:
+        """As `undeploy`, without keeping the event loop from other work meanwhile."""
+        return await asyncio.to_thread(self.undeploy, live, wait=wait, forget=forget)
 
     def _backend_of(self, live: LiveModel) -> Backend:
         environment = self._catalog.levels.get(DeploymentEnvironment, live.environment)
-        return open_backend(environment, self._backends)
+        return open_backend(environment, self._tools)
 
     def _environment(self, named: str | DeploymentEnvironment | None) -> DeploymentEnvironment:
         if named is not None:
@@ -176,85 +414,11 @@ class Deployer:
         return names or "none; ModelRegistry.add_environment(DeploymentEnvironment(...)) adds one"
 
 
-_KINDS: Mapping[type[Any], str] = {CustomizedModel: "customized", CompleteModel: "complete"}
+def _moved(endpoint: str, old: DeploymentEnvironment, new: DeploymentEnvironment) -> str:
+    if old.address is None or new.address is None:
+        return endpoint
+    return endpoint.replace(old.url, new.url, 1)
 
 
 def _hold_nothing(key: str) -> None:
     """For an artifact that is only asked what it could give."""
-
-
-def run_deploy(work: Work, backends: Mapping[str, BackendFactory]) -> None:
-    """The worker's part of `Deployer.deploy`.
-
-    What it is about to create at the tool is recorded before: if it is killed, `recover` takes it
-    back.
-    """
-    levels = work.catalog.levels
-    kind = next(kind for kind, name in _KINDS.items() if name == work.arguments["kind"])
-    model: Stored = levels.get(kind, work.arguments["model"])
-    environment = levels.get(DeploymentEnvironment, work.arguments["environment"])
-    mode: Quantization = work.arguments["quantization"]
-    backend = open_backend(environment, backends)
-    options = from_document(backend.options, work.arguments["options"])
-    intent: LiveModel | None = None
-
-    def hold(key: str) -> None:
-        with work.catalog.database.write() as connection:
-            work.lease.take(connection, [key], f"the deployment of {work.name}")
-            if intent is not None:
-                levels.note_artifact(connection, intent, key)
-
-    try:
-        with RegistryArtifact(work.catalog, work.shelf, model, work.name, mode, hold) as artifact:
-            plan = backend.preflight(artifact, work.arguments["served_name"], options)
-            intent = _intended(work, model, environment, mode, artifact, plan)
-            with work.catalog.database.write() as connection:
-                work.lease.check(connection)
-                levels.insert_pending(connection, intent, work.lease.owner, artifact=None)
-            served = backend.push(plan, work.progress)
-            _record(work, backend, evolve(intent, served=served), artifact.key)
-    except BaseException:
-        if intent is not None:
-            with work.catalog.database.write() as connection:
-                levels.drop(connection, intent, work.lease.owner)
-        work.shelf.drop_unused("gguf/", even_held_by=work.lease.owner)
-        raise
-
-
-def _intended(
-    work: Work,
-    model: Stored,
-    environment: DeploymentEnvironment,
-    mode: Quantization,
-    artifact: RegistryArtifact,
-    plan: Plan,
-) -> LiveModel:
-    endpoint = environment.url if environment.address is not None else ""
-    return LiveModel(
-        name=work.name,
-        source=model.name,
-        base=model.base,
-        train_name=model.train_name,
-        quantization=mode,
-        environment=environment.name,
-        served=Served(plan.served_name, endpoint, "", "", details=plan.details),
-        deploying_id=work.id,
-        created=datetime.now(UTC),
-        source_digest=model.digest,
-        template_digest=artifact.template.digest if artifact.template else None,
-        card=model.card,
-    )
-
-
-def _record(work: Work, backend: Backend, live: LiveModel, artifact: str | None) -> None:
-    levels = work.catalog.levels
-    try:
-        with work.catalog.database.write() as connection:
-            work.lease.check(connection)
-            levels.make_visible(connection, live, work.lease.owner, artifact=artifact)
-            work.end(connection, "succeeded")
-    except BaseException as error:
-        if isinstance(error, DatabaseError) and error.outcome_unknown and levels.is_visible(live):
-            return
-        backend.undeploy(live.served)
-        raise

@@ -1,38 +1,34 @@
-"""Deployments that were killed on their way, taken back."""
+"""Deployments that were killed: finished if they have taken their name, else undone."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from attrs import evolve
 
-from ..backends import BackendFactory, open_backend
+from ..backends import Promoting, Tools, open_backend
 from ..errors import CustomizedModelsError, DeploymentError, NotFoundError
 from ..files.manifest import MANIFEST, Manifest
 from ..files.reading import MAX_JSON
-from ..models import DeploymentEnvironment, LiveModel, Served
+from ..models import DeploymentEnvironment, LiveModel, Served, Status
 from ..shelf import Shelf
 from .artifacts import GGUF_NAME
 
 if TYPE_CHECKING:
     from ..catalog.catalog import Catalog
+    from ..catalog.leases import Lease
     from ..catalog.levels import Unfinished
 
 
 def recover_deployments(
-    catalog: Catalog,
-    shelf: Shelf,
-    backends: Mapping[str, BackendFactory] | None = None,
-    *,
-    environment: str | None = None,
+    catalog: Catalog, shelf: Shelf, tools: Tools | None = None, *, environment: str | None = None
 ) -> list[str]:
-    """Remove from deployment tools what killed deployments have left there; says what was done.
+    """Finish or undo what killed deployments have left at deployment tools; says what was done.
 
     Args:
         catalog: The registry's rows.
         shelf: Its bytes.
-        backends: Further ones of the caller's, by name.
+        tools: Those that the caller can reach.
         environment: Only what was on its way there, if not None.
 
     Raises:
@@ -43,7 +39,7 @@ def recover_deployments(
         live = change.value
         if isinstance(live, LiveModel) and environment in (None, live.environment):
             try:
-                done += _take_back(catalog, shelf, live, change, backends)
+                done += _recover(catalog, shelf, live, change, tools)
             except DeploymentError as error:
                 failed.append(error)
     if done:
@@ -53,12 +49,8 @@ def recover_deployments(
     return done
 
 
-def _take_back(
-    catalog: Catalog,
-    shelf: Shelf,
-    live: LiveModel,
-    change: Unfinished,
-    backends: Mapping[str, BackendFactory] | None,
+def _recover(
+    catalog: Catalog, shelf: Shelf, live: LiveModel, change: Unfinished, tools: Tools | None
 ) -> list[str]:
     with catalog.lease() as lease:
         with catalog.database.write() as connection:
@@ -68,20 +60,37 @@ def _take_back(
         try:
             environment = catalog.levels.get(DeploymentEnvironment, live.environment)
         except NotFoundError:
-            where = f"{live.name} was on its way to an environment that is no more"
+            what = f"{live.name} was on its way to an environment that is no more"
         else:
-            served = _as_far_as_it_came(shelf, live.served, change.artifact)
-            open_backend(environment, backends).undeploy(served)
-            where = f"undid the deployment of {live.name} at {live.environment}"
+            backend = open_backend(environment, tools)
+            if isinstance(backend, Promoting) and _has_its_name(backend.status(live.served)):
+                _finish(catalog, live, change, lease)
+                return [f"finished the deployment of {live.name} at {live.environment}"]
+            backend.undeploy(_as_far_as_it_came(shelf, live.served, change.artifact))
+            what = f"undid the deployment of {live.name} at {live.environment}"
         with catalog.database.write() as connection:
             catalog.levels.drop(connection, live, lease.owner)
             lease.end(connection)
-        return [where]
+        return [what]
+
+
+def _has_its_name(status: Status) -> bool:
+    """It takes the name only once it is proven."""
+    return status in (Status.LIVE, Status.LOADED)
+
+
+def _finish(catalog: Catalog, live: LiveModel, change: Unfinished, lease: Lease) -> None:
+    with catalog.database.write() as connection:
+        if live.replaces is not None:
+            catalog.levels.change_state(connection, live.replaces, "superseded")
+        catalog.levels.make_visible(connection, live, lease.owner, artifact=change.artifact)
+        catalog.jobs.finish_for(connection, live.name, "succeeded")
+        lease.end(connection)
 
 
 def _as_far_as_it_came(shelf: Shelf, served: Served, artifact: str | None) -> Served:
     """What may be at the tool: with the digest of the file, if one was made for it."""
-    if artifact is None or artifact not in shelf.storage.keys(artifact):
+    if served.digest or artifact is None or artifact not in shelf.storage.keys(artifact):
         return served
     with shelf.storage.open(artifact, MANIFEST) as file:
         content = Manifest.parse(file.read(MAX_JSON)).content

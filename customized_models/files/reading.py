@@ -206,12 +206,12 @@ def read_some(view: memoryview, fd: int, start: int, what: str) -> int:
 
 
 def existing_directory(
-    path: str | os.PathLike[str], missing: type[CustomizedModelsError] = MalformedError
+    directory: Path, missing: type[CustomizedModelsError] = MalformedError
 ) -> Path:
-    """The directory of a caller's, `~` understood.
+    """`directory`, if it is one.
 
     Args:
-        path: Where it is.
+        directory: Of a caller's.
         missing: The class of the error if there is none.
 
     Raises:
@@ -219,11 +219,10 @@ def existing_directory(
         MalformedError: The path can name none.
     """
     try:
-        directory = Path(path).expanduser()
         found = directory.is_dir()
-    except (TypeError, ValueError, OSError, RuntimeError) as error:
-        raise MalformedError(f"{shown(path)} is not a path: {shown(error)}") from error
+    except (ValueError, OSError) as error:
+        raise MalformedError(f"{shown(directory)} cannot be a directory: {shown(error)}") from error
     if not found:
         kind = "is not a directory" if os.path.lexists(directory) else "does not exist"
-        raise missing(f"the directory {shown(path)} {kind}")
+        raise missing(f"the directory {shown(directory)} {kind}")
     return directory

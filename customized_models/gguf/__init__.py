@@ -11,7 +11,8 @@ from attrs import field, frozen
 from ..files.safetensors import ModelSource
 from ..models import Progress, Quantization, checked_quantization
 from .family import family_of
-from .format import Tensor, padded, preamble
+from .format import Tensor, flag, padded, preamble, u32
+from .planning import planned, planned_projector
 from .quantization import MODES
 
 
@@ -89,11 +90,13 @@ def plan(
     *,
     name: str,
     chat_template: bool,
+    keys: Mapping[str, bool | int] | None = None,
     llama_cpp: Path | None = None,
 ) -> GGUFPlan:
     """Plan the file from configuration, tokenizer and tensor headers; no tensor is read.
 
     `name`: `general.name` in the file. `chat_template`: whether `tokenizer.chat_template` goes in.
+    `keys`: what the file says besides, or instead, such as `tokenizer.ggml.add_bos_token`.
     `llama_cpp`: a checkout of llama.cpp, whose converter is run for architectures that have no
     family here; it is code that is executed.
 
@@ -103,13 +106,15 @@ def plan(
         UnsupportedError: the architecture, a setting, the tokenizer or the mode cannot be
             converted exactly.
     """
-    from .planning import planned
-
     mode = MODES[checked_quantization(quantization)]
     metadata, tensors = planned(
         source, mode, name=name, chat_template=chat_template, llama_cpp=llama_cpp
     )
-    return GGUFPlan(source, preamble(metadata, tensors), tuple(tensors))
+    said = {
+        key: flag(value) if isinstance(value, bool) else u32(value)
+        for key, value in (keys or {}).items()
+    }
+    return GGUFPlan(source, preamble({**metadata, **said}, tensors), tuple(tensors))
 
 
 def plan_projector(source: ModelSource, *, name: str, llama_cpp: Path | None) -> GGUFPlan:
@@ -121,7 +126,5 @@ def plan_projector(source: ModelSource, *, name: str, llama_cpp: Path | None) ->
         UnsupportedArchitectureError: no checkout is named, or its converter cannot do it.
         MalformedError: as `plan`.
     """
-    from .planning import planned_projector
-
     metadata, tensors = planned_projector(source, name=name, llama_cpp=llama_cpp)
     return GGUFPlan(source, preamble(metadata, tensors), tuple(tensors))

@@ -115,7 +115,8 @@ class Family:
     what is stacked; None drops a tensor that the network does not need. `assumes`: settings that
     llama.cpp does not ask for, with the values it takes for granted. `rope_types`: kinds of rotary
     scaling that it computes. `partial_rotary`: whether it turns only a part of each head
-    where the settings say so. `some_layers`: names in the file that not every layer has.
+    where the settings say so. `grouped`: whether fewer key-value heads may serve the query heads.
+    `some_layers`: names in the file that not every layer has.
 
     Source: `TextModel` in `conversion/base.py` of llama.cpp b11434.
     """
@@ -125,6 +126,7 @@ class Family:
     assumes: ClassVar[Mapping[str, tuple[object, ...]]] = {}
     rope_types: ClassVar[tuple[str, ...]] = ROPE_TYPES
     partial_rotary: ClassVar[bool] = False
+    grouped: ClassVar[bool] = True
     some_layers: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, settings: Settings) -> None:
@@ -152,6 +154,12 @@ class Family:
             raise UnsupportedArchitectureError(
                 f"config.json: a partial rotary embedding ({shown(part)}), which llama.cpp has not "
                 f"for this architecture"
+            )
+
+        if self.network.grouped and not self.grouped:
+            raise UnsupportedArchitectureError(
+                "config.json: num_key_value_heads; llama.cpp has as many as query heads for this "
+                "architecture"
             )
 
     def _count(self, *keys: str) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
 
@@ -90,6 +90,26 @@ class Tensor:
 def padded(size: int) -> int:
     """`size` rounded up to the alignment."""
     return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+_STRING, _ARRAY = 8, 9
+_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q",
+            12: "d"}  # fmt: skip
+"""How `struct` packs the numbers of each type: `enum gguf_type` in `ggml/include/gguf.h`."""
+
+
+def encoded(value: Any, kind: int, inner: int | None = None) -> bytes:
+    """A value of the type of that number; of an array with elements of type `inner`."""
+    return struct.pack("<I", kind) + _bare(value, kind, inner)
+
+
+def _bare(value: Any, kind: int, inner: int | None = None) -> bytes:
+    if kind == _STRING:
+        return _string(value.encode() if isinstance(value, str) else bytes(value))
+    if kind == _ARRAY and inner is not None:
+        items = b"".join(_bare(item, inner) for item in value)
+        return struct.pack("<IQ", inner, len(value)) + items
+    return struct.pack(f"<{_NUMBERS[kind]}", value)
 
 
 def u32(value: int) -> bytes:

@@ -27,7 +27,7 @@ from attrs import frozen
 from ..errors import MalformedError, UnsupportedArchitectureError, shown
 from ..files.safetensors import ModelSource, tensor_bytes
 from .family import Values
-from .format import BF16, F16, F32, PLAIN, Tensor, TensorType
+from .format import BF16, F16, F32, PLAIN, Tensor, TensorType, encoded
 from .layout import shards_of
 from .quantization import Network
 
@@ -105,7 +105,7 @@ def _taken_over(instance: Any, modules: _Modules) -> Converted:
     writer = instance.gguf_writer
     (entries,) = writer.kv_data
     metadata = {
-        key: writer._pack_val(entry.value, entry.type, add_vtype=True, sub_type=entry.sub_type)
+        key: encoded(entry.value, entry.type, _inner_type(entry, modules.gguf.GGUFValueType))
         for key, entry in entries.items()
     }
     tensors = []
@@ -131,6 +131,17 @@ def _taken_over(instance: Any, modules: _Modules) -> Converted:
         grouped=heads != shared,
     )
     return Converted(metadata, tensors, network)
+
+
+def _inner_type(entry: Any, types: Any) -> int | None:
+    """Of an array the type of its elements, as the converter's own writer finds it."""
+    if entry.type != types.ARRAY:
+        return None
+    if entry.sub_type is not None:
+        return int(entry.sub_type)
+    if isinstance(entry.value, bytes):
+        return int(types.UINT8)
+    return int(types.get_type(entry.value[0]))
 
 
 def _values(lazy: Any, shape: tuple[int, ...], type_: TensorType, gguf: Any) -> torch.Tensor:

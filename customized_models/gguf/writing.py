@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 
 import torch  # this module is imported only to write
 
 from ..errors import IntegrityError, NonFiniteError, shown
+from ..files.digests import SHA256
 from ..files.safetensors import ModelSource, dtype_name
+from ..files.streams import FileWriter, parallel_files
 from ..models import Progress
 from .format import PLAIN, Tensor, padded
 from .kernels import Quantizer, quantizer
@@ -31,25 +30,24 @@ def write(
     Raises:
         NonFiniteError: a tensor holds NaN or infinity, or a value its type cannot hold.
         IntegrityError: a tensor is not what the plan was made for.
-        OSError: the disk refused it.
+        AlreadyExistsError: something is at `path`.
+        StorageError: the disk refused it.
     """
     total = len(preamble) + sum(padded(tensor.size) for tensor in tensors)
     plain = all(tensor.type.name in PLAIN for tensor in tensors)
     quantize = None if plain else quantizer()
-    digest, done = hashlib.sha256(), 0
-    try:
-        with open(path, "wb", buffering=0) as file, ThreadPoolExecutor(_threads()) as pool:
+    done = 0
+    with FileWriter(path, SHA256) as writer, ThreadPoolExecutor(parallel_files()) as pool:
+        try:
             for data in _chunks(preamble, tensors, source, quantize, pool):
-                _write_all(file.fileno(), data)
-                digest.update(data)
+                writer.write(data)
                 done += len(data)
                 progress("quantizing", done, total)
-            os.fsync(file.fileno())
-    except BaseException:
-        with suppress(FileNotFoundError):
+            digest = writer.finish()
+        except BaseException:
             path.unlink()
-        raise
-    return done, f"sha256:{digest.hexdigest()}"
+            raise
+    return digest.size, digest.digest
 
 
 def _chunks(
@@ -66,7 +64,7 @@ def _chunks(
         try:
             for block in _blocks(tensor, source):
                 waiting.append(pool.submit(_encoded, block, tensor, quantize))
-                if len(waiting) > 2 * _threads():
+                if len(waiting) > 2 * parallel_files():
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
@@ -184,13 +182,3 @@ def _rounded(block: torch.Tensor, tensor: Tensor, name: str) -> torch.Tensor:
 
 def _names(tensor: Tensor) -> str:
     return ", ".join(tensor.sources[:2]) or tensor.name
-
-
-def _threads() -> int:
-    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4)
-
-
-def _write_all(fd: int, data: bytes | bytearray | memoryview) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view) :]

@@ -7,23 +7,36 @@ that opens the registry can watch, await or cancel it.
 from __future__ import annotations
 
 import asyncio
-import subprocess
 import time
 import uuid
-from collections.abc import Generator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Generator, Mapping
+from contextlib import aclosing
+from datetime import datetime
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from attrs import fields
+
+from ..arguments import seconds, truth
 from ..display import html_table
-from ..errors import JobCancelled, JobLost, JobTimeoutError, from_record, shown
-from ..models import CompleteModel, LiveModel
+from ..errors import (
+    CustomizedModelsError,
+    JobCancelled,
+    JobLost,
+    JobTimeoutError,
+    from_record,
+    shown,
+)
+from ..models import CompleteModel, JobProgress, JobRecord, JobState, LiveModel
 from .bar import Bar
+from .watching import changes
+from .workers import Worker
 
 if TYPE_CHECKING:
     from ..catalog.catalog import Catalog
 
 T_co = TypeVar("T_co", covariant=True)
-State = Literal["queued", "running", "succeeded", "failed", "cancelled", "lost"]
 
 RESULT_TYPES: Mapping[str, type[Any]] = {"save": CompleteModel, "deploy": LiveModel}
 """The class of what each kind of job makes."""
@@ -31,47 +44,103 @@ RESULT_TYPES: Mapping[str, type[Any]] = {"save": CompleteModel, "deploy": LiveMo
 _POLL_SECONDS = 0.1
 _RUNNING = ("queued", "running")
 
-workers: dict[str, subprocess.Popen[bytes]] = {}
+workers: dict[str, Worker] = {}
 """The workers that this process has started, by the ids of their jobs."""
 
 
 class Job(Generic[T_co]):
-    """A save or a deployment under way, or over.
+    """A save or a deployment that waits, is under way, or is over.
+
+    Jobs of a registry begin in the order in which they were submitted, `max_running` at a time.
 
     >>> complete = merger.save(customized).result()          # doctest: +SKIP
     >>> complete = await merger.save(customized)             # doctest: +SKIP
+    >>> async for progress in job:                           # doctest: +SKIP
+    ...     print(progress)
+
+    Attributes:
+        id: Its id; `ModelRegistry.job(id)` finds it again.
+        kind: "save" or "deploy".
+        name: Of the model that it makes.
+        created: When it was submitted.
     """
 
-    def __init__(self, catalog: Catalog, log: Path, id: uuid.UUID) -> None:
+    def __init__(self, catalog: Catalog, log: Path, row: Mapping[str, Any]) -> None:
         self._catalog = catalog
         self._log = log
-        self.id = id
-        row = self._row()
+        self.id = uuid.UUID(row["id"])
         self.kind: str = row["kind"]
         self.name: str = row["name"]
+        self.created = datetime.fromisoformat(row["created"])
 
     def __repr__(self) -> str:
         return f"<Job {self.kind} {self.name} {self.state}>"
 
     def _repr_html_(self) -> str:
-        row = self._row()
-        share = f"{100 * row['done'] // row['total']} %" if row["total"] else ""
+        record = self.record
         return html_table(
-            ("job", "makes", "state", "phase", "done"),
-            [(self.kind, self.name, row["state"], row["phase"], share)],
+            ("job", "makes", "state", "progress", "created"),
+            [(self.kind, self.name, record.state, record.progress, self.created)],
         )
 
     @property
-    def state(self) -> State:
+    def record(self) -> JobRecord:
+        """All that is known of it now."""
+        row = self._row()
+        error = self._error(row)
+        return JobRecord(
+            id=self.id,
+            kind=self.kind,
+            name=self.name,
+            state=row["state"],
+            progress=_progress(row),
+            created=self.created,
+            started=_time(row["started"]),
+            ended=_time(row["ended"]),
+            error=None if error is None else f"{type(error).__name__}: {error}",
+        )
+
+    @property
+    def state(self) -> JobState:
         """How it stands now; "lost" when its worker has gone without a word."""
-        state: State = self._row()["state"]
+        state: JobState = self._row()["state"]
         return state
 
     @property
-    def progress(self) -> tuple[str, int, int]:
-        """What it is doing, and how much of how much is done (bytes; 0 of 0 if unknown)."""
-        row = self._row()
-        return row["phase"], row["done"], row["total"]
+    def progress(self) -> JobProgress:
+        """What it is doing, and how much of how much is done."""
+        return _progress(self._row())
+
+    @property
+    def started(self) -> datetime | None:
+        """When its work began; None while it waits."""
+        return _time(self._row()["started"])
+
+    @property
+    def ended(self) -> datetime | None:
+        """When it ended; None if it has not, or is lost."""
+        return _time(self._row()["ended"])
+
+    @property
+    def error(self) -> CustomizedModelsError | None:
+        """What `result` raises; None while it is under way, and if it succeeded."""
+        return self._error(self._row())
+
+    @property
+    def log(self) -> str:
+        """What its worker has printed and logged so far, on this host; kept until `gc`."""
+        return self._log.read_text(errors="replace") if self._log.is_file() else ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """All that is known of it now, as JSON can hold it."""
+        return self.record.to_dict()
+
+    def keys(self) -> tuple[str, ...]:
+        """The names of the fields of its record; with them, `dict(job)` works."""
+        return tuple(a.name for a in fields(JobRecord))
+
+    def __getitem__(self, field: str) -> Any:
+        return self.record[field]
 
     def result(self, timeout: float | None = None, *, progress: bool = True) -> T_co:
         """Wait for the model it makes; shows a progress bar unless told not to.
@@ -87,26 +156,51 @@ class Job(Generic[T_co]):
             JobFailed: Its worker met an unexpected error.
             CustomizedModelsError: Whatever of our errors ended it, with its class and attributes.
         """
-        deadline = None if timeout is None else time.monotonic() + timeout
-        with Bar(self.name, shown=progress) as bar:
+        span = None if timeout is None else seconds("timeout", timeout)
+        deadline = None if span is None else time.monotonic() + span
+        with Bar(self.name, shown=truth("progress", progress)) as bar:
             while (row := self._row())["state"] in _RUNNING:
                 bar.update(row["phase"], row["done"], row["total"])
                 if deadline is not None and time.monotonic() > deadline:
                     raise JobTimeoutError(
                         f"{self.kind} of {self.name} still runs after {timeout} seconds"
                     )
-                time.sleep(_POLL_SECONDS)
+                self._pause()
             done = row["total"] if row["state"] == "succeeded" else row["done"]
             bar.update(row["phase"], done, row["total"])
         return self._outcome(row)
+
+    def _pause(self) -> None:
+        """Wait for as long as one waits between two looks, or until the worker has ended."""
+        worker = workers.get(str(self.id))
+        if worker is None:
+            time.sleep(_POLL_SECONDS)
+        else:
+            worker.wait(_POLL_SECONDS)
 
     def __await__(self) -> Generator[Any, None, T_co]:
         return self._wait().__await__()
 
     async def _wait(self) -> T_co:
-        while (row := self._row())["state"] in _RUNNING:
-            await asyncio.sleep(_POLL_SECONDS)
-        return self._outcome(row)
+        async with aclosing(self._rows()) as rows:
+            async for row in rows:
+                last = row
+        return await asyncio.to_thread(self._outcome, last)
+
+    async def __aiter__(self) -> AsyncIterator[JobProgress]:
+        """How far it has come, now and at every change, until it has ended; `await` tells how."""
+        async with aclosing(self._rows()) as rows:
+            async for row in rows:
+                yield _progress(row)
+
+    async def _rows(self) -> AsyncGenerator[Mapping[str, Any]]:
+        """Its row at every change, until it has ended; nothing here blocks the event loop."""
+        id, database = str(self.id), self._catalog.database.url
+        async with aclosing(changes(database, partial(_look, self._catalog), id)) as rows:
+            async for row in rows:
+                yield row
+                if row["state"] not in _RUNNING:
+                    return
 
     def cancel(self) -> bool:
         """Ask it to stop; False if it has ended already.
@@ -117,26 +211,25 @@ class Job(Generic[T_co]):
         return self._catalog.jobs.ask_to_stop(str(self.id))
 
     def _row(self) -> Mapping[str, Any]:
-        self._reap()
+        _reap(self._catalog, str(self.id))
         return self._catalog.jobs.row(str(self.id))
 
-    def _reap(self) -> None:
-        """If the worker is our child and has ended, nobody need wait for its lease."""
-        worker = workers.get(str(self.id))
-        if worker is not None and worker.poll() is not None:
-            workers.pop(str(self.id), None)
-            with self._catalog.database.write() as connection:
-                self._catalog.leases.end(connection, str(self.id))
-
     def _outcome(self, row: Mapping[str, Any]) -> T_co:
-        if row["state"] == "succeeded":
-            model: T_co = self._catalog.levels.get(RESULT_TYPES[self.kind], self.name)
-            return model
-        if row["state"] == "cancelled":
-            raise JobCancelled(f"{self.kind} of {self.name} was cancelled")
-        if row["state"] == "lost":
-            raise JobLost(self._lost())
-        raise from_record(self._catalog.jobs.error(row))
+        error = self._error(row)
+        if error is not None:
+            raise error
+        model: T_co = self._catalog.levels.get(RESULT_TYPES[self.kind], self.name)
+        return model
+
+    def _error(self, row: Mapping[str, Any]) -> CustomizedModelsError | None:
+        match row["state"]:
+            case "failed":
+                return from_record(self._catalog.jobs.error(row))
+            case "cancelled":
+                return JobCancelled(f"{self.kind} of {self.name} was cancelled")
+            case "lost":
+                return JobLost(self._lost())
+        return None
 
     def _lost(self) -> str:
         left = self._catalog.levels.pending_at_a_tool(self.name)
@@ -145,6 +238,42 @@ class Job(Generic[T_co]):
             if left
             else "nothing was published"
         )
-        tail = self._log.read_text(errors="replace")[-2000:] if self._log.is_file() else ""
+        tail = self.log[-2000:]
         said = f"; the end of its output: {shown(tail, 2000)}" if tail else ""
         return f"the worker of {self.kind} {self.name} is gone; {what}{said}"
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
+        """For web services: a job answers with its record."""
+        from pydantic_core import core_schema
+
+        return core_schema.is_instance_schema(
+            cls,
+            serialization=core_schema.plain_serializer_function_ser_schema(
+                lambda job: job.record, return_schema=handler.generate_schema(JobRecord)
+            ),
+        )
+
+
+def _look(catalog: Catalog, ids: Collection[str]) -> Mapping[str, Mapping[str, Any] | Exception]:
+    """The rows of several jobs, by id."""
+    for id in ids:
+        _reap(catalog, id)
+    return catalog.jobs.rows(ids)
+
+
+def _reap(catalog: Catalog, id: str) -> None:
+    """If the worker is our child and has ended, nobody need wait for its lease."""
+    worker = workers.get(id)
+    if worker is not None and worker.has_ended:
+        workers.pop(id).close()
+        with catalog.database.write() as connection:
+            catalog.leases.end(connection, id)
+
+
+def _progress(row: Mapping[str, Any]) -> JobProgress:
+    return JobProgress(row["phase"], row["done"], row["total"])
+
+
+def _time(text: str | None) -> datetime | None:
+    return None if text is None else datetime.fromisoformat(text)

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-import pickle
-import subprocess
+import logging
+import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import JobFailed, shown
+from attrs import frozen
+
+from ..catalog.listing import Listing
+from ..errors import IntegrityError
 from ..files.writing import disk_errors
+from ..processes import Process
 from ..shelf import Shelf
 from .job import Job, workers
-from .standby import command, search_path, start, start_ahead, take_started
+from .workers import pickled, start_worker, warm_up
 
 if TYPE_CHECKING:
     from ..catalog.catalog import Catalog
+
+_log = logging.getLogger(__name__)
 
 
 class JobQueue:
@@ -25,13 +31,15 @@ class JobQueue:
     Args:
         catalog: Where they are recorded.
         shelf: What they work on.
-        logs: The directory for what workers print; a log goes when its job ends in order.
+        logs: The directory for what workers print.
+        max_running: How many jobs of the registry may run at once; others wait.
     """
 
-    def __init__(self, catalog: Catalog, shelf: Shelf, logs: Path) -> None:
+    def __init__(self, catalog: Catalog, shelf: Shelf, logs: Path, max_running: int) -> None:
         self._catalog = catalog
         self._shelf = shelf
         self._logs = logs
+        self._max_running = max_running
 
     def submit(
         self,
@@ -54,67 +62,67 @@ class JobQueue:
             JobFailed: The registry or an object does not pickle, or is defined in `__main__`.
         """
         payload = pickled(self._catalog, self._shelf, *objects)
-        id = self._catalog.jobs.add(kind, name, arguments, holds)
+        # The job is held by the server that will fork its worker: this process may end before.
+        server = Process.of(warm_up())
+        id = self._catalog.jobs.add(kind, name, arguments, holds, self._max_running, server)
         self._start(str(id), payload)
-        return self.job(id)
+        job = self.job(id)
+        _log.info("job %s submitted: %s of %s", id, kind, job.name)
+        return job
 
     def job(self, id: uuid.UUID) -> Job[Any]:
         """The job with that id; `NotFoundError` if there is none."""
-        return Job(self._catalog, self._log(str(id)), id)
+        return self._of(self._catalog.jobs.row(str(id)))
 
-    def jobs(self, state: str | None = None) -> Iterator[Job[Any]]:
+    def jobs(self, state: str | None = None) -> Listing[Job[Any]]:
         """All jobs, or those in one state, newest first."""
-        every = (self.job(id) for id in self._catalog.jobs.ids())
-        return (job for job in every if state is None or job.state == state)
+        columns = ("kind", "name", "state", "progress", "created")
+        return Listing("Job", columns, _JobRows(self._catalog, state, self._of))
+
+    def drop_logs(self, grace_seconds: float) -> None:
+        """Remove what workers have printed that ended longer ago than that."""
+        with disk_errors("logs of jobs cannot be removed"):
+            for log in self._logs.glob("*.log"):
+                if log.stat().st_mtime < time.time() - grace_seconds:
+                    log.unlink(missing_ok=True)
 
     def warm_up(self) -> None:
         """See `Merger.warm_up`."""
-        start_ahead(command("worker", "stand_by"))
+        warm_up()
+
+    def _of(self, row: Mapping[str, Any]) -> Job[Any]:
+        return Job(self._catalog, self._log(row["id"]), row)
 
     def _log(self, id: str) -> Path:
         return self._logs / f"{id}.log"
 
     def _start(self, id: str, payload: bytes) -> None:
-        """Hand the job to the interpreter that waits for one, or to a new one, on its stdin."""
         log = self._log(id)
         with disk_errors("the job's output has no place"):
             log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        job = pickle.dumps((id, str(log), search_path(), payload))
-        worker = take_started()
-        if worker is None or not _handed_over(job, worker):
-            with log.open("wb") as output:
-                worker = start([*command("worker"), id], output)  # the id shows in `ps`
-            _handed_over(job, worker)  # if it died already, its log says why
-        for other in [other for other, known in workers.items() if known.returncode == 0]:
-            workers.pop(other, None)
-        workers[id] = worker
+            output = log.open("wb")
+        with output:
+            arguments = pickled(id, payload)
+            workers[id] = start_worker("customized_models.jobs.worker:run", arguments, output)
+        for other in [other for other, known in workers.items() if known.has_ended]:
+            workers.pop(other).close()
 
 
-def pickled(*objects: Any) -> bytes:
-    """Objects as another interpreter can load them.
+@frozen
+class _JobRows:
+    """The rows of the jobs in a state."""
 
-    Raises:
-        JobFailed: One does not pickle, or is defined in `__main__`.
-    """
-    try:
-        payload = pickle.dumps(objects)
-    except Exception as error:
-        raise JobFailed(
-            f"a job needs a storage and backends that pickle; {shown(error)}"
-        ) from error
-    if b"__main__" in payload:
-        raise JobFailed(
-            "a job cannot import a storage or backend defined in __main__; put it in a module"
-        )
-    return payload
+    catalog: Catalog
+    state: str | None
+    of: Callable[[Mapping[str, Any]], Job[Any]]
 
+    def numbers(self, limit: int | None) -> list[int]:
+        """See `listing.Rows`."""
+        return self.catalog.jobs.numbers(self.state, limit)
 
-def _handed_over(job: bytes, worker: subprocess.Popen[bytes]) -> bool:
-    """False if it had ended before it could begin."""
-    assert worker.stdin is not None
-    try:
-        with worker.stdin:
-            worker.stdin.write(job)
-    except BrokenPipeError:
-        return False
-    return True
+    def load(self, numbers: Sequence[int]) -> Mapping[int, Job[Any] | IntegrityError]:
+        """See `listing.Rows`."""
+        return {
+            number: row if isinstance(row, IntegrityError) else self.of(row)
+            for number, row in self.catalog.jobs.numbered(numbers).items()
+        }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
@@ -32,7 +31,6 @@ class Work:
         catalog: The registry's rows.
         shelf: The registry's bytes.
         lease: The job's own, which holds what the work reads.
-        log: The file that takes what the worker prints.
         progress: Called often; raises when it is time to stop.
     """
 
@@ -42,7 +40,6 @@ class Work:
     catalog: Catalog
     shelf: Shelf
     lease: Lease
-    log: Path
     progress: Progress
 
     @classmethod
@@ -52,18 +49,16 @@ class Work:
         catalog: Catalog,
         shelf: Shelf,
         lease: Lease,
-        log: str,
         progress: Progress,
     ) -> Work:
         """The job of a row."""
         arguments = json.loads(row["arguments"])
         id = uuid.UUID(row["id"])
-        return cls(id, row["name"], arguments, catalog, shelf, lease, Path(log), progress)
+        return cls(id, row["name"], arguments, catalog, shelf, lease, progress)
 
     def end(
         self, connection: Connection, state: str, error: CustomizedModelsError | None = None
     ) -> None:
         """End the job in the transaction that counts: once it is visible, nothing is left to do."""
         self.catalog.jobs.end(connection, str(self.id), state, error)
-        self.log.unlink(missing_ok=True)
         self.lease.end(connection)

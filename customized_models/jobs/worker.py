@@ -1,11 +1,10 @@
-"""The worker process of one job, which comes pickled on its stdin. It imports everything."""
+"""What the worker process of a job does. It imports everything that does the work."""
 
 from __future__ import annotations
 
-import os
+import logging
 import pickle
-import sys
-import threading
+import socket
 import time
 import traceback
 from collections.abc import Mapping
@@ -13,13 +12,13 @@ from typing import Any
 
 from ..catalog.catalog import Catalog
 from ..catalog.leases import Lease
-from ..deploying.deployer import run_deploy
+from ..deploying.running import run_deploy
 from ..errors import CustomizedModelsError, JobCancelled, JobFailed, JobLost
-from ..merging import preload
 from ..merging.merger import run_save
 from ..shelf import Shelf
-from .standby import add_search_path
 from .work import Work
+
+_log = logging.getLogger(__name__)
 
 REPORT_SECONDS = 0.5  # between two writes of the progress
 
@@ -48,60 +47,61 @@ class Reporter:
             raise JobLost("the lease ended while the job was stopped")
         if phase == self._phase and time.monotonic() < self._next:
             return
+        if phase != self._phase:
+            _log.info("job %s: %s", self._id, phase)
         self._phase = phase
         self._next = time.monotonic() + REPORT_SECONDS
         self._catalog.jobs.report(self._id, phase, done, total)
 
 
-def run(catalog: Catalog, shelf: Shelf, id: str, log: str, *objects: Any) -> None:
-    """Do the job; its end is in its row."""
+def run(connection: socket.socket, id: str, payload: bytes) -> None:
+    """Do a job when it is its turn; its end is in its row.
+
+    Args:
+        connection: Closed when the process ends, which tells whoever submitted the job.
+        id: The job's.
+        payload: The catalog, the shelf and what else the work needs, pickled.
+    """
+    _log_to_output()
+    catalog, shelf, *objects = pickle.loads(payload)  # from a process of ours
+    _run(catalog, shelf, id, objects)
+
+
+def _run(catalog: Catalog, shelf: Shelf, id: str, objects: list[Any]) -> None:
     with catalog.lease(id) as lease:
+        while (wait := catalog.jobs.seconds_to_wait(id)) and not lease.lost.wait(wait):
+            pass
         row = catalog.jobs.begin(id)
         if row is None:
             return
         progress = Reporter(catalog, id, lease)
-        work = Work.of(row, catalog, shelf, lease, log, progress)
-        if _imports.is_alive():
-            _imports.join()  # what it fails at, this thread will fail at too
+        work = Work.of(row, catalog, shelf, lease, progress)
         try:
+            progress("starting", 0, 0)  # it may have been cancelled while it waited
             RUN[row["kind"]](work, *objects)
+            _log.info("job %s: succeeded", id)
         except JobLost:
             raise
         except JobCancelled:
             _end(work, "cancelled")
         except CustomizedModelsError as error:
+            _log.debug("job %s failed", id, exc_info=True)
             _end(work, "failed", error)
         except BaseException:
             _end(work, "failed", JobFailed(traceback.format_exc()))
 
 
 def _end(work: Work, state: str, error: CustomizedModelsError | None = None) -> None:
+    _log.info("job %s: %s%s", work.id, state, f": {error}" if error else "")
     with work.catalog.database.write() as connection:
         work.lease.check(connection)
         work.end(connection, state, error)
 
 
-_imports = threading.Thread(target=preload, name="imports")
-
-
-def main() -> None:
-    """Read a job from stdin, do it, exit."""
-    try:
-        id, log, path, payload = pickle.load(sys.stdin.buffer)  # from who started us
-    except EOFError:
-        return  # it has no job for us, or has ended
-    with open(log, "ab") as output:
-        os.dup2(output.fileno(), 1)
-        os.dup2(output.fileno(), 2)
-    add_search_path(path)
-    catalog, shelf, *objects = pickle.loads(payload)
-    run(catalog, shelf, id, log, *objects)
-
-
-def stand_by() -> None:
-    """As `main`, ahead of the job: what a merge takes seconds to import is there when it comes.
-
-    It may come before; its lease is kept meanwhile.
-    """
-    _imports.start()
-    main()
+def _log_to_output() -> None:
+    """Log all steps of this library to what takes the worker's output."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logger = logging.getLogger("customized_models")
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)

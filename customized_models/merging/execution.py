@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from threading import Lock
 from typing import Any
 
 import torch
@@ -82,7 +84,6 @@ class MergeExecution:
             tensor.
         max_parallel_files: How many files may be written side by side without more results waiting
             in memory; None if it does not matter.
-        probe_elements: Of the largest product that was computed as a whole to choose a strategy.
     """
 
     def __init__(
@@ -96,27 +97,23 @@ class MergeExecution:
     ) -> None:
         base, context = skeleton.base, MergeContext(skeleton)
         self._saw_change = context.changed
+        self._decisions = context.decisions
         self.config = config
         self.adapter_in_memory = adapter_in_memory
         self._base, self._threads = base, context.threads
         self._groups = {info.name: group for group in groups for info in group.infos}
         if len(self._groups) != sum(len(group.infos) for group in groups):
             raise MergeError("two layers that are merged apart change the same tensor of the base")
-        chosen = {id(group): choose_strategy(group, context) for group in groups}
         copied = {head: skeleton.conversion(of).tensors[0] for head, of in untied.items()}
-        self._strategies: dict[str, Strategy] = {
-            **{name: chosen[id(group)] for name, group in self._groups.items()},
-            **{
-                head: Copy(base.infos[of])
-                for head, of in copied.items()
-                if head not in self._groups
-            },
+        self._copies = {
+            h: Copy(base.infos[of]) for h, of in copied.items() if h not in self._groups
         }
         self._starts_from = copied
-        together = any(strategy.cost.together for strategy in chosen.values())
+        self._choices = {id(group): _Choice(group, context) for group in groups}
+        several = [self._choices[id(group)] for group in groups if len(group.infos) > 1]
+        together = any(choice.strategy().cost.together for choice in several)
         self.max_parallel_files = 1 if together else None
-        self.probe_elements = context.decisions.probe_elements
-        self.changed = frozenset(self._strategies)
+        self.changed = frozenset(self._groups.keys() | self._copies.keys())
         self.untrained = frozenset(n for n, group in self._groups.items() if group.untrained)
         self._unread = {*self.changed}
         self.infos: Mapping[str, TensorInfo] = _infos(skeleton, groups, copied)
@@ -130,8 +127,15 @@ class MergeExecution:
         }
 
     def strategy(self, name: str) -> Strategy:
-        """How the changed tensor `name` is merged."""
-        return self._strategies[name]
+        """How the changed tensor `name` is merged; may take a moment to be decided."""
+        if name in self._copies:
+            return self._copies[name]
+        return self._choices[id(self._groups[name])].strategy()
+
+    @property
+    def probe_elements(self) -> int:
+        """Of the largest product that was computed as a whole to choose a strategy so far."""
+        return self._decisions.probe_elements
 
     def sources(self, name: str) -> tuple[str, ...]:
         """The names of the adapter's tensors that the changed tensor `name` is made of.
@@ -171,7 +175,7 @@ class MergeExecution:
         """
         if name not in self.changed:
             return self._base.blocks(name)
-        return self._taken(name, self._strategies[name], read_next)
+        return self._taken(name, self.strategy(name), read_next)
 
     def reference_blocks(self, name: str) -> Iterator[torch.Tensor]:
         """Like `blocks`, but all is PEFT's own arithmetic, from values that are read again.
@@ -180,7 +184,7 @@ class MergeExecution:
         """
         if name not in self.changed:
             return iter([self._base.read(name)])
-        return self._taken(name, self._strategies[name].reference, None)
+        return self._taken(name, self.strategy(name).reference, None)
 
     def _taken(
         self, name: str, strategy: Reference, read_next: ReadNext | None
@@ -203,7 +207,8 @@ class MergeExecution:
         What is added in blocks is only computed up to the first change, where it is too small to
         overflow. All else is merged, and let go.
         """
-        for strategy in dict.fromkeys(self._strategies.values()):
+        for name in dict.fromkeys(group.infos[0].name for group in self._groups.values()):
+            strategy = self.strategy(name)
             self._threads.run_in_block_thread(strategy.check, self._reading)
         self._refuse_no_change()
 
@@ -224,6 +229,21 @@ class MergeExecution:
 
     def _reading(self, name: str) -> AbstractContextManager[ReadNext]:
         return _reading(self._base, self._starts_from.get(name, name))
+
+
+class _Choice:
+    """The strategy of a group: chosen when it is first asked for, beside others' merging."""
+
+    def __init__(self, group: TensorGroup, context: MergeContext) -> None:
+        self._choose = partial(choose_strategy, group, context)
+        self._strategy: Strategy | None = None
+        self._lock = Lock()
+
+    def strategy(self) -> Strategy:
+        with self._lock:
+            if self._strategy is None:
+                self._strategy = self._choose()
+            return self._strategy
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ from .adapter_state import AdapterStateDict
 from .adapter_tensors import check_tensors
 from .layers import WRAPPERS, AdaptedLayer, base_of, nested_wrappers
 from .materialize import Placeholders, base_values_during_injection, has_memory, place_on_cpu
+from .model_choice import without_initialization
 from .private_apis import installed
 from .skeleton import Skeleton
 
@@ -61,7 +62,7 @@ def inject(skeleton: Skeleton, adapter: Adapter) -> Injected:
     try:
         config = PeftConfig.from_pretrained(str(adapter.directory))
         config.inference_mode = True
-        values: AbstractContextManager[None] = nullcontext()
+        values: AbstractContextManager[None] = without_initialization()
         if on_cpu:
             values = base_values_during_injection(skeleton, placeholders, config, kind)
         with torch.random.fork_rng(devices=[]), _quiet(), many_expressions(), values:

@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from attrs import evolve
 
+from ..arguments import instance
 from ..cards.readme import render_complete
 from ..errors import (
     BaseModelMismatch,
@@ -29,23 +30,24 @@ from ..jobs.job import Job
 from ..jobs.work import Work
 from ..models import BaseModel, CompleteModel, CustomizedModel, Progress
 from ..naming import complete_name
+from ..registry import ModelRegistry
 from ..sources import MergedSource, proven_merge
 from .journal import Journal
 from .plan import MergePlan, plan_merge
 from .proof import check_rebuilt, derive_again, prove
 from .writing import write_checkpoint
 
-if TYPE_CHECKING:
-    from ..registry import ModelRegistry
-
 
 class Merger:
     """Merges customized models of a registry into their bases.
+
+    A model may be given by its name.
 
     >>> complete = Merger(registry).save(customized).result()       # doctest: +SKIP
     """
 
     def __init__(self, registry: ModelRegistry) -> None:
+        instance("registry", registry, ModelRegistry)
         self._catalog = registry.catalog
         self._shelf = registry.shelf
         self._queue = registry.queue
@@ -54,18 +56,15 @@ class Merger:
         return f"Merger({self._shelf!r})"
 
     def save(
-        self, customized: CustomizedModel, *, quantization: str | None = None
+        self, customized: CustomizedModel | str, *, quantization: str | None = None
     ) -> Job[CompleteModel]:
         """Merge the adapter into its base and publish the result; returns at once.
 
-        Every tensor the adapter changes has the bits that PEFT's `merge_and_unload` gives it;
-        every other one has the base's bytes, or what an FP8 or MXFP4 base dequantizes to. The
-        adapter is compared with what was registered first, and the base while it is read, byte for
-        byte. A sample of both is read back, and
-        compared with what PEFT itself makes of base and adapter, before anything is published.
-        After a kill, the next save of the same model takes over the shards that were complete;
-        while the lease of the killed one lasts (15 seconds, none if this process has seen it end)
-        it starts afresh.
+        Every tensor that the adapter changes has the bits that PEFT's `merge_and_unload` gives it;
+        every other one has the base's bytes, or what an FP8 or MXFP4 base dequantizes to. Before
+        anything is published, adapter and base have been compared, byte for byte, with what was
+        registered, and a sample of the result with what PEFT itself makes of them. After a kill,
+        the next save of the same model takes over the shards that were complete.
 
         Raises:
             UnsupportedQuantizationError: `quantization` was given. It belongs to deployment.
@@ -77,7 +76,16 @@ class Merger:
                 f"standard format for quantized complete models. Quantization belongs to "
                 f"deployment: Deployer(registry).deploy(complete, quantization=...)"
             )
-        return self._start(self._catalog.levels.get(CustomizedModel, customized.name), {})
+        return self._start(self._customized(customized), {})
+
+    def _customized(self, given: CustomizedModel | str) -> CustomizedModel:
+        return self._catalog.levels.meant("customized", given, CustomizedModel)
+
+    def _complete(self, given: CompleteModel | str) -> CompleteModel:
+        """A value may be of a model that has been deleted."""
+        if isinstance(given, CompleteModel):
+            return given
+        return self._catalog.levels.meant("complete", given, CompleteModel)
 
     def _start(
         self, customized: CustomizedModel, arguments: Mapping[str, Any]
@@ -91,40 +99,40 @@ class Merger:
         )
 
     def warm_up(self) -> None:
-        """Start now the interpreter that this process's next job will run in; returns at once.
+        """Start now the process that jobs of this one will be forked from; returns at once.
 
-        It imports torch, transformers and PEFT, which takes it seconds, and waits: a save then
-        starts to read at once. Only one waits at a time, in about half a gigabyte; the next job of
-        any kind takes it, if environment variables and working directory are still the same. It
-        ends with this process.
+        It imports torch, transformers and PEFT, which takes some seconds and half a gigabyte; a job
+        then starts in milliseconds. Without this, the first job starts it. It ends ten minutes
+        after its last job, and with this process, and is replaced if environment variables have
+        changed; jobs go on.
 
         >>> merger.warm_up()                                             # doctest: +SKIP
         """
         self._queue.warm_up()
 
-    def plan(self, customized: CustomizedModel) -> MergePlan:
+    def plan(self, customized: CustomizedModel | str) -> MergePlan:
         """What `save` would change, write and need; refused where `save` would be.
 
         Headers are read, the adapter, and of the base what it takes to see that every tensor
-        changes and none overflows: of a plain LoRA's or a stack of experts' the first rows. What
-        PEFT's own module merges, as of other methods, is merged for it. Besides, it takes the
-        seconds that an interpreter needs to import torch, transformers and PEFT: it runs in one of
-        its own, because it sets globals of theirs, and those here are yours.
+        changes and none overflows: for a plain LoRA or a stack of experts the first rows. What
+        PEFT's own module merges, as for other types, is merged for it. It runs in a process of its
+        own, because it sets globals of torch, transformers and PEFT.
 
         Raises:
             UnsupportedError, BaseModelMismatch, MergeError: `save` would end with the same error.
             BaseModelMissingError: The base model's files are gone.
             NotFoundError: The customized model has been deleted.
         """
-        base = self._catalog.levels.get(BaseModel, customized.base)
-        with self._shelf.checkout(customized), self._shelf.checkout(base):
-            return run_isolated(plan_merge, self._shelf, base, customized)
+        known = self._customized(customized)
+        base = self._catalog.levels.get(BaseModel, known.base)
+        with self._shelf.checkout(known), self._shelf.checkout(base):
+            return run_isolated(plan_merge, self._shelf, base, known)
 
-    def verify(self, complete: CompleteModel) -> None:
-        """Merge again, in an interpreter of its own, and compare every stored byte.
+    def verify(self, complete: CompleteModel | str) -> None:
+        """Merge again, in a process of its own, and compare every stored byte.
 
-        It returns when it is done, and takes as long as a save. `ModelRegistry.verify` compares
-        with the manifest alone and needs no parents.
+        Returns when it is done, which takes as long as a save. `ModelRegistry.verify` compares with
+        the manifest alone and needs no parents.
 
         Raises:
             IntegrityError: The bytes are not those of the manifest, or not what base and adapter
@@ -133,10 +141,11 @@ class Merger:
             NotFoundError: The complete model or one of its parents has been deleted.
             BaseModelMissingError, BaseModelMismatch: The base model's files are gone or changed.
         """
-        with self._parents(complete) as (base, customized), self._shelf.checkout(complete):
-            run_isolated(derive_again, self._shelf, base, customized, complete)
+        known = self._complete(complete)
+        with self._parents(known) as (base, customized), self._shelf.checkout(known):
+            run_isolated(derive_again, self._shelf, base, customized, known)
 
-    def rebuild(self, complete: CompleteModel) -> Job[CompleteModel]:
+    def rebuild(self, complete: CompleteModel | str) -> Job[CompleteModel]:
         """Save again what `complete` was, deleted or not: the same digest under a new name.
 
         The job ends with `NotReproducible` if other bytes come out; nothing is published then.
@@ -145,8 +154,9 @@ class Merger:
             NotFoundError: The customized model or the base model has been deleted.
             BaseModelMissingError, BaseModelMismatch: The base model's files are gone or changed.
         """
-        with self._parents(complete) as (_, customized):
-            expected = {"digest": complete.digest, "recipe": dict(complete.recipe)}
+        known = self._complete(complete)
+        with self._parents(known) as (_, customized):
+            expected = {"digest": known.digest, "recipe": dict(known.recipe)}
             return self._start(customized, {"expected": expected})
 
     @contextmanager

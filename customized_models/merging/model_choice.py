@@ -9,6 +9,7 @@ This module is only imported when a merge is prepared.
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -129,9 +130,27 @@ def _classes(auto: Any, config: Any) -> tuple[type, ...]:
 
 
 def _empty(from_config: Any, config: Any, dtype: torch.dtype) -> PreTrainedModel:
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+    with torch.random.fork_rng(devices=[]), torch.device("meta"), without_initialization():
         model: PreTrainedModel = from_config(config, dtype=dtype, attn_implementation="eager")
         return model
+
+
+@contextmanager
+def without_initialization() -> Iterator[None]:
+    """Within the `with` block, layers are made without drawing numbers for their parameters.
+
+    For layers without memory: it takes a third of the time of making them.
+    """
+    init: Any = torch.nn.init
+    names = [name for name in vars(init) if name.endswith("_") and not name.startswith("_")]
+    before = {name: getattr(init, name) for name in names}
+    try:
+        for name in names:
+            setattr(init, name, lambda tensor, *arguments, **named: tensor)
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(init, name, function)
 
 
 def _empty_of_own_code(

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import field, frozen
 
-from ..display import html_table
+from ..display import html_table, text_table
 from ..files.safetensors import ITEM_SIZE
 from ..files.streams import parallel_files
 from ..models import BaseModel, CustomizedModel
 from ..sources import MergedSource, merge_of
+from ..values import Value, checked
 
 if TYPE_CHECKING:
     from ..shelf import Shelf
@@ -29,8 +30,8 @@ _BUFFERS = 32 << 20  # bytes: blocks, pieces that wait to be written, and what i
 _FIRST_USE = 192 << 20  # bytes that libraries load at first use; the most was seen with DoRA
 
 
-@frozen
-class Change:
+@frozen(field_transformer=checked)
+class Change(Value):
     """A tensor of the complete model that differs from the base's.
 
     Attributes:
@@ -55,8 +56,8 @@ class Change:
     adapter_tensors: tuple[str, ...]
 
 
-@frozen
-class MergePlan:
+@frozen(field_transformer=checked)
+class MergePlan(Value):
     """What `Merger.save` would do with a customized model; shown as a table.
 
     Which tensors are merged in blocks depends on the machine's math library: for each shape, blocks
@@ -98,14 +99,10 @@ class MergePlan:
         )
 
     def __str__(self) -> str:
-        rows = [_HEADER, *self._rows()]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER))]
-        lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
-        return "\n".join((repr(self), *lines))
+        return f"{self!r}\n{text_table([_HEADER, *self._rows()])}"
 
     def _repr_html_(self) -> str:
-        rows: list[tuple[object, ...]] = [*self._rows()]
-        return f"<p>{html.escape(repr(self))}</p>{html_table(_HEADER, rows)}"
+        return f"<p>{html.escape(repr(self))}</p>{html_table(_HEADER, self._rows())}"
 
     def _rows(self) -> list[tuple[str, ...]]:
         rows: list[tuple[str, ...]] = [

@@ -125,9 +125,10 @@ def build_skeleton(
         config = load_config(base.directory, trust_remote_code=trust)
         quantizer = take_quantizer(config)
         dtype = _dtype(config, base, quantizer)
-        build, model = choose_model(config, adapter, dtype, base.directory, trust_remote_code=trust)
-        vocabulary, changes = _adjust(config, adapter, model)
-        model, untouched = (build(config, dtype) for _ in range(2))
+        build, empty = choose_model(config, adapter, dtype, base.directory, trust_remote_code=trust)
+        vocabulary, changes = _adjust(config, adapter, empty)
+        model = build(config, dtype) if changes else empty
+        untouched = build(config, dtype)
     except CustomizedModelsError:
         raise
     except Exception as error:  # its classes raise of all kinds at a config that they do not like

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, cast
 
+from .. import arguments
 from ..errors import InvalidNameError, NotFoundError, shown
 from ..files.writing import disk_errors, fsync, make_directories, rename_without_replacing
 from .protocol import checked_key
@@ -24,7 +25,7 @@ class LocalStorage:
     """Keeps each key as the directory `root/<key>`, owned by this library alone."""
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
-        self.root = Path(root).absolute()
+        self.root = arguments.path("root", root).absolute()
 
     def __repr__(self) -> str:
         return f"LocalStorage({str(self.root)!r})"

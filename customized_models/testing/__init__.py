@@ -1,7 +1,7 @@
-"""What plug-ins and their tests need: contract suites, an in-memory storage, tiny real models.
+"""Contract suites for storages and backends, storages for tests, and tiny real models.
 
-The contract suites need pytest; the models need torch, transformers and peft. Each is imported
-when its name is first used.
+The contract suites need pytest; the models need torch, transformers and peft. Each module is
+imported when one of its names is first used.
 """
 
 from __future__ import annotations
@@ -10,15 +10,29 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .backends import BackendContract
+    from .backends import (
+        AddressedContract,
+        BackendContract,
+        DescribingContract,
+        ProbingContract,
+        PromotingContract,
+        UnloadingContract,
+        deployed,
+    )
     from .storage import CopyingStorage, MemoryStorage, StorageContract, publish_files
     from .tiny_models import tiny_adapter, tiny_llama, tiny_lora, tiny_tokenizer
 
 _HOMES = {
+    "AddressedContract": "backends",
     "BackendContract": "backends",
     "CopyingStorage": "storage",
+    "DescribingContract": "backends",
     "MemoryStorage": "storage",
+    "ProbingContract": "backends",
+    "PromotingContract": "backends",
     "StorageContract": "storage",
+    "UnloadingContract": "backends",
+    "deployed": "backends",
     "publish_files": "storage",
     "tiny_adapter": "tiny_models",
     "tiny_llama": "tiny_models",
@@ -27,10 +41,16 @@ _HOMES = {
 }
 
 __all__ = [
+    "AddressedContract",
     "BackendContract",
     "CopyingStorage",
+    "DescribingContract",
     "MemoryStorage",
+    "ProbingContract",
+    "PromotingContract",
     "StorageContract",
+    "UnloadingContract",
+    "deployed",
     "publish_files",
     "tiny_adapter",
     "tiny_llama",

@@ -1,4 +1,4 @@
-"""What a storage must do, as tests to subclass; and the storage that keeps everything in memory."""
+"""The contract of storages as a test class to subclass, and storages for tests."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .tiny_models import tiny_llama, tiny_lora
 
 
 class MemoryStorage:
-    """A storage for tests that need no second process: keys to files to bytes."""
+    """A storage that keeps everything in memory, for tests with a single process."""
 
     def __init__(self) -> None:
         self._directories: dict[str, dict[str, bytes]] = {}
@@ -104,9 +104,9 @@ def publish_files(storage: Storage, key: str, **files: bytes) -> None:
 
 
 class CopyingStorage:
-    """Another storage, but what it checks out are copies that are gone when the block ends.
+    """Wraps a storage so that a checkout is a copy that is removed when its block ends.
 
-    So it is with a storage on another host; whatever works on this one works there.
+    A storage on another host behaves like this, so code that works here works there.
     """
 
     def __init__(self, storage: Storage) -> None:
@@ -146,9 +146,10 @@ class CopyingStorage:
 
 
 class StorageContract:
-    """Subclass as `TestMyStorage` with a `storage` fixture that starts empty.
+    """The contract of a storage. Subclass it as `TestMyStorage`, with a fixture `storage`.
 
-    The last tests take models through a registry on the storage; they need torch and peft.
+    The fixture gives an empty storage. The last tests use it in a registry; they need torch and
+    peft.
     """
 
     def test_a_published_directory_reads_back(self, storage: Storage) -> None:

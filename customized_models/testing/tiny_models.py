@@ -1,11 +1,12 @@
-"""Tiny real models and adapters, made on the spot and the same on every run.
+"""Tiny real models and adapters, made in a second and the same on every run.
 
-They are what the Hub has, only small: several shards, grouped-query attention, a byte-level BPE
-tokenizer with special tokens and a ChatML template, adapters saved by PEFT.
+They are like models on the Hub, only small: several shards, grouped-query attention, a byte-level
+BPE tokenizer with special tokens and a ChatML template, adapters saved by PEFT.
 """
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ CHAT_TEMPLATE = (
 
 
 def tiny_llama(
-    directory: Path,
+    directory: str | os.PathLike[str],
     *,
     tied: bool = False,
     dtype: str = "bfloat16",
@@ -34,8 +35,16 @@ def tiny_llama(
 ) -> Path:
     """A Llama of two layers and about 110,000 random parameters, saved by `save_pretrained`.
 
-    `tied`: the output layer is the embedding. `dtype`: torch's name of it. `tokenizer`: save one
-    as well. `options`: fields of `LlamaConfig` to set otherwise. Returns `directory`.
+    Args:
+        directory: Where to save it.
+        tied: Whether the output layer is the embedding.
+        dtype: By its name in torch.
+        tokenizer: Whether to save a tokenizer with it.
+        shard_size: The largest size of a shard.
+        options: Other fields of `LlamaConfig`.
+
+    Returns:
+        `directory`.
     """
     import torch
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
@@ -62,11 +71,11 @@ def tiny_llama(
     model.to(getattr(torch, dtype)).save_pretrained(directory, max_shard_size=shard_size)
     if tokenizer:
         tiny_tokenizer().save_pretrained(directory)
-    return directory
+    return Path(directory)
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of `VOCABULARY_SIZE` tokens, cut up as SmolLM's is."""
+    """A byte-level BPE tokenizer of `VOCABULARY_SIZE` tokens that splits text as SmolLM does."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -97,10 +106,23 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_lora(directory: Path, base: Path, *, seed: int = 0, **options: Any) -> Path:
-    """A LoRA of rank 4 on `q_proj` and `down_proj` of `base` whose every target changes.
+def tiny_lora(
+    directory: str | os.PathLike[str],
+    base: str | os.PathLike[str],
+    *,
+    seed: int = 0,
+    **options: Any,
+) -> Path:
+    """A LoRA of rank 4 on `q_proj` and `down_proj` of `base` that changes all its targets.
 
-    `options`: fields of `LoraConfig` to set otherwise. Returns `directory`.
+    Args:
+        directory: Where to save it.
+        base: The base model's directory.
+        seed: Other seeds give other weights.
+        options: Other fields of `LoraConfig`.
+
+    Returns:
+        `directory`.
     """
     from peft import LoraConfig
 
@@ -109,8 +131,24 @@ def tiny_lora(directory: Path, base: Path, *, seed: int = 0, **options: Any) -> 
     return tiny_adapter(directory, base, config, seed=seed)
 
 
-def tiny_adapter(directory: Path, base: Path, config: PeftConfig, *, seed: int = 0) -> Path:
-    """The adapter that PEFT makes of `config`, with noise on everything it would have trained."""
+def tiny_adapter(
+    directory: str | os.PathLike[str],
+    base: str | os.PathLike[str],
+    config: PeftConfig,
+    *,
+    seed: int = 0,
+) -> Path:
+    """A PEFT adapter of any type, with noise on everything that a training would change.
+
+    Args:
+        directory: Where to save it.
+        base: The base model's directory.
+        config: The adapter's configuration.
+        seed: Other seeds give other weights.
+
+    Returns:
+        `directory`.
+    """
     import torch
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
@@ -122,4 +160,4 @@ def tiny_adapter(directory: Path, base: Path, config: PeftConfig, *, seed: int =
             if parameter.requires_grad:
                 parameter.data.add_(torch.randn_like(parameter) * 0.05)
     model.save_pretrained(str(directory))
-    return directory
+    return Path(directory)

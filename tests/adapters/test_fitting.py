@@ -69,7 +69,7 @@ def test_an_adapter_for_modules_that_the_base_lacks_does_not_fit(
     check_fits(Adapter.open(untrusted), base)  # a checkpoint may call its layers otherwise
     renamed = {re.sub(r"layers\.(\d)\.\w+", r"h.\1.other", n): t for n, t in tensors.items()}
     save_weights(untrusted, renamed)
-    with pytest.raises(BaseModelMismatch, match="none names a module"):
+    with pytest.raises(BaseModelMismatch, match="none belongs to a module"):
         check_fits(Adapter.open(untrusted), base)
 
 

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
+import httpx
+import psutil
 import pytest
 
 from customized_models.backends import open_backend
@@ -20,38 +22,40 @@ from customized_models.models import (
     DeploymentEnvironment,
     Served,
 )
-from customized_models.testing import BackendContract
+from customized_models.testing import (
+    AddressedContract,
+    DescribingContract,
+    ProbingContract,
+    PromotingContract,
+    UnloadingContract,
+)
 from tests.servers import stand_in as faults
 from tests.servers.artifact import at
 from tests.servers.ollama_server import OllamaServer, free_port
 from tests.servers.stand_in import stand_in
 
 
-class TestOllama(BackendContract):
+class OfOllama(
+    PromotingContract, ProbingContract, UnloadingContract, DescribingContract, AddressedContract
+):
+    """All that Ollama can do."""
+
+    def inventory(self, environment: DeploymentEnvironment) -> object:
+        told = httpx.get(f"{environment.url}/api/tags").json()["models"]
+        return {model["name"]: model["digest"] for model in told}
+
+
+class TestOllama(OfOllama):
     @pytest.fixture
-    def environment(self, ollama: OllamaServer) -> DeploymentEnvironment:
-        self.server = ollama
-        return at(ollama, timeout=3)
+    def environment(self, each_ollama: OllamaServer) -> DeploymentEnvironment:
+        self.server = each_ollama
+        return at(each_ollama, timeout=5)
 
     def not_answering(self, served: Served) -> AbstractContextManager[object]:
         return self.server.stopped()
 
 
-class TestLlamaCpp(BackendContract):
-    @pytest.fixture
-    def environment(self) -> DeploymentEnvironment:
-        return DeploymentEnvironment("here", "llama_cpp", port=free_port(), settings={"timeout": 3})
-
-    @contextmanager
-    def not_answering(self, served: Served) -> Iterator[None]:
-        os.kill(served.details["process"]["pid"], signal.SIGSTOP)
-        try:
-            yield
-        finally:
-            os.kill(served.details["process"]["pid"], signal.SIGCONT)
-
-
-class TestStandIn(BackendContract):
+class TestStandIn(OfOllama):
     """The stand-in is fit to stand in: the contract does not tell it from the real one."""
 
     @pytest.fixture
@@ -64,6 +68,25 @@ class TestStandIn(BackendContract):
         self.server.faults["*", "/"] = faults.silence
         yield
         self.server.faults.clear()
+
+
+class TestLlamaCpp(ProbingContract, UnloadingContract, DescribingContract):
+    @pytest.fixture
+    def environment(self) -> DeploymentEnvironment:
+        return DeploymentEnvironment("here", "llama_cpp", port=free_port(), settings={"timeout": 3})
+
+    @contextmanager
+    def not_answering(self, served: Served) -> Iterator[None]:
+        os.kill(served.details["process"]["pid"], signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(served.details["process"]["pid"], signal.SIGCONT)
+
+    def inventory(self, environment: DeploymentEnvironment) -> object:
+        """The servers of this host that were started for that port."""
+        commands = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
+        return sorted(c for c in commands if "--mark" in c and str(environment.port) in c)
 
 
 def test_a_backend_is_built_from_its_environment_and_sends_nothing() -> None:

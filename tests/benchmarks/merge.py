@@ -1,36 +1,36 @@
-"""Saving measured as whole processes, side by side: ours, `cp -r`, and PEFT in memory.
+"""Saving measured side by side with `cp -r`, PEFT and tinker-cookbook, in turns.
 
-    python tests/benchmarks/merge.py --disk /scratch/merge --tmpfs /dev/shm/merge
+    python -m tests.benchmarks.merge --disk /scratch/merge --tmpfs /dev/shm/merge
 
 Ours is what a user calls, `Merger(registry).save(customized).result()`, from the call to the
-published model: it runs in an interpreter of its own, hashes what it reads and writes, fsyncs that,
-and proves it. It is measured twice: cold, and with `Merger.warm_up()` called before, so that the
-interpreter has imported torch, transformers and PEFT. The others are whole processes. On tmpfs it
-is compared with `cp -r` of the base; on the disk with `cp -r` and an fsync of every file, and with
-PEFT's `merge_and_unload` and `save_pretrained`, which hashes and fsyncs nothing. "Hashes" is a copy
-with the SHA-256 of what is read and of what is written that a save takes, and nothing else. All
-take turns, and before each there is a rest: a virtual machine may give memory that was freed back
-to its host meanwhile, and whoever is first to write to it again takes longer.
+published model: everything that is read and written is hashed, compared, synced and proven. "Cold"
+is the first job of a process, which waits for the imports; "warm" is its second. On the disk it is
+compared with `cp -r` and an fsync of every file, with PEFT's `merge_and_unload` and
+`save_pretrained`, and with tinker-cookbook's `build_hf_model` where that is installed, as whole
+processes; none of these hashes or syncs anything. On tmpfs it is compared with `cp -r` alone. All
+take turns, so that a machine that is busy is so for all, and rest before: a virtual machine may
+give memory that was freed back to its host, and whoever writes to it next takes longer.
 
 The models are random and made once, on the disk; there must be room for three times the largest,
-which has 6.4 GB. The peak over the imports, and where the time goes, come from a run of their own
-that does the job in one process.
+which has 6.4 GB. Where the time goes comes from a save within one process.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import os
 import shutil
 import statistics
 import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-REST = 1.5  # seconds; an interpreter that is warmed up has four times as many
+REST = 1.5  # seconds
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 LLAMA_1B = {
@@ -51,11 +51,24 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "3b-all-linear": (LLAMA_3B, {"target_modules": "all-linear"}),
     "mixtral-experts": (MIXTRAL, {"target_modules": [], "target_parameters": EXPERTS}),
 }
+BARS = {
+    "1b-all-linear": {"disk, cp": 1.5, "disk, PEFT": 1 / 6.5, "tmpfs, cp": 2.5},
+    "1b-attention": {"disk, cp": 1.3, "disk, PEFT": 1 / 4, "tmpfs, cp": 2.5},
+    "3b-all-linear": {"disk, cp": 1.25, "disk, PEFT": 1 / 6, "tmpfs, cp": 2.5},
+    "mixtral-experts": {"disk, cp": 2.0, "disk, PEFT": 1 / 4, "tmpfs, cp": 2.5},
+}
+"""What a warm save may take, as a share of another's time."""
+
+ADAPTERS = 10
+"""Of the fleet on one base."""
+
+
+# Steps, each a process of its own
 
 
 def make(directory: Path) -> None:
-    """The model that `directory` is named after."""
-    from customized_models.testing import tiny_llama, tiny_lora
+    """The model that `directory` is named after, and its adapter."""
+    from customized_models.testing import tiny_llama, tiny_lora, tiny_tokenizer
 
     base_options, options = MODELS[directory.name]
     if "num_local_experts" in base_options:
@@ -66,42 +79,78 @@ def make(directory: Path) -> None:
         model.save_pretrained(directory / "base", max_shard_size="1GB")
     else:
         tiny_llama(directory / "base", tokenizer=False, shard_size="1GB", **base_options)
+    tiny_tokenizer().save_pretrained(directory / "base")
     tiny_lora(directory / "adapter", directory / "base", r=16, **options)
 
 
 def register(directory: Path) -> None:
+    """Prints how long adding the base took, and how many bytes it has."""
     from customized_models import ModelRegistry
 
     registry = ModelRegistry(directory / "registry")
+    started = time.perf_counter()
     registry.add_base_model("base", directory / "base")
+    taken = time.perf_counter() - started
+    size = sum(path.stat().st_size for path in (directory / "base").iterdir())
+    print(f"adding the base: {taken:.2f} s, {size / taken / 1e9:.2f} GB/s")
     registry.register(directory / "adapter", train_name="benchmark", base_model="base")
 
 
 def save(directory: Path) -> None:
+    """Prints the seconds of two saves, cold and warm."""
     from customized_models import Merger, ModelRegistry
 
     registry = ModelRegistry(directory / "registry")
     customized = next(iter(registry.customized_models()))
-    started = time.perf_counter()
-    Merger(registry).save(customized).result(progress=False)
-    print(time.perf_counter() - started)
+    for _ in range(2):
+        started = time.perf_counter()
+        complete = Merger(registry).save(customized).result(progress=False)
+        print(time.perf_counter() - started)
+        registry.delete(complete)
+        settle()
 
 
-def save_warm(directory: Path) -> None:
+def fleet(directory: Path) -> None:
+    """Prints what a save takes of each of some adapters of one base, one after another."""
     from customized_models import Merger, ModelRegistry
-
-    Merger(ModelRegistry(directory / "registry")).warm_up()
-    time.sleep(4 * REST)
-    save(directory)
-
-
-def forget(directory: Path) -> None:
-    """Delete what was saved, outside of what is measured."""
-    from customized_models import ModelRegistry
+    from customized_models.testing import tiny_lora
 
     registry = ModelRegistry(directory / "registry")
-    for complete in registry.complete_models():
+    known = list(registry.customized_models())
+    for number in range(len(known), ADAPTERS):
+        adapter = directory / f"adapter-{number}"
+        tiny_lora(adapter, directory / "base", r=16, **MODELS[directory.name][1])
+        known.append(registry.register(adapter, train_name=f"fleet{number}", base_model="base"))
+        shutil.rmtree(adapter)
+    merger = Merger(registry)
+    registry.delete(merger.save(known[0]).result(progress=False))
+    size = sum(path.stat().st_size for path in (directory / "base").iterdir())
+    seconds = []
+    for customized in known[:ADAPTERS]:
+        settle()
+        started = time.perf_counter()
+        complete = merger.save(customized).result(progress=False)
+        seconds.append(time.perf_counter() - started)
         registry.delete(complete)
+    print(
+        f"a fleet of {ADAPTERS}: {statistics.median(seconds):.2f} s an adapter "
+        f"({min(seconds):.2f} to {max(seconds):.2f}), {size / 1e9:.2f} GB of the base read for each"
+    )
+
+
+def tiny_twice(directory: Path) -> None:
+    """Prints the seconds of a first and a second save of a tiny model, as in the quickstart."""
+    from customized_models import Merger, ModelRegistry
+    from customized_models.testing import tiny_llama, tiny_lora
+
+    registry = ModelRegistry(directory / "registry")
+    base = tiny_llama(directory / "base")
+    registry.add_base_model("tiny", base)
+    customized = registry.register(tiny_lora(directory / "adapter", base), train_name="quick")
+    for _ in range(2):
+        started = time.perf_counter()
+        Merger(registry).save(customized).result(progress=False)
+        print(time.perf_counter() - started)
 
 
 def merge_with_peft(directory: Path) -> None:
@@ -113,29 +162,20 @@ def merge_with_peft(directory: Path) -> None:
     merged.save_pretrained(directory / "out", max_shard_size="1GB")
 
 
-def copy_and_hash(directory: Path) -> None:
-    """A copy with a save's hashes, of what is read and of what is written, and its fsync."""
-    import hashlib
-    import os
-    from concurrent.futures import ThreadPoolExecutor
+def merge_with_tinker(directory: Path) -> None:
+    from tinker_cookbook.weights import build_hf_model
 
-    def hash_one(path: Path, copy: Path | None) -> None:
-        sha256, buffer = hashlib.sha256(), memoryview(bytearray(1 << 20))
-        with path.open("rb", 0) as file, open(copy or os.devnull, "wb", 0) as output:
-            while count := file.readinto(buffer):
-                sha256.update(buffer[:count])
-                if copy:
-                    output.write(buffer[:count])
-            if copy:
-                os.fsync(output.fileno())
+    build_hf_model(
+        base_model=str(directory / "base"),
+        adapter_path=str(directory / "adapter"),
+        output_path=str(directory / "out"),
+    )
 
-    (directory / "out").mkdir()
-    files = sorted((directory / "base").iterdir(), key=lambda path: -path.stat().st_size)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        work = [pool.submit(hash_one, path, directory / "out" / path.name) for path in files]
-        work += [pool.submit(hash_one, path, None) for path in files]
-    for one in work:
-        one.result()
+
+def settle() -> None:
+    """Let nothing that was written or freed be left for whoever is measured next."""
+    subprocess.run(["sync"], check=True)
+    time.sleep(REST)
 
 
 # Where the time goes
@@ -177,53 +217,53 @@ class Split:
 
 def profile(directory: Path) -> None:
     """A save within this process, and what each part of it took."""
-    import hashlib
-    import os
+    import pickle
     from types import SimpleNamespace
 
-    from customized_models import Merger, ModelRegistry, base_models, merging
-    from customized_models.jobs import job, worker
-    from customized_models.merging import merger, writing
-    from customized_models.storage import local
+    from customized_models import Merger, ModelRegistry, merging, shelf
+    from customized_models.files import checking, streams
+    from customized_models.jobs import fork_server, queue, worker
+    from customized_models.jobs.isolated import run_isolated
+    from customized_models.merging import merger
 
+    run_isolated(os.getpid)
     started = time.perf_counter()
-    subprocess.run([sys.executable, "-c", "import customized_models.jobs.worker"], check=True)
+    run_isolated(os.getpid)
     start = time.perf_counter() - started
     started = time.perf_counter()
     merging.preload()
     imported = time.perf_counter() - started
-    from customized_models.merging import execution
+    from customized_models import sources
+    from customized_models.merging.execution import MergeExecution
+    from customized_models.merging.strategies.rows import LoraFactors
 
     split, before = Split(), memory()
-    split.watch("plan", merging, "open_merge")
-    split.watch("reading", execution, "read_into")
-    split.watch("reading", writing, "read_into")
-    split.watch_steps("kernel and reading", execution.MergeExecution, "blocks")
-    split.watch("hashing and writing", writing._Output, "write")
-
-    def watch_hash(what: str, owner: Any) -> None:
-        def sha256() -> SimpleNamespace:
-            one = hashlib.sha256()
-            return SimpleNamespace(update=split.timed(what, one.update), hexdigest=one.hexdigest)
-
-        owner.hashlib = SimpleNamespace(sha256=sha256)
-
-    watch_hash("hashing the base", base_models)
-    watch_hash("of which hashing", writing)
-    split.watch("fsync", os, "fsync")
+    split.watch("plan", sources, "open_merge")
     split.watch("all shards", merger, "write_checkpoint")
+    split.watch("  read and hash", streams.FileReader, "read_into")
+    split.watch("  copy: read and hash", streams.FileReader, "copy_to")
+    split.watch_steps("  blocks: read, hash, sum", MergeExecution, "blocks")
+    split.watch("    of which products", LoraFactors, "product")
+    split.watch("  hand over to the writer", streams.FileWriter, "write")
+    split.watch("  wait for the writer", streams.FileWriter, "finish")
     split.watch("proof", merger, "prove")
-    split.watch("publishing", local.LocalStorage, "publish")
-    job._start_worker = lambda registry, id, payload: worker.run(registry, id)
+    split.watch("rest of the base", checking.FileCheck, "finish")
+    split.watch("publishing", shelf.Shelf, "publish")
+
+    def run_here(function: str, arguments: bytes, output: Any) -> Any:
+        worker.run(None, fork_server.Turn(None), *pickle.loads(arguments))  # type: ignore[arg-type]
+        return SimpleNamespace(has_ended=False)
+
+    queue.start_worker = run_here
     registry = ModelRegistry(directory / "registry")
     customized = next(iter(registry.customized_models()))
-    started = time.perf_counter()
-    split.timed("everything but imports", Merger(registry).save)(customized).result(progress=False)
-    print(f"  {'':24}{'wall s':>8}{'CPU s':>8}  (threads together)")
-    print(f"  {'starting an interpreter':24}{start:8.2f}")
-    print(f"  {'imports':24}{imported:8.2f}")
+    job = split.timed("all but start", Merger(registry).save)(customized)
+    registry.delete(job.result(progress=False))
+    print(f"  {'':28}{'wall s':>8}{'CPU s':>8}  (threads together)")
+    print(f"  {'starting a worker':28}{start:8.2f}")
+    print(f"  {'imports':28}{imported:8.2f}")
     for what, (wall, cpu) in split.seconds.items():
-        print(f"  {what:24}{wall:8.2f}{cpu:8.2f}")
+        print(f"  {what:28}{wall:8.2f}{cpu:8.2f}")
     peak = [(now - then) / 1e6 for now, then in zip(memory(), before, strict=True)]
     print(f"  peak over the imports {peak[0]:.0f} MB; at the end {peak[1]:.0f} MB without files")
 
@@ -232,18 +272,23 @@ def memory() -> tuple[int, int]:
     """Bytes: the most that was resident, and what is now that is no file's. Linux alone has it."""
     status = Path("/proc/self/status").read_text()
     fields = dict(line.split(":", 1) for line in status.splitlines())
-    return tuple(int(fields[name].split()[0]) * 1024 for name in ("VmHWM", "RssAnon"))  # type: ignore[return-value]
+    hwm, anonymous = (int(fields[name].split()[0]) * 1024 for name in ("VmHWM", "RssAnon"))
+    return hwm, anonymous
 
 
 # Side by side
 
 
-def cold(directory: Path) -> list[str]:
-    return [sys.executable, __file__, "--step", "save", "--disk", str(directory)]
-
-
-def warm(directory: Path) -> list[str]:
-    return [sys.executable, __file__, "--step", "save_warm", "--disk", str(directory)]
+def step(name: str, directory: Path) -> list[str]:
+    return [
+        sys.executable,
+        "-m",
+        "tests.benchmarks.merge",
+        "--step",
+        name,
+        "--disk",
+        str(directory),
+    ]
 
 
 def cp(directory: Path) -> list[str]:
@@ -255,71 +300,70 @@ def cp_and_fsync(directory: Path) -> list[str]:
     return ["sh", "-c", copy, str(directory)]
 
 
-def hashes(directory: Path) -> list[str]:
-    return [sys.executable, __file__, "--step", "copy_and_hash", "--disk", str(directory)]
+OTHERS: dict[str, Callable[[Path], list[str]]] = {
+    "disk, cp": cp_and_fsync,
+    "disk, PEFT": lambda directory: step("merge_with_peft", directory),
+}
+if importlib.util.find_spec("tinker_cookbook"):
+    OTHERS["disk, tinker"] = lambda directory: step("merge_with_tinker", directory)
 
 
-def peft(directory: Path) -> list[str]:
-    return [sys.executable, __file__, "--step", "merge_with_peft", "--disk", str(directory)]
+def run(command: list[str]) -> list[str]:
+    """The lines that a process prints."""
+    ended = subprocess.run(command, check=True, capture_output=True, text=True)
+    return ended.stdout.splitlines()
 
 
 def seconds(command: list[str], directory: Path) -> float:
-    """What a process prints that it took, else its wall time; what it made is removed."""
-    time.sleep(REST)
+    """The wall time of a process; what it made is removed."""
+    settle()
     started = time.perf_counter()
-    ended = subprocess.run(command, check=True, capture_output=True, text=True)
-    taken = float(ended.stdout or time.perf_counter() - started)
+    run(command)
+    taken = time.perf_counter() - started
     shutil.rmtree(directory / "out", ignore_errors=True)
-    forget(directory)
-    subprocess.run(["sync"], check=True)
     return taken
 
 
-def compare(others: Mapping[str, Callable[[Path], list[str]]], directory: Path, repeat: int) -> str:
-    """Rows: the medians of ours, cold and warm, of another's, and of the ratios in each turn."""
+def compare(
+    name: str, directory: Path, others: dict[str, Callable[[Path], list[str]]], repeat: int
+) -> None:
+    """Print medians of ours, cold and warm, of others, and of the ratios in each turn."""
     seconds(cp(directory), directory)  # all find the base in the page cache
-    turns = [
-        [seconds(command(directory), directory) for command in (cold, warm, *others.values())]
-        for _ in range(repeat)
-    ]
-    mine = [statistics.median(turn[column] for turn in turns) for column in (0, 1)]
-    rows = []
-    for column, what in enumerate(others, start=2):
-        theirs = statistics.median(turn[column] for turn in turns)
-        ratios = [sorted(turn[own] / turn[column] for turn in turns) for own in (0, 1)]
-        cells = "".join(
-            f"{value:8.2f}" for value in (*mine, theirs, *map(statistics.median, ratios))
+    ours, theirs = list[list[float]](), defaultdict[str, list[float]](list)
+    for _ in range(repeat):
+        ours.append([float(line) for line in run(step("save", directory))])
+        for what, command in others.items():
+            theirs[what].append(seconds(command(directory), directory))
+    cold, warm = (statistics.median(column) for column in zip(*ours, strict=True))
+    for what, taken in theirs.items():
+        ratios = sorted(mine[1] / other for mine, other in zip(ours, taken, strict=True))
+        ratio, bar = statistics.median(ratios), BARS[name].get(what)
+        verdict = (
+            "" if bar is None else f"  at most {bar:.2f}: {'ok' if ratio <= bar else 'MISSED'}"
         )
-        spread = ", ".join(f"{own[0]:.2f} to {own[-1]:.2f}" for own in ratios)
-        rows.append(f"{'':16}{what:16}{cells}   {spread}")
-    return "\n".join(rows)
-
-
-def step(name: str, directory: Path) -> None:
-    """Do it in a process of its own: this one stays small, and imports nothing."""
-    command = [sys.executable, __file__, "--step", name, "--disk", str(directory)]
-    from customized_models.jobs.standby import environment
-
-    output = None if name == "profile" else subprocess.DEVNULL
-    subprocess.run(command, check=True, stderr=output, env=environment())
+        cells = "".join(f"{value:8.2f}" for value in (cold, warm, statistics.median(taken), ratio))
+        print(f"  {what:14}{cells}   {ratios[0]:.2f} to {ratios[-1]:.2f}{verdict}", flush=True)
 
 
 def benchmark(name: str, disk: Path, tmpfs: Path, repeat: int) -> None:
-    titles = ("cold s", "warm s", "it s", "cold/it", "warm/it")
-    print(f"{name:32}{''.join(map('{:>8}'.format, titles))}   least and most", flush=True)
     here, there = disk / name, tmpfs / name
+    print(f"\n{name} (load {os.getloadavg()[0]:.1f})", flush=True)
     if not (here / "adapter").is_dir():
-        step("make", here)
-    if not (here / "registry").is_dir():
-        step("register", here)
+        run(step("make", here))
+    shutil.rmtree(here / "registry", ignore_errors=True)
+    print(f"  disk: {run(step('register', here))[0]}")
+    print(f"  {'':14}{''.join(map('{:>8}'.format, ('cold', 'warm', 'it', 'ratio')))}   spread")
+    compare(name, here, OTHERS, repeat)
     shutil.copytree(here / "base", there / "base", dirs_exist_ok=True)
     shutil.copytree(here / "adapter", there / "adapter", dirs_exist_ok=True)
-    step("register", there)
-    print(compare({"tmpfs, cp -r": cp, "tmpfs, hashes": hashes}, there, repeat), flush=True)
-    step("profile", there)
-    shutil.rmtree(there)  # its memory is needed
-    others = {"disk, cp, fsync": cp_and_fsync, "disk, PEFT": peft}
-    print(compare(others, here, repeat), flush=True)
+    try:
+        run(step("register", there))
+        compare(name, there, {"tmpfs, cp": cp}, repeat)
+        print("\n".join(run(step("profile", there))), flush=True)
+    finally:
+        shutil.rmtree(there)  # its memory is needed
+    if name == "1b-all-linear":
+        print(f"  {run(step('fleet', here))[0]}", flush=True)
 
 
 def main() -> None:
@@ -327,20 +371,22 @@ def main() -> None:
     parser.add_argument("--disk", type=Path, required=True)
     parser.add_argument("--tmpfs", type=Path, default=Path("/dev/shm/merge-benchmark"))
     parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS))
     parser.add_argument("--step", help="do this with the model in --disk, and measure nothing")
     arguments = parser.parse_args()
     if arguments.step:
         globals()[arguments.step](arguments.disk)
         return
+    quick = arguments.disk / "tiny"
+    shutil.rmtree(quick, ignore_errors=True)
+    first, second = map(float, run(step("tiny_twice", quick)))
+    print(f"a tiny model: first save {first:.2f} s, second {second:.2f} s (at most 1)")
     for name in arguments.models:
         try:
             benchmark(name, arguments.disk, arguments.tmpfs, arguments.repeat)
         except subprocess.CalledProcessError as error:
             said = (error.stderr or "").strip().rpartition("\n")[2]
-            print(f"{'':16}failed: {' '.join(error.cmd[-4:])}: {said}", flush=True)
-        finally:
-            shutil.rmtree(arguments.tmpfs / name, ignore_errors=True)
+            print(f"  failed: {' '.join(error.cmd[-4:])}: {said}", flush=True)
 
 
 if __name__ == "__main__":

@@ -187,19 +187,20 @@ def test_options_of_another_backend_are_refused(
 
 
 def test_an_architecture_without_a_mapping_is_refused(tmp_path: Path) -> None:
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import OPTConfig, OPTForCausalLM
 
-    config = GPT2Config(vocab_size=320, n_embd=32, n_layer=1, n_head=2, n_positions=64)
-    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
-    adapter = tiny_lora(
-        tmp_path / "adapter", tmp_path / "gpt2", target_modules=["c_attn"], fan_in_fan_out=True
-    )
+    config = OPTConfig(
+        vocab_size=320, hidden_size=32, ffn_dim=32, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=64, word_embed_proj_dim=32,
+    )  # fmt: skip
+    OPTForCausalLM(config).save_pretrained(tmp_path / "opt")
+    adapter = tiny_lora(tmp_path / "adapter", tmp_path / "opt", target_modules=["q_proj"])
     registry = ModelRegistry(tmp_path / "models")
-    registry.add_base_model("gpt2", tmp_path / "gpt2")
+    registry.add_base_model("opt", tmp_path / "opt")
     registry.add_environment(DeploymentEnvironment("here", backend="llama_cpp"))
     customized = registry.register(adapter, train_name="support")
 
-    with pytest.raises(UnsupportedArchitectureError, match="GPT2LMHeadModel"):
+    with pytest.raises(UnsupportedArchitectureError, match="OPTForCausalLM"):
         Deployer(registry).deploy(customized)
 
 

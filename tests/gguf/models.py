@@ -181,6 +181,7 @@ MULTIPLIERS = {
     "logits_scaling": 8.0,
 }
 WINDOW = {"sliding_window": 64}
+SCALE = {"query_pre_attn_scalar": 32}
 GPT = {"n_embd": 256, "n_layer": 4, "n_head": 8, "n_positions": 512}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -233,21 +234,23 @@ MODELS = {
     "qwen3": Tiny("Qwen3Config", HEADS),
     "qwen3moe": Tiny("Qwen3MoeConfig", {**HEADS, **EXPERTS, "norm_topk_prob": True}),
     "gemma": Tiny("GemmaConfig", HEADS, gemma),
-    "gemma2": Tiny("Gemma2Config", {**HEADS, **WINDOW}, gemma),
-    "gemma3": Tiny("Gemma3TextConfig", {**HEADS, **WINDOW, "num_hidden_layers": 7}, gemma),
-    "gemma3, bpe": Tiny("Gemma3TextConfig", {**HEADS, **WINDOW}),
+    "gemma2": Tiny("Gemma2Config", {**HEADS, **WINDOW, **SCALE}, gemma),
+    "gemma3": Tiny("Gemma3TextConfig", {**HEADS, **WINDOW, **SCALE, "num_hidden_layers": 7}, gemma),
+    "gemma3, bpe": Tiny("Gemma3TextConfig", {**HEADS, **WINDOW, **SCALE}),
     "phi": Tiny("PhiConfig", {"num_key_value_heads": 8, "intermediate_size": 1024}),
     "phi3": Tiny("Phi3Config", WINDOW, sentencepiece),
     "phi3, long": Tiny(
         "Phi3Config",
-        {"rope_parameters": LONG_ROPE, "original_max_position_embeddings": 128},
+        {"rope_parameters": LONG_ROPE, "original_max_position_embeddings": 256},
         sentencepiece,
     ),
     "phi4": Tiny("Phi3Config", {}, gpt2_bpe),
     "olmo": Tiny("OlmoConfig", {"clip_qkv": 8.0}),
     "olmo2": Tiny("Olmo2Config"),
     "olmo3": Tiny("Olmo3Config", WINDOW),
-    "olmoe": Tiny("OlmoeConfig", {"num_experts": 4, "num_experts_per_tok": 2}),
+    "olmoe": Tiny(
+        "OlmoeConfig", {"num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 8}
+    ),
     "glm4": Tiny("Glm4Config", {**HEADS, "vocab_size": 352}, glm_bpe),
     "glm4moe": Tiny(
         "Glm4MoeConfig",
@@ -265,7 +268,10 @@ MODELS = {
     "cohere2": Tiny("Cohere2Config", WINDOW, old={"rotary_pct": 1.0}),
     "stablelm": Tiny("StableLmConfig"),
     "gpt_oss": Tiny("GptOssConfig", {**HEADS, **FEW, **WINDOW}),
-    "exaone4": Tiny("Exaone4Config", {**HEADS, **WINDOW, "sliding_window_pattern": 4}),
+    "exaone4": Tiny(
+        "Exaone4Config",
+        {**HEADS, "sliding_window": None, "layer_types": ["full_attention"] * 4},
+    ),
     "ernie4_5": Tiny("Ernie4_5Config", HEADS, sentencepiece),
     "ernie4_5_moe": Tiny(
         "Ernie4_5_MoeConfig",
@@ -279,9 +285,7 @@ MODELS = {
         sentencepiece,
     ),
     "seed_oss": Tiny("SeedOssConfig", HEADS),
-    "dots1": Tiny("Dots1Config", {**HEADS, **ROUTED}),
     "nemotron": Tiny("NemotronConfig", {}, sentencepiece),
-    "mellum": Tiny("MellumConfig", {**HEADS, **EXPERTS, **WINDOW}),
 }
 
 

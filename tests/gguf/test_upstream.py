@@ -64,7 +64,7 @@ SEEING = {
     "gemma3": (
         "Gemma3Config",
         {
-            "text_config": TEXT | HEADS | {"sliding_window": 64},
+            "text_config": TEXT | HEADS | {"sliding_window": 64, "query_pre_attn_scalar": 32},
             "vision_config": VISION
             | {"num_attention_heads": 4, "image_size": 64, "patch_size": 16},
             "mm_tokens_per_image": 4,

@@ -29,6 +29,7 @@ from customized_models import (
     CustomizedModel,
     IntegrityError,
     InUseError,
+    Job,
     JobCancelled,
     JobFailed,
     JobLost,
@@ -39,6 +40,7 @@ from customized_models import (
     UnsupportedAdapterError,
     UnsupportedQuantizationError,
 )
+from customized_models.jobs.job import workers
 from customized_models.testing import MemoryStorage, tiny_llama, tiny_lora
 from tests.waiting import until
 
@@ -283,7 +285,7 @@ def test_a_worker_that_has_ended_is_no_zombie(
     registry: ModelRegistry, customized: CustomizedModel
 ) -> None:
     job = Merger(registry).save(customized)
-    stat = Path(f"/proc/{worker_of(job.id)}/stat")
+    stat = Path(f"/proc/{worker_of(job)}/stat")
     job.result(progress=False)
     for _ in range(200):
         if not stat.exists():
@@ -352,9 +354,11 @@ def test_a_running_job_keeps_what_it_needs_from_being_deleted(
     registry.delete(customized)
 
 
-def wait_for_merging(registry: ModelRegistry) -> None:
+def wait_for_merging(job: Job[CompleteModel], registry: ModelRegistry) -> None:
     """Until the worker has begun to write shards."""
-    until(lambda: list((registry.root / ".staging").glob("save-*/*.safetensors")))
+    staging = registry.root / ".staging" / f"save-{job.id}"
+    until(lambda: list(staging.glob("*.safetensors")) or job.state not in ("queued", "running"))
+    assert job.state == "running"
 
 
 def test_a_cancelled_save_leaves_nothing(
@@ -362,7 +366,7 @@ def test_a_cancelled_save_leaves_nothing(
 ) -> None:
     registry, customized = slow
     job = Merger(registry).save(customized)
-    wait_for_merging(registry)
+    wait_for_merging(job, registry)
     assert job.cancel() is True
 
     with pytest.raises(JobCancelled):
@@ -373,24 +377,20 @@ def test_a_cancelled_save_leaves_nothing(
     registry.delete(customized)
 
 
-def worker_of(job_id: uuid.UUID) -> int:
-    for directory in Path("/proc").glob("[0-9]*"):
-        try:
-            if str(job_id) in (directory / "cmdline").read_text().split("\0"):
-                return int(directory.name)
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-    raise AssertionError("no worker")
+def worker_of(job: Job[CompleteModel]) -> int:
+    """The process that does it, once it has begun."""
+    pid = workers[str(job.id)].pid
+    assert pid is not None
+    return pid
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="finds the worker through /proc")
 def test_a_killed_worker_is_a_lost_job_and_frees_what_it_held(
     slow: tuple[ModelRegistry, CustomizedModel],
 ) -> None:
     registry, customized = slow
     job = Merger(registry).save(customized)
-    wait_for_merging(registry)
-    os.kill(worker_of(job.id), signal.SIGKILL)
+    wait_for_merging(job, registry)
+    os.kill(worker_of(job), signal.SIGKILL)
 
     with pytest.raises(JobLost, match="nothing was published"):
         job.result(progress=False)
@@ -399,7 +399,6 @@ def test_a_killed_worker_is_a_lost_job_and_frees_what_it_held(
     registry.delete(customized)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="finds the worker through /proc")
 def test_a_save_after_a_kill_takes_over_the_shards_that_were_complete(
     slow: tuple[ModelRegistry, CustomizedModel],
 ) -> None:
@@ -407,8 +406,8 @@ def test_a_save_after_a_kill_takes_over_the_shards_that_were_complete(
     job = Merger(registry).save(customized)
     staging = registry.root / ".staging" / f"save-{job.id}"
     journal = staging / "shards.jsonl"
-    until(lambda: journal.is_file() and journal.read_bytes().count(b"digest") >= 3)
-    os.kill(worker_of(job.id), signal.SIGKILL)
+    until(lambda: journal.is_file() and journal.read_bytes().count(b"size") >= 3)
+    os.kill(worker_of(job), signal.SIGKILL)
     with pytest.raises(JobLost):
         job.result(progress=False)
     entries = [json.loads(line) for line in journal.read_bytes().splitlines()[1:]]
@@ -427,22 +426,24 @@ def test_a_save_after_a_kill_takes_over_the_shards_that_were_complete(
     assert uninterrupted.digest == complete.digest
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="finds the worker through /proc")
 def test_another_process_sees_a_killed_worker_within_the_lease(
     slow: tuple[ModelRegistry, CustomizedModel],
 ) -> None:
     registry, customized = slow
     script = (
         "import sys; from customized_models import CustomizedModel, Merger, ModelRegistry\n"
+        "from customized_models.jobs.job import workers\n"
         "registry = ModelRegistry(sys.argv[1])\n"
-        "print(Merger(registry).save(registry.get(CustomizedModel, sys.argv[2])).id)"
+        "job = Merger(registry).save(registry.get(CustomizedModel, sys.argv[2]))\n"
+        "print(job.id, workers[str(job.id)].pid)"
     )
     output = subprocess.check_output(
         [sys.executable, "-c", script, str(registry.root), customized.name], text=True
     )
-    job = registry.job(uuid.UUID(output.strip()))
-    wait_for_merging(registry)
-    os.kill(worker_of(job.id), signal.SIGKILL)
+    id, pid = output.split()
+    job = registry.job(uuid.UUID(id))
+    wait_for_merging(job, registry)
+    os.kill(int(pid), signal.SIGKILL)
 
     with pytest.raises(JobLost):
         job.result(timeout=60, progress=False)
@@ -470,14 +471,13 @@ def age_leases(registry: ModelRegistry) -> None:
         connection.execute("UPDATE leases SET renewed = renewed - 1000")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="finds the worker through /proc")
 def test_a_worker_stopped_beyond_its_lease_publishes_nothing_and_disturbs_nobody(
     slow: tuple[ModelRegistry, CustomizedModel],
 ) -> None:
     registry, customized = slow
     job = Merger(registry).save(customized)
-    wait_for_merging(registry)
-    worker = worker_of(job.id)
+    wait_for_merging(job, registry)
+    worker = worker_of(job)
     stop_outside_a_transaction(worker, registry)
     try:
         age_leases(registry)

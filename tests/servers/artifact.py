@@ -19,7 +19,7 @@ from customized_models.models import (
     Quantization,
     Served,
 )
-from customized_models.testing import tiny_llama
+from customized_models.testing import deployed, tiny_llama
 
 from .counting_proxy import CountingProxy
 from .ollama_server import OllamaServer
@@ -56,9 +56,9 @@ class FileArtifact:
         raise AssertionError("it has no adapter")
 
 
-def tiny_artifact(directory: Path) -> FileArtifact:
-    """A tiny Llama's, with its files under `directory`."""
-    model = tiny_llama(directory / "model")
+def tiny_artifact(directory: Path, **options: object) -> FileArtifact:
+    """A tiny Llama's, with its files under `directory`; `options`: see `tiny_llama`."""
+    model = tiny_llama(directory / "model", **options)
     small = {path.name: path for path in model.iterdir() if path.suffix != ".safetensors"}
     source = ModelSource(small, Checkpoint.open(model))
 
@@ -83,8 +83,7 @@ def ignore(phase: str, done: int, total: int) -> None:
 
 def pushed(backend: Backend, artifact: FileArtifact, name: str, **options: object) -> Served:
     """`artifact` deployed under `name`."""
-    plan = backend.preflight(artifact, name, backend.options(**options))
-    return backend.push(plan, ignore)
+    return deployed(backend, artifact, name, backend.options(**options))
 
 
 def at(

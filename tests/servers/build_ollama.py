@@ -122,20 +122,31 @@ def _go(
     return done.stdout
 
 
-def main() -> None:
-    """Build what is not there; say where it is."""
+def build() -> None:
+    """Build what is not there.
+
+    Raises:
+        FileNotFoundError: No Go is installed.
+        subprocess.CalledProcessError: It does not compile.
+    """
     for version in VERSIONS:
         (place(version) / "bin").mkdir(parents=True, exist_ok=True)
         if version in WITH_LLAMA_SERVER:
             link_llama_server(version)
         steps = {binary(version): build_server, renderer(version): build_renderer}
-        for path, build in steps.items():
-            there = _runs(path, version) if build is build_server else path.exists()
+        for path, make in steps.items():
+            there = _runs(path, version) if make is build_server else path.exists()
             if not there:
                 if shutil.which("go") is None:
-                    sys.exit("building Ollama needs Go 1.26 or later: https://go.dev/dl/")
+                    raise FileNotFoundError("building Ollama needs Go 1.26 or later")
                 print(f"building {path.name} of Ollama {version}: minutes", flush=True)
-                build(version)
+                make(version)
+
+
+def main() -> None:
+    """Build what is not there; say where it is."""
+    build()
+    for version in VERSIONS:
         print(binary(version))
 
 

@@ -14,14 +14,6 @@ from . import build_ollama, cache
 from .ollama_server import START_SECONDS, free_port
 
 
-def missing() -> str | None:
-    """Why it cannot run here; None if it can."""
-    program = cache.directory() / build_ollama.LLAMA_SERVER
-    if not program.exists():
-        return f"no {program}; tests/servers/build_llama_cpp.py builds it"
-    return None
-
-
 @contextmanager
 def llama_server(file: Path, log: Path) -> Iterator[str]:
     """The URL of a server that has loaded `file`; it uses the chat template in it."""

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -29,18 +30,32 @@ BOMB = gzip.compress(b" " * (32 << 20))
 class StandIn:
     """Its state, which tests read and change.
 
-    `models`: what is served, by name. `blobs`: by digest. `faults`: by method and the start of
-    the path. `seen`: the headers of every request, in the order they came.
+    `models`: what is served, by full name, each as it was asked to be created. `written`: when,
+    by name. `loaded`: by the name it was loaded under. `blobs`: by digest. `tensors`: what `show`
+    tells of those of every file. `faults`: by method and the start of the path. `seen`: the headers
+    of every request, in the order they came.
     """
 
     port: int = 0
     version: str = "0.11.4"
     models: dict[str, dict[str, Any]] = field(factory=dict)
-    loaded: set[str] = field(factory=set)
+    written: dict[str, datetime] = field(factory=dict)
+    loaded: dict[str, dict[str, Any]] = field(factory=dict)
     blobs: dict[str, bytes] = field(factory=dict)
+    tensors: list[dict[str, Any]] = field(factory=list)
     faults: dict[tuple[str, str], Callable[[Handler], None]] = field(factory=dict)
     seen: list[tuple[str, str, dict[str, str]]] = field(factory=list)
     over: threading.Event = field(factory=threading.Event)
+
+    def put(self, name: str, model: dict[str, Any]) -> None:
+        """Let a name stand for a model from now on."""
+        self.models[full(name)] = model
+        self.written[full(name)] = datetime.now(UTC)
+
+
+def full(name: str) -> str:
+    """A name with its tag."""
+    return name if ":" in name else f"{name}:latest"
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -69,30 +84,45 @@ class Handler(BaseHTTPRequestHandler):
         if self.path.startswith("/api/blobs/"):
             return self.blob(self.path.rpartition("/")[2], body)
         asked = json.loads(body) if body else {}
-        name = asked.get("model")
+        name = full(asked.get("model", asked.get("source", "")))
         if what == "GET /api/version":
             return self.send(200, {"version": state.version})
         if what == "GET /api/tags":
-            return self.send(200, {"models": [self.listed(n) for n in state.models]})
+            times = {n: {"modified_at": t.isoformat()} for n, t in list(state.written.items())}
+            listed = [entry(n, m) | times[n] for n, m in list(state.models.items())]
+            return self.send(200, {"models": listed})
         if what == "GET /api/ps":
-            return self.send(200, {"models": [self.listed(n) for n in state.loaded]})
+            return self.send(200, {"models": [entry(n, m) for n, m in list(state.loaded.items())]})
         if what == "POST /api/create":
             return self.create(asked)
         if name not in state.models:
             return self.send(404, {"error": f"model '{name}' not found"})
         if what == "POST /api/show":
-            model = state.models[name]
-            weights = model["files"]["model.gguf"].replace(":", "-")
-            return self.send(200, {**model, "modelfile": f"# FROM x\nFROM /blobs/{weights}\n"})
+            return self.send(200, self.described(state.models[name]))
+        if what == "POST /api/copy":
+            state.put(asked["destination"], state.models[name])
+            return self.raw(200, b"")
         if what == "POST /api/generate":
-            state.loaded.add(name)
-            if asked.get("keep_alive") == 0:
-                state.loaded.discard(name)
-            return self.send(200, {"done": True, "eval_count": 4})
+            self.load(name, asked.get("keep_alive"))
+            return self.send(200, {"done": True, "eval_count": 4, "response": "four"})
         assert what == "DELETE /api/delete"
-        state.loaded.discard(name)
         del state.models[name]
         return self.send(200, {})
+
+    def load(self, name: str, keep_alive: int | None) -> None:
+        """One runner for each file, whatever it was loaded as."""
+        state, model = self.state, self.state.models[name]
+        same = [n for n, other in state.loaded.items() if other["files"] == model["files"]]
+        if keep_alive == 0:
+            for other in same:
+                del state.loaded[other]
+        elif not same:
+            state.loaded[name] = model
+
+    def described(self, model: dict[str, Any]) -> dict[str, Any]:
+        weights = model["files"]["model.gguf"].replace(":", "-")
+        told = {**model, "modelfile": f"# FROM x\nFROM /blobs/{weights}\n"}
+        return told | {"tensors": self.state.tensors} if self.state.tensors else told
 
     def blob(self, digest: str, body: bytes) -> None:
         if self.command == "HEAD":
@@ -105,12 +135,9 @@ class Handler(BaseHTTPRequestHandler):
     def create(self, asked: dict[str, Any]) -> None:
         if asked["files"]["model.gguf"] not in self.state.blobs:
             return self.send(400, {"error": "unknown type"})
-        self.state.models[asked["model"]] = asked
+        name = asked.pop("model")
+        self.state.put(name, asked)
         return self.lines({"status": "parsing GGUF"}, {"status": "success"})
-
-    def listed(self, name: str) -> dict[str, str]:
-        content = json.dumps(self.state.models[name], sort_keys=True).encode()
-        return {"name": f"{name}:latest", "digest": hashlib.sha256(content).hexdigest()}
 
     def lines(self, *lines: dict[str, Any]) -> None:
         self.raw(200, "".join(json.dumps(line) + "\n" for line in lines).encode())
@@ -129,6 +156,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *arguments: object) -> None:
         pass
+
+
+def entry(name: str, model: dict[str, Any]) -> dict[str, str]:
+    """A line of a listing."""
+    content = json.dumps(model, sort_keys=True).encode()
+    return {"name": name, "digest": hashlib.sha256(content).hexdigest()}
 
 
 @contextmanager

@@ -5,8 +5,9 @@ The template is rendered here as Ollama renders it, and compared with the chat t
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import date
+from pathlib import Path
 
 from ...errors import InvalidTemplateError, UnsupportedError, shown
 from ...models import DeploymentTemplate
@@ -43,6 +44,21 @@ def check_template(
     proof = compare_template(template, chat, today=today or date.today())
     proof.require(accept, hint=_hint(template, chat, proof))
     return proof
+
+
+def check_fitness(template: DeploymentTemplate, files: Mapping[str, Path]) -> None:
+    """Check a template for the model with these files, whether it knows conversations or not.
+
+    Raises:
+        InvalidTemplateError, TemplateMismatchError, UnsupportedError: As `check_template` and
+            `check_completion_template`.
+    """
+    try:
+        chat = ChatTemplate.read(files)
+    except UnsupportedError:
+        check_completion_template(template)
+    else:
+        check_template(template, chat)
 
 
 def compare_template(

@@ -5,6 +5,7 @@
 | Ollama 0.11.5 and later | `POST /api/chat`, `_debug_render_only` | characters |
 | older | `POST /api/generate`, `context` | token ids; for a trailing assistant, their number |
 | llama.cpp | `POST /apply-template`, `/tokenize` | characters, token ids |
+| vLLM | `POST /tokenize` | characters of the token ids |
 """
 
 from __future__ import annotations
@@ -125,6 +126,33 @@ def prove_on_llama_cpp(
     return _joined("llama.cpp", proof, counted)
 
 
+def prove_on_vllm(
+    server: Server,
+    model: str,
+    chat: ChatTemplate,
+    tokenizer: Tokenizer,
+    *,
+    conversations: Sequence[Conversation] = CONVERSATIONS,
+    today: date | None = None,
+) -> TemplateProof:
+    """Compare what vLLM makes of the served model's chat template with what transformers does.
+
+    Raises:
+        DeploymentError: The server does not answer as its API says.
+    """
+    accepted = accepted_by(chat, today or date.today(), days=_DAYS, joined=False)
+
+    def render(messages: Sequence[Message]) -> str:
+        body = {"model": model, "messages": list(messages), "add_generation_prompt": True}
+        try:
+            answer = server.post("/tokenize", body)
+        except ServerAnswerError as error:
+            raise RenderingFailed(shown(error)) from error
+        return tokenizer.decode(_ids(answer, "tokens"))
+
+    return compare("vLLM", accepted, render, conversations)
+
+
 def _ollama_text(server: Server, model: str, messages: Sequence[Message]) -> str | None:
     """The rendering; None from a server that does not know the question, and answers instead."""
     body = {
@@ -217,7 +245,7 @@ def _with_history(server: Server, model: str, history: Sequence[Message]) -> Ite
     if not history:
         yield model
         return
-    beside = f"history-{uuid.uuid4().hex}"
+    beside = f"{model}-history-{uuid.uuid4().hex[:8]}"  # whoever removes the model removes it
     body = {"model": beside, "from": model, "messages": list(history), "stream": False}
     server.post("/api/create", body)
     try:

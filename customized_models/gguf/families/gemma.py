@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ...errors import UnsupportedArchitectureError, shown
 from ..family import FILE_TYPE, PLUS_ONE, Family, Values, register
 from ..format import Change, f32, flag, u32
 from ..names import ATTENTION, GATED_MLP, PRE_NORMS, TEXT_MODEL, in_layers
@@ -11,6 +12,25 @@ GELU = ("gelu_pytorch_tanh",)
 
 # Upstream gives every Gemma those tokens of CodeGemma's that `special_tokens` has not named.
 _CODE_TOKENS = {"eot": 107}
+
+
+def check_scale(family: Family, layers_of_27b: int) -> None:
+    """Whether queries are scaled as llama.cpp takes for granted.
+
+    Source: `load_arch_hparams` in `src/models/gemma2.cpp` and `gemma3.cpp` of llama.cpp b11434.
+
+    Raises:
+        UnsupportedArchitectureError: they are not.
+    """
+    settings = family.settings
+    assumed = settings["head_dim"]
+    if family.layers == layers_of_27b:
+        assumed = settings["hidden_size"] // settings["num_attention_heads"]
+    if settings["query_pre_attn_scalar"] != assumed:
+        raise UnsupportedArchitectureError(
+            f"config.json: query_pre_attn_scalar is {shown(settings['query_pre_attn_scalar'])}; "
+            f"llama.cpp takes {assumed} for granted"
+        )
 
 
 def sizes(family: Family) -> Values:

@@ -6,7 +6,7 @@ from ..family import Values, register
 from ..format import f32, flag, u32
 from ..names import ATTENTION, GATED_MLP, SANDWICH_NORMS, TEXT_MODEL, in_layers
 from ..tokenizer import TokenizerFiles
-from .gemma import Gemma, sizes
+from .gemma import Gemma, check_scale, sizes
 
 
 @register("Gemma2ForCausalLM")
@@ -22,6 +22,7 @@ class Gemma2(Gemma):
 
     def metadata(self) -> Values:
         settings = self.settings
+        check_scale(self, layers_of_27b=46)
         return sizes(self) | {
             "attn_logit_softcapping": f32(settings["attn_logit_softcapping"]),
             "final_logit_softcapping": f32(settings["final_logit_softcapping"]),

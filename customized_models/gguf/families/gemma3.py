@@ -8,7 +8,7 @@ from ..format import Change, f32, flag, u32
 from ..names import ATTENTION, GATED_MLP, QK_NORMS, SANDWICH_NORMS, TEXT_MODEL, in_layers
 from ..tokenizer import TokenizerFiles
 from ..vision import text_name
-from .gemma import GELU
+from .gemma import GELU, check_scale
 
 
 @register("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration")
@@ -29,6 +29,7 @@ class Gemma3(Family):
 
     def metadata(self) -> Values:
         values, settings = self.common(), self.settings
+        check_scale(self, layers_of_27b=62)
         if cap := settings.get("final_logit_softcapping"):
             values["final_logit_softcapping"] = f32(cap)
         if settings.get("sliding_window_pattern") != 1:

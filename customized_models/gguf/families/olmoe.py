@@ -22,6 +22,7 @@ class Olmoe(Family):
         "clip_qkv": (None,),
         "norm_topk_prob": (False,),
     }
+    grouped = False
     rope_types = ("default", "linear")
 
     def metadata(self) -> Values:

@@ -20,7 +20,7 @@ from tests.servers.template_package import TemplatePackage, template_package
 
 
 @pytest.fixture(scope="module", params=build_ollama.VERSIONS)
-def package(request: pytest.FixtureRequest) -> Iterator[TemplatePackage]:
+def package(request: pytest.FixtureRequest, built_ollama: None) -> Iterator[TemplatePackage]:
     version = request.param
     skip_without(None if build_ollama.renderer(version).exists() else f"no renderer of {version}")
     with template_package(version) as running:

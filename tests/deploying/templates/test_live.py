@@ -32,7 +32,6 @@ from customized_models.models import Quantization
 from customized_models.testing import tiny_llama
 from tests.conftest import skip_without
 from tests.servers import build_ollama
-from tests.servers import llama_server as llama_cpp
 from tests.servers.artifact import ignore
 from tests.servers.llama_server import llama_server
 from tests.servers.ollama_server import OllamaServer, ollama_server
@@ -206,7 +205,7 @@ def test_a_file_that_adds_no_beginning_is_found_out(
 
 @pytest.mark.parametrize("go_template", ["0", "1"])
 def test_a_server_is_proven_whichever_template_it_is_told_to_use(
-    model: Model, tmp_path: Path, go_template: str
+    built_ollama: None, model: Model, tmp_path: Path, go_template: str
 ) -> None:
     version = build_ollama.VERSIONS[-1]
     skip_without(build_ollama.missing(version))
@@ -231,9 +230,8 @@ def test_a_server_that_is_told_to_ignore_the_template_is_found_out(
 
 
 def test_llama_cpp_is_proven_with_the_chat_template_in_its_file(
-    model: Model, tmp_path: Path
+    built_llama_cpp: Path, model: Model, tmp_path: Path
 ) -> None:
-    skip_without(llama_cpp.missing())
     with llama_server(model.with_chat_template, tmp_path / "log") as url:
         proof = prove_on_llama_cpp(Asked(url), model.chat, model)
         proof.require()

@@ -82,7 +82,7 @@ SAYING = {
 
 
 @pytest.fixture(scope="module")
-def packages() -> Iterator[list[TemplatePackage]]:
+def packages(built_ollama: None) -> Iterator[list[TemplatePackage]]:
     """The template packages of all versions of Ollama."""
     for version in build_ollama.VERSIONS:
         there = build_ollama.renderer(version).exists()
@@ -113,11 +113,11 @@ def written(
     return (chat.bos if proposed.file_adds_bos else "") + text
 
 
+@pytest.mark.usefixtures("built_llama_cpp")
 @pytest.mark.parametrize("name", chat_templates.NAMES)
 def test_a_real_models_chat_template_becomes_one_of_ollamas(
     packages: list[TemplatePackage], name: str
 ) -> None:
-    skip_without(chat_templates.missing())
     chat = chat_templates.named(name)
     if name in chat_templates.FOR_TOOLS_ALONE:
         with pytest.raises(UnsupportedError, match="refuses a single user message"):
@@ -161,13 +161,24 @@ def test_whatever_is_said_both_templates_write_the_same(
             assert package(proposed.template.text, messages) == ("text", here)
 
 
-@pytest.mark.parametrize("name", [*SAYING, *chat_templates.NAMES])
+@pytest.mark.usefixtures("built_llama_cpp")
+def test_every_real_models_chat_template_is_among_them() -> None:
+    there = (path.stem for path in chat_templates.DIRECTORY.glob("*.jinja"))
+    assert sorted(there) == sorted(chat_templates.NAMES)
+
+
+@pytest.mark.usefixtures("built_llama_cpp")
+@pytest.mark.parametrize("name", chat_templates.NAMES)
+def test_a_real_models_chat_template_is_rendered_as_its_tokenizer_does(name: str) -> None:
+    assert_rendered_as_its_tokenizer_does(chat_templates.named(name))
+
+
+@pytest.mark.parametrize("name", SAYING)
 def test_a_chat_template_is_rendered_as_its_tokenizer_does(name: str) -> None:
-    if name in SAYING:
-        chat = saying(name)
-    else:
-        skip_without(chat_templates.missing())
-        chat = chat_templates.named(name)
+    assert_rendered_as_its_tokenizer_does(saying(name))
+
+
+def assert_rendered_as_its_tokenizer_does(chat: ChatTemplate) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.bos_token, tokenizer.eos_token = chat.bos, chat.special_tokens["eos_token"]
     tokenizer.unk_token = tokenizer.pad_token = None
@@ -306,16 +317,16 @@ def test_a_model_without_chat_template_gets_one_template_alone() -> None:
             check_completion_template(DeploymentTemplate(wrong))
 
 
+@pytest.mark.usefixtures("built_llama_cpp")
 def test_what_a_template_cannot_do_is_said() -> None:
-    skip_without(chat_templates.missing())
     gemma = propose(chat_templates.named("google-gemma-2-2b-it"), EndTokens())
     assert any(limit.startswith("system: ") for limit in gemma.limits)
     qwen = propose(chat_templates.named("Qwen-Qwen3-0.6B"), EndTokens())
     assert {"tools", "thinking"} <= {limit.partition(":")[0] for limit in qwen.limits}
 
 
+@pytest.mark.usefixtures("built_llama_cpp")
 def test_thinking_is_turned_off_as_the_chat_template_does(packages: list[TemplatePackage]) -> None:
-    skip_without(chat_templates.missing())
     chat = chat_templates.named("Qwen-Qwen3-0.6B")
     template, question = (
         propose(chat, EndTokens()).template.text,
