@@ -49,7 +49,8 @@ def run(
         targets: Those that the adapter targets; None if `target_modules` is an expression.
     """
     signal.setitimer(signal.ITIMER_PROF, seconds)
-    resource.setrlimit(resource.RLIMIT_AS, (megabytes << 20, megabytes << 20))
+    if sys.platform == "linux":  # elsewhere the limit is not kept, or not even taken
+        resource.setrlimit(resource.RLIMIT_AS, (megabytes << 20, megabytes << 20))
     for option, expression in expressions:
         print(json.dumps([option, expression]), flush=True)
         known = option in _FORMS
