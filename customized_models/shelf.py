@@ -33,7 +33,7 @@ from .errors import (
 from .files.checking import FileCheck
 from .files.documents import from_document
 from .files.manifest import MANIFEST, Manifest
-from .files.reading import MAX_JSON, strict_json
+from .files.reading import MAX_JSON, python_json
 from .files.writing import disk_errors
 from .models import BaseModel, CompleteModel, CustomizedModel, Progress
 from .storage import Storage
@@ -222,7 +222,7 @@ class Shelf:
         else:
             with self.storage.open(model.key, file) as opened:
                 data = opened.read(MAX_JSON)
-        document = strict_json(data, file)
+        document = python_json(data, file)
         if not isinstance(document, dict):
             raise MalformedError(f"{shown(file)} holds no JSON object")
         return document
