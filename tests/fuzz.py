@@ -3,7 +3,7 @@
     python -m tests.fuzz --cases 200000
 
 A case takes an adapter or a base model, changes some of the structures in its files
-(configurations, headers of weights, indexes, cards, states of trainings, tokenizers' settings) or
+(configurations, headers of weights, indexes, cards, states of trainings, settings of tokenizers) or
 some of their bytes, and hands it to what a registry does with it. It may be accepted, or refused by an
 error of this library; any other exception is a fault, and so is a case that takes more than a
 second of a processor's time. A case is drawn from its number alone, so each can be run by itself:
