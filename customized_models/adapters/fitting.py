@@ -16,7 +16,8 @@ def check_fits(adapter: Adapter, base: Checkpoint) -> None:
 
     Where `base` has a weight with the name of an adapted module, the shapes must agree. Other
     modules are not checked as long as some are found, because transformers renames and fuses the
-    tensors of some architectures while it loads them. The merge plan checks those.
+    tensors of some architectures while it loads them. Where it renames all, it is enough that some
+    module's factors have the shape of a matrix in their layer. The merge plan checks the rest.
 
     Raises:
         BaseModelMismatch: Shapes differ, the base has too few layers, or no module is found.
@@ -41,13 +42,25 @@ def check_fits(adapter: Adapter, base: Checkpoint) -> None:
         if not any(_same_shape(path, info, target, adapter, rows) for target in targets):
             wrong.add(name)
     elsewhere = adapter_type(adapter.config).shared or adapter.config.get("target_parameters")
-    if wrong or not (found or elsewhere):
+    if wrong or not (found or elsewhere or _has_shapes_of(adapter, base)):
         reason = f"{listed(wrong)} do not fit" if wrong else "none belongs to a module of it"
         raise BaseModelMismatch(
             f"the adapter was not trained on this base model, as its tensors show: {reason}; "
             f"register it with the base model that it was trained on; if the training added "
             f"tokens, save the adapter with its embeddings (save_embedding_layers=True)"
         )
+
+
+def _has_shapes_of(adapter: Adapter, base: Checkpoint) -> bool:
+    """Whether any LoRA changes a matrix of a shape that the base has in the same layer."""
+    known = {(layer_of(name), info.shape) for name, info in base.infos.items()}
+    for name, down in adapter.tensors.items():
+        up = adapter.tensors.get(name.replace(".lora_A.", ".lora_B."))
+        if up is None or up is down or not len(up.shape) == len(down.shape) == 2:
+            continue
+        if (layer_of(name), (up.shape[0], down.shape[1])) in known:
+            return True
+    return False
 
 
 def _rows_outside_of_layers(adapter: Adapter) -> set[int]:

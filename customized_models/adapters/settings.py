@@ -111,7 +111,7 @@ def _check_pattern_values(config: Mapping[str, Any], kind: AdapterType) -> None:
     """Check `rank_pattern`, `alpha_pattern` and the like: values by patterns of module names."""
     for key in sorted(kind.pattern_options & config.keys()):
         patterns = config[key]
-        if key == "alpha_pattern" and patterns is None:
+        if patterns is None:
             continue
         if not isinstance(patterns, dict):
             raise MalformedError(f"{key} is not a JSON object")

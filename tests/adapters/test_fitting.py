@@ -61,16 +61,17 @@ def test_an_adapter_does_not_fit_a_base_of_other_size(
 
 
 def test_an_adapter_for_modules_that_the_base_lacks_does_not_fit(
-    untrusted: Path, trained: Path
+    untrusted: Path, trained: Path, tmp_path: Path
 ) -> None:
     tensors = load_file(untrusted / WEIGHTS)
     save_weights(untrusted, {name.replace("layers", "h"): t for name, t in tensors.items()})
     base = Checkpoint.open(trained.parent / "base")
     check_fits(Adapter.open(untrusted), base)  # a checkpoint may call its layers otherwise
-    renamed = {re.sub(r"layers\.(\d)\.\w+", r"h.\1.other", n): t for n, t in tensors.items()}
+    renamed = {re.sub(r"layers\.(\d)\.\w+\.\w+", r"h.\1.other", n): t for n, t in tensors.items()}
     save_weights(untrusted, renamed)
+    check_fits(Adapter.open(untrusted), base)  # and all modules, as EXAONE's and DeepSeek-V4's do
     with pytest.raises(BaseModelMismatch, match="none belongs to a module"):
-        check_fits(Adapter.open(untrusted), base)
+        check_fits(Adapter.open(untrusted), base_of(tmp_path / "base", hidden_size=32))
 
 
 def test_a_layer_beyond_the_last_is_named(untrusted: Path, trained: Path) -> None:
