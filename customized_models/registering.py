@@ -10,13 +10,15 @@ import logging
 import time
 import uuid
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attrs import evolve, fields, frozen
 
+from .adapters.finite import refuse_non_finite
 from .adapters.intake import Intake, check_fits, take_in
-from .arguments import identifier, name_of
+from .arguments import identifier, name_of, past
 from .base_models import verified_path
 from .cards.reading import training_facts
 from .cards.readme import render_customized, storable_card
@@ -53,6 +55,7 @@ class Training:
         id: Of the training; None for the one that has registered the same, or else a new one.
         configuration: Read from the adapter's directory if None.
         evaluation: Read from the adapter's directory if None.
+        created: When it was trained, in UTC; None for now.
     """
 
     label: str
@@ -61,6 +64,7 @@ class Training:
     id: uuid.UUID | None
     configuration: TrainingConfiguration | None
     evaluation: EvaluationSummary | None
+    created: datetime | None
 
     @classmethod
     def given(
@@ -70,6 +74,7 @@ class Training:
         training_id: object,
         training: object = None,
         evaluation: object = None,
+        created: object = None,
     ) -> Training:
         """As a caller means it.
 
@@ -87,6 +92,7 @@ class Training:
             None if training_id is None else identifier("training_id", training_id),
             None if training is None else value_of("training", training, TrainingConfiguration),
             None if evaluation is None else value_of("evaluation", evaluation, EvaluationSummary),
+            None if created is None else past("created", created),
         )
 
 
@@ -102,6 +108,7 @@ def register(catalog: Catalog, shelf: Shelf, source: Path, training: Training) -
         base, location = _base_of(catalog, training.base_model, taken.stated_base)
         _log.debug("%s: an adapter for base model %s at %s", source, base.name, location.path)
         check_fits(taken.adapter, Checkpoint.open(verified_path(location)))
+        refuse_non_finite(taken.adapter)
         card = storable_card(
             ModelCard(
                 training.configuration or facts.training, training.evaluation or facts.evaluation
@@ -176,6 +183,7 @@ def _announce(
         train_name=training.train_name,
         base_model=base.name,
         training_id=training.id,
+        created=training.created,
     )
     model = CustomizedModel(
         name=reserved.name,

@@ -272,6 +272,7 @@ class ModelRegistry:
         training_id: uuid.UUID | str | None = None,
         training: TrainingConfiguration | Mapping[str, Any] | None = None,
         evaluation: EvaluationSummary | Mapping[str, Any] | None = None,
+        created: datetime | None = None,
     ) -> CustomizedModel:
         """Copy a trained PEFT adapter in, with its tokenizer and chat template if it has them.
 
@@ -287,6 +288,8 @@ class ModelRegistry:
             training: Also as a dict of its fields. Read from the directory's own files if None.
             evaluation: Also as a dict of its fields, or of metrics and their values. Read from the
                 directory's own files if None.
+            created: When it was trained, for the date in its name; now if None. A name that is
+                reserved keeps its date.
 
         Raises:
             InvalidArgumentError: An argument is of another type, or has unknown fields.
@@ -296,10 +299,11 @@ class ModelRegistry:
             BaseModelMissingError: The base is gone.
             AlreadyExistsError: The training id or its name stands for something else.
             MalformedError, UnsafeFileError, UnsupportedAdapterError: Not a sound adapter.
+            NonFiniteError: The adapter has NaN or infinity.
             StorageError, DatabaseError: A disk or the database failed; the same call again finds
                 out whether it was registered where `outcome_unknown` is true.
         """
-        wanted = Training.given(train_name, base_model, training_id, training, evaluation)
+        wanted = Training.given(train_name, base_model, training_id, training, evaluation, created)
         source = existing_directory(arguments.path("directory", directory))
         return register(self.catalog, self.shelf, source, wanted)
 

@@ -130,6 +130,7 @@ def registry_calls() -> Iterator[Call]:
     yield Call("register", "training_id", register(training_id=None), OPTIONAL | {"uuid"})
     yield Call("register", "training", register(training=None), OPTIONAL)
     yield Call("register", "evaluation", register(evaluation=None), OPTIONAL)
+    yield Call("register", "created", register(created=None), OPTIONAL)
     yield Call("get", "kind", lambda r, v: r.get(v, "x"))
     yield Call("get", "name", lambda r, v: r.get(BaseModel, v), NAME)
     for method in ("customized_models", "complete_models", "live_models"):

@@ -10,12 +10,14 @@ import shutil
 import subprocess
 import sys
 import uuid
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 
 import attrs
 import pytest
+import torch
 from huggingface_hub import ModelCard as HubCard
+from safetensors.torch import load_file, save_file
 
 from customized_models import (
     AlreadyExistsError,
@@ -29,9 +31,11 @@ from customized_models import (
     DeploymentTemplate,
     IntegrityError,
     InUseError,
+    InvalidArgumentError,
     InvalidNameError,
     InvalidOptionError,
     ModelRegistry,
+    NonFiniteError,
     NotFoundError,
     NotLocalError,
     UnsafeFileError,
@@ -266,6 +270,44 @@ def test_a_reserved_name_keeps_its_date(registry: ModelRegistry, tiny_adapter: P
     )
     customized = registry.register(tiny_adapter, train_name="support", training_id=TRAINING)
     assert customized.name == name
+
+
+def test_a_model_may_be_dated_when_it_was_trained(
+    registry: ModelRegistry, tiny_adapter: Path
+) -> None:
+    trained = datetime(2025, 12, 31, 23, 30, tzinfo=timezone(timedelta(hours=-2)))  # 2026 in UTC
+    model = registry.register(tiny_adapter, train_name="old", created=trained)
+
+    assert model.created == trained
+    assert model.name.startswith("llama-tiny_old_20260101_")
+    assert registry.register(tiny_adapter, train_name="old") == model
+
+
+@pytest.mark.parametrize(
+    "created", [datetime(2026, 1, 1), datetime(9999, 1, 1, tzinfo=UTC)], ids=["naive", "future"]
+)
+def test_a_date_without_a_zone_or_in_the_future_is_refused(
+    registry: ModelRegistry, tiny_adapter: Path, created: datetime
+) -> None:
+    with pytest.raises(InvalidArgumentError, match="created takes"):
+        registry.register(tiny_adapter, train_name="x", created=created)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_an_adapter_that_has_diverged_is_refused(
+    registry: ModelRegistry, tiny_adapter: Path, tmp_path: Path, dtype: str, value: float
+) -> None:
+    diverged = Path(shutil.copytree(tiny_adapter, tmp_path / "diverged"))
+    weights = diverged / "adapter_model.safetensors"
+    tensors = {name: t.to(getattr(torch, dtype)) for name, t in load_file(weights).items()}
+    last = sorted(tensors)[-1]
+    tensors[last][-1, -1] = value
+    save_file(tensors, weights, {"format": "pt"})
+
+    with pytest.raises(NonFiniteError, match=re.escape(last)):
+        registry.register(diverged, train_name="diverged")
+    assert list(registry.customized_models()) == []
 
 
 @pytest.mark.parametrize(
