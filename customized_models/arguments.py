@@ -79,6 +79,14 @@ def number(argument: str, value: object) -> float:
     return float(value)
 
 
+def finite(argument: str, value: object) -> float:
+    """A number that is neither NaN nor infinite."""
+    given = number(argument, value)
+    if not math.isfinite(given):
+        raise InvalidArgumentError(f"{argument} takes a finite number, not NaN or infinity")
+    return given
+
+
 def seconds(argument: str, value: object) -> float:
     """A span of time."""
     span = number(argument, value)

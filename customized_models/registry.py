@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast, get_args
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast, get_args, overload
 
 from attrs import evolve
 
@@ -46,6 +46,7 @@ from .models import (
     JobState,
     LiveModel,
     LiveState,
+    ModelCard,
     ThirdPartyModel,
     TrainingConfiguration,
 )
@@ -70,6 +71,8 @@ Model = TypeVar(
     | ThirdPartyModel
     | DeploymentEnvironment,
 )
+
+Evaluated = TypeVar("Evaluated", CustomizedModel, CompleteModel)
 
 WithBytes: TypeAlias = BaseModel | CustomizedModel | CompleteModel
 
@@ -306,6 +309,37 @@ class ModelRegistry:
         wanted = Training.given(train_name, base_model, training_id, training, evaluation, created)
         source = existing_directory(arguments.path("directory", directory))
         return register(self.catalog, self.shelf, source, wanted)
+
+    @overload
+    def add_evaluation(self, model: Evaluated, metrics: Mapping[str, float]) -> Evaluated: ...
+    @overload
+    def add_evaluation(
+        self, model: str, metrics: Mapping[str, float]
+    ) -> CustomizedModel | CompleteModel: ...
+    def add_evaluation(
+        self, model: CustomizedModel | CompleteModel | str, metrics: Mapping[str, float]
+    ) -> CustomizedModel | CompleteModel:
+        """Add what was measured of a model to its card; returns the model with its new card.
+
+        Its bytes, its digest and its name stay. Models that were made from it keep their cards.
+
+        Args:
+            model: What was measured.
+            metrics: Finite numbers by name, such as `{"eval_accuracy": 0.9}`. Those of names that
+                the card has already take their place.
+
+        Raises:
+            InvalidArgumentError: An argument is of another type.
+            NotFoundError: The model has been deleted.
+        """
+        new = {
+            name: arguments.finite(f"metrics[{name!r}]", value)
+            for name, value in arguments.mapping("metrics", metrics).items()
+        }
+        known = self.catalog.levels.meant("model", model, CustomizedModel, CompleteModel)
+        changed = self.shelf.change_card(known, lambda card: _with_metrics(card, new))
+        _log.info("%s: measured %s", changed.name, ", ".join(new))
+        return changed
 
     # What there is
 
@@ -586,6 +620,11 @@ def _template(given: object) -> DeploymentTemplate | None:
     if given is None:
         return None
     return cast(DeploymentTemplate, value_of("deployment_template", given, DeploymentTemplate))
+
+
+def _with_metrics(card: ModelCard, new: Mapping[str, float]) -> ModelCard:
+    metrics = {**card.evaluation.metrics, **new}
+    return evolve(card, evaluation=evolve(card.evaluation, metrics=metrics))
 
 
 def _filter(label: object) -> str | None:

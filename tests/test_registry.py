@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 
@@ -40,6 +41,7 @@ from customized_models import (
     NotLocalError,
     UnsafeFileError,
 )
+from customized_models.cards.readme import parse_card
 from customized_models.testing import MemoryStorage, tiny_llama, tiny_lora
 
 TRAINING = uuid.UUID("a1b2c3d4-0000-4000-8000-000000000000")
@@ -291,6 +293,41 @@ def test_a_date_without_a_zone_or_in_the_future_is_refused(
 ) -> None:
     with pytest.raises(InvalidArgumentError, match="created takes"):
         registry.register(tiny_adapter, train_name="x", created=created)
+
+
+def test_an_evaluation_is_added_to_the_card_and_to_every_file_that_tells_of_it(
+    registry: ModelRegistry, tiny_adapter: Path
+) -> None:
+    first = {"eval_loss": 2.0, "eval_f1": 0.5}
+    model = registry.register(tiny_adapter, train_name="support", evaluation=first)
+
+    with registry.checkout(model) as directory:  # which others may have open meanwhile
+        changed = registry.add_evaluation(model, {"eval_loss": 1.5, "mmlu": 1})
+        assert parse_card(directory / "README.md") == changed.card
+
+    assert changed.card.evaluation.metrics == {"eval_loss": 1.5, "eval_f1": 0.5, "mmlu": 1.0}
+    assert (changed.name, changed.digest) == (model.name, model.digest)
+    assert registry.get(CustomizedModel, model.name) == changed
+    registry.verify(changed)
+    lost = ModelRegistry(registry.root, database=f"sqlite:///{registry.root / 'new.db'}")
+    lost.reindex()
+    assert list(lost.customized_models()) == [changed]
+    registry.delete(model)  # as it was known before
+    with pytest.raises(NotFoundError):
+        registry.add_evaluation(changed, {"late": 1.0})
+
+
+def test_evaluations_added_at_once_are_all_kept(
+    registry: ModelRegistry, tiny_adapter: Path
+) -> None:
+    model = registry.register(tiny_adapter, train_name="support")
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda n: registry.add_evaluation(model.name, {f"m{n}": n}), range(8)))
+
+    card = registry.get(CustomizedModel, model.name).card
+    assert card.evaluation.metrics == {f"m{n}": n for n in range(8)}
+    with registry.checkout(model) as directory:
+        assert parse_card(directory / "README.md") == card
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])

@@ -55,22 +55,29 @@ def readme_header(text: str) -> dict[str, Any]:
     Raises:
         MalformedError: It does not parse.
     """
+    block = _HEADER.match(text)
+    return {} if block is None else yaml_mapping(block[1], "the header of README.md")
+
+
+def yaml_mapping(text: str, what: str) -> dict[str, Any]:
+    """The mapping that a YAML text is, read as `readme_header` reads.
+
+    Raises:
+        MalformedError: It does not parse; `what` names it.
+    """
     import yaml
 
-    block = _HEADER.match(text)
-    if block is None:
-        return {}
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
-        bounded = _is_bounded(yaml.parse(block[1], Loader=loader))
-        header = yaml.load(block[1], Loader=loader) if bounded else None
+        bounded = _is_bounded(yaml.parse(text, Loader=loader))
+        mapping = yaml.load(text, Loader=loader) if bounded else None
     except (yaml.YAMLError, ValueError, OverflowError) as error:
-        raise MalformedError(f"the header of README.md is not YAML: {shown(error)}") from error
+        raise MalformedError(f"{what} is not YAML: {shown(error)}") from error
     if not bounded:
-        raise MalformedError("the header of README.md has aliases, or is nested too deeply")
-    if not isinstance(header, dict):
-        raise MalformedError("the header of README.md is not a mapping")
-    return header
+        raise MalformedError(f"{what} has aliases, or is nested too deeply")
+    if not isinstance(mapping, dict):
+        raise MalformedError(f"{what} is not a mapping")
+    return mapping
 
 
 def _is_bounded(events: Iterable[Any]) -> bool:

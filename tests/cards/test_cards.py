@@ -149,7 +149,7 @@ def test_a_base_without_an_architecture_is_refused(tmp_path: Path) -> None:
 # Finished trainings
 
 STATE = """{"global_step": 6, "epoch": 1.5, "max_steps": 6, "num_train_epochs": 2,
- "best_metric": NaN, "best_model_checkpoint": "/home/someone/run/checkpoint-4", "log_history": [
+ "best_metric": NaN, "best_model_checkpoint": "/home/someone/run/checkpoint-6", "log_history": [
  {"step": 2, "epoch": 0.5, "loss": 3.0, "grad_norm": Infinity, "learning_rate": 0.1},
  {"step": 4, "epoch": 1.0, "loss": 2.0},
  {"step": 4, "epoch": 1.0, "eval_loss": 2.5, "eval_accuracy": 0.5, "eval_runtime": 3.0},
