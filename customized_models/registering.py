@@ -100,21 +100,48 @@ _MEASURED = {field.name for field in fields(EvaluationSummary)}
 """A dict with other keys than these is one of metrics."""
 
 
+@frozen
+class Examined:
+    """A checked copy of an adapter, and what it would be registered with.
+
+    Attributes:
+        taken: The copy.
+        base: Its base model.
+        card: What is known of its training.
+    """
+
+    taken: Intake
+    base: BaseModel
+    card: ModelCard
+
+    @property
+    def manifest(self) -> Manifest:
+        """Its manifest, as yet without a record. Its digest is the model's."""
+        return Manifest("customized", self.taken.content, {"base": self.base.digest}, {}, {})
+
+
 def register(catalog: Catalog, shelf: Shelf, source: Path, training: Training) -> CustomizedModel:
     """See `ModelRegistry.register`."""
     with shelf.storage.staging(f"register-{uuid.uuid4().hex}") as staging:
-        taken = take_in(source, staging)
-        facts = training_facts(source, taken.adapter.config)
-        base, location = _base_of(catalog, training.base_model, taken.stated_base)
-        _log.debug("%s: an adapter for base model %s at %s", source, base.name, location.path)
-        check_fits(taken.adapter, Checkpoint.open(verified_path(location)))
-        refuse_non_finite(taken.adapter)
-        card = storable_card(
-            ModelCard(
-                training.configuration or facts.training, training.evaluation or facts.evaluation
-            )
-        )
-        return _publish(catalog, shelf, staging, taken, base, training, card)
+        examined = examine(catalog, source, staging, training)
+        return _publish(catalog, shelf, staging, examined, training)
+
+
+def examine(catalog: Catalog, source: Path, staging: Path, training: Training) -> Examined:
+    """Copy an adapter into the empty directory `staging`, and make every check of `register`.
+
+    Nothing is written elsewhere. Raises what `ModelRegistry.register` raises.
+    """
+    taken = take_in(source, staging)
+    facts = training_facts(source, taken.adapter.config)
+    base, location = _base_of(catalog, training.base_model, taken.stated_base)
+    _log.debug("%s: an adapter for base model %s at %s", source, base.name, location.path)
+    check_fits(taken.adapter, Checkpoint.open(verified_path(location)))
+    refuse_non_finite(taken.adapter)
+    card = storable_card(
+        ModelCard(training.configuration or facts.training, training.evaluation or facts.evaluation)
+    )
+    return Examined(taken, base, card)
 
 
 def _base_of(catalog: Catalog, named: str | None, stated: object) -> tuple[BaseModel, Location]:
@@ -130,12 +157,10 @@ def _publish(
     catalog: Catalog,
     shelf: Shelf,
     staging: Path,
-    taken: Intake,
-    base: BaseModel,
+    examined: Examined,
     training: Training,
-    card: ModelCard,
 ) -> CustomizedModel:
-    manifest = Manifest("customized", taken.content, {"base": base.digest}, {}, {})
+    base, card, manifest = examined.base, examined.card, examined.manifest
     while True:
         with catalog.lease() as lease:
             try:

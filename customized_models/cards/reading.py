@@ -119,7 +119,7 @@ def training_facts(directory: Path, adapter_config: Mapping[str, Any]) -> ModelC
         MalformedError: One of the JSON files does not parse.
         UnsafeFileError: One of them is a link or a pipe, or is too large.
     """
-    state = state_of_adapter(directory, lambda path: _log_file(path / "trainer_state.json"))
+    state = state_of_adapter(directory, trainer_state)
     settings = _tool_settings(directory)
     evaluation = evaluation_summary(state)
     for name in _RESULTS:
@@ -139,6 +139,16 @@ def training_facts(directory: Path, adapter_config: Mapping[str, Any]) -> ModelC
         datasets=_datasets(directory) or tuple(filter(_is_name, settings.datasets)),
     )
     return storable_card(ModelCard(training, evaluation))
+
+
+def trainer_state(directory: Path) -> dict[str, Any]:
+    """The contents of the `trainer_state.json` in a directory; empty if there is none.
+
+    Raises:
+        MalformedError: It does not parse.
+        UnsafeFileError: It is a link or a pipe, or is too large.
+    """
+    return _log_file(directory / "trainer_state.json")
 
 
 def _tool_settings(directory: Path) -> ToolSettings:
