@@ -156,6 +156,8 @@ def _render(relation: str, facts: dict[str, str], base: BaseModel, card: ModelCa
         header["license"] = base.card.license
     if on_the_hub := [name for name in card.training.datasets if is_hub_id(name)]:
         header["datasets"] = on_the_hub
+    if index := _model_index(facts["name"], card):
+        header["model-index"] = index
     header["tags"] = ["customized-models"]
     header["customized_models"] = facts | own | {"evaluation": measured}
     # PyYAML would write Unicode's own line breaks as they are, and read them back as others.
@@ -171,6 +173,40 @@ def _render(relation: str, facts: dict[str, str], base: BaseModel, card: ModelCa
         _table("Evaluation", measured.pop("metrics") | measured),
     ]
     return "\n".join([f"---\n{front}---\n", title, about, *filter(None, tables)])
+
+
+_TASKS = {
+    "CAUSAL_LM": "text-generation",
+    "SEQ_2_SEQ_LM": "text2text-generation",
+    "SEQ_CLS": "text-classification",
+    "TOKEN_CLS": "token-classification",
+    "QUESTION_ANS": "question-answering",
+    "FEATURE_EXTRACTION": "feature-extraction",
+}
+"""The Hub's name of a task, by PEFT's."""
+
+
+def _model_index(name: str, card: ModelCard) -> list[dict[str, Any]]:
+    """What was measured, as the Hub reads it; empty if nothing was, besides the training loss.
+
+    The Hub wants the data set to be named. Which one it was is not known here.
+    """
+    from huggingface_hub import EvalResult
+    from huggingface_hub.repocard_data import eval_results_to_model_index
+
+    results = [
+        EvalResult(
+            task_type=_TASKS.get(str(card.training.peft.get("task_type")), "text-generation"),
+            dataset_type="unknown",
+            dataset_name="not stated",
+            metric_type=metric.removeprefix("eval_") or metric,
+            metric_name=metric,
+            metric_value=value,
+        )
+        for metric, value in storable_card(card).evaluation.metrics.items()
+        if not metric.startswith("train_")
+    ]
+    return eval_results_to_model_index(name, results) if results else []
 
 
 def _table(title: str, values: Mapping[str, Any]) -> str:

@@ -292,6 +292,28 @@ def test_the_hub_reads_the_same_header(card: ModelCard) -> None:
     assert HubCard(readme).data.to_dict() == readme_header(readme)
 
 
+def test_the_hub_reads_what_was_measured() -> None:
+    card = ModelCard(
+        TrainingConfiguration(peft={"task_type": "SEQ_CLS"}),
+        EvaluationSummary(metrics={"eval_f1": 0.5, "mmlu": 0.25, "train_loss": 2.0}),
+    )
+    for model, readme in (
+        (customized(card), render_customized(customized(card), BASE)),
+        (complete(card), render_complete(complete(card), BASE)),
+    ):
+        data = HubCard(readme).data
+        assert data.model_name == model.name
+        assert [(r.task_type, r.metric_type, r.metric_value) for r in data.eval_results] == [
+            ("text-classification", "f1", 0.5),
+            ("text-classification", "mmlu", 0.25),
+        ]
+
+
+def test_what_was_not_evaluated_has_no_results_for_the_hub() -> None:
+    card = ModelCard(evaluation=EvaluationSummary(metrics={"train_loss": 2.0}))
+    assert HubCard(render_customized(customized(card), BASE)).data.eval_results is None
+
+
 def test_numbers_that_are_not_finite_are_not_stored() -> None:
     card = ModelCard(
         TrainingConfiguration(arguments={"a": math.nan, "b": [1.0, math.inf], "c": None}),
