@@ -11,6 +11,7 @@ import numbers
 import os
 import uuid
 from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
@@ -83,12 +84,32 @@ def number(argument: str, value: object) -> float:
     return float(value)
 
 
+def finite(argument: str, value: object) -> float:
+    """A number that is neither NaN nor infinite."""
+    given = number(argument, value)
+    if not math.isfinite(given):
+        raise InvalidArgumentError(f"{argument} takes a finite number, not NaN or infinity")
+    return given
+
+
 def seconds(argument: str, value: object) -> float:
     """A span of time."""
     span = number(argument, value)
     if math.isnan(span) or span < 0:
         raise InvalidArgumentError(f"{argument} takes seconds, 0 or more")
     return span
+
+
+def past(argument: str, value: object) -> datetime:
+    """A time that is not in the future, in UTC. One without a time zone is refused."""
+    given = instance(argument, value, datetime, "a datetime with a time zone")
+    if given.tzinfo is None:
+        raise InvalidArgumentError(
+            f"{argument} takes a datetime with a time zone, such as datetime.now(timezone.utc)"
+        )
+    if given > datetime.now(UTC):
+        raise InvalidArgumentError(f"{argument} takes a time that is not in the future")
+    return given.astimezone(UTC)
 
 
 def truth(argument: str, value: object) -> bool:

@@ -211,7 +211,7 @@ class UnchangedTargetsError(MergeError):
 
 
 class NonFiniteError(MergeError):
-    """A merged tensor contains NaN or infinity."""
+    """A tensor of an adapter or of what is merged contains NaN or infinity."""
 
 
 class NotReproducible(MergeError):

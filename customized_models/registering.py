@@ -10,14 +10,16 @@ import logging
 import time
 import uuid
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attrs import evolve, fields, frozen
 
+from .adapters.finite import refuse_non_finite
 from .adapters.fitting import check_fits
 from .adapters.intake import Intake, take_in
-from .arguments import identifier, name_of
+from .arguments import identifier, name_of, past
 from .base_models import verified_path
 from .cards.reading import training_facts
 from .cards.readme import render_customized, storable_card
@@ -56,6 +58,7 @@ class Training:
         id: Of the training; None for the one that has registered the same, or else a new one.
         configuration: Read from the adapter's directory if None.
         evaluation: Read from the adapter's directory if None.
+        created: When it was trained, in UTC; None for now.
     """
 
     label: str
@@ -64,6 +67,7 @@ class Training:
     id: uuid.UUID | None
     configuration: TrainingConfiguration | None
     evaluation: EvaluationSummary | None
+    created: datetime | None
 
     @classmethod
     def given(
@@ -73,6 +77,7 @@ class Training:
         training_id: object,
         training: object = None,
         evaluation: object = None,
+        created: object = None,
     ) -> Training:
         """As a caller means it.
 
@@ -90,6 +95,7 @@ class Training:
             None if training_id is None else identifier("training_id", training_id),
             None if training is None else value_of("training", training, TrainingConfiguration),
             None if evaluation is None else value_of("evaluation", evaluation, EvaluationSummary),
+            None if created is None else past("created", created),
         )
 
 
@@ -97,23 +103,53 @@ _MEASURED = {field.name for field in fields(EvaluationSummary)}
 """A dict with other keys than these is one of metrics."""
 
 
+@frozen
+class Examined:
+    """A checked copy of an adapter, and what it would be registered with.
+
+    Attributes:
+        taken: The copy.
+        base: Its base model.
+        card: What is known of its training.
+    """
+
+    taken: Intake
+    base: BaseModel
+    card: ModelCard
+
+    @property
+    def manifest(self) -> Manifest:
+        """Its manifest, as yet without a record. Its digest is the model's."""
+        return Manifest("customized", self.taken.content, {"base": self.base.digest}, {}, {})
+
+
 def register(catalog: Catalog, shelf: Shelf, source: Path, training: Training) -> CustomizedModel:
     """See `ModelRegistry.register`."""
     with shelf.storage.staging(f"register-{uuid.uuid4().hex}") as staging:
-        taken = take_in(source, staging)
-        facts = training_facts(source, taken.adapter.config)
-        base, location = _base_of(catalog, training.base_model, taken.stated_base)
-        _log.debug("%s: an adapter for base model %s at %s", source, base.name, location.path)
-        check_fits(taken.adapter, Checkpoint.open(verified_path(location)))
-        check_remote_code(files_of(staging, *CARRIED), trusted=base.trust_remote_code)
-        card = storable_card(
-            ModelCard(
-                training.configuration or facts.training,
-                training.evaluation or facts.evaluation,
-                taken.notes,
-            )
+        examined = examine(catalog, source, staging, training)
+        return _publish(catalog, shelf, staging, examined, training)
+
+
+def examine(catalog: Catalog, source: Path, staging: Path, training: Training) -> Examined:
+    """Copy an adapter into the empty directory `staging`, and make every check of `register`.
+
+    Nothing is written elsewhere. Raises what `ModelRegistry.register` raises.
+    """
+    taken = take_in(source, staging)
+    facts = training_facts(source, taken.adapter.config)
+    base, location = _base_of(catalog, training.base_model, taken.stated_base)
+    _log.debug("%s: an adapter for base model %s at %s", source, base.name, location.path)
+    check_fits(taken.adapter, Checkpoint.open(verified_path(location)))
+    refuse_non_finite(taken.adapter)
+    check_remote_code(files_of(staging, *CARRIED), trusted=base.trust_remote_code)
+    card = storable_card(
+        ModelCard(
+            training.configuration or facts.training,
+            training.evaluation or facts.evaluation,
+            taken.notes,
         )
-        return _publish(catalog, shelf, staging, taken, base, training, card)
+    )
+    return Examined(taken, base, card)
 
 
 def _base_of(catalog: Catalog, named: str | None, stated: object) -> tuple[BaseModel, Location]:
@@ -129,12 +165,10 @@ def _publish(
     catalog: Catalog,
     shelf: Shelf,
     staging: Path,
-    taken: Intake,
-    base: BaseModel,
+    examined: Examined,
     training: Training,
-    card: ModelCard,
 ) -> CustomizedModel:
-    manifest = Manifest("customized", taken.content, {"base": base.digest}, {}, {})
+    base, card, manifest = examined.base, examined.card, examined.manifest
     while True:
         with catalog.lease() as lease:
             try:
@@ -182,6 +216,7 @@ def _announce(
         train_name=training.train_name,
         base_model=base.name,
         training_id=training.id,
+        created=training.created,
     )
     model = CustomizedModel(
         name=reserved.name,

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast, get_args
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast, get_args, overload
 
 from attrs import evolve
 
@@ -50,6 +50,7 @@ from .models import (
     JobState,
     LiveModel,
     LiveState,
+    ModelCard,
     ThirdPartyModel,
     TrainingConfiguration,
 )
@@ -74,6 +75,8 @@ Model = TypeVar(
     | ThirdPartyModel
     | DeploymentEnvironment,
 )
+
+Evaluated = TypeVar("Evaluated", CustomizedModel, CompleteModel)
 
 WithBytes: TypeAlias = BaseModel | CustomizedModel | CompleteModel
 
@@ -288,6 +291,7 @@ class ModelRegistry:
         training_id: uuid.UUID | str | None = None,
         training: TrainingConfiguration | Mapping[str, Any] | None = None,
         evaluation: EvaluationSummary | Mapping[str, Any] | None = None,
+        created: datetime | None = None,
     ) -> CustomizedModel:
         """Copy a trained PEFT adapter in, with its tokenizer and chat template if it has them.
 
@@ -303,6 +307,8 @@ class ModelRegistry:
             training: Also as a dict of its fields. Read from the directory's own files if None.
             evaluation: Also as a dict of its fields, or of metrics and their values. Read from the
                 directory's own files if None.
+            created: When it was trained, for the date in its name; now if None. A name that is
+                reserved keeps its date.
 
         Raises:
             InvalidArgumentError: An argument is of another type, or has unknown fields.
@@ -312,12 +318,44 @@ class ModelRegistry:
             BaseModelMissingError: The base is gone.
             AlreadyExistsError: The training id or its name stands for something else.
             MalformedError, UnsafeFileError, UnsupportedAdapterError: Not a sound adapter.
+            NonFiniteError: The adapter has NaN or infinity.
             StorageError, DatabaseError: A disk or the database failed; the same call again finds
                 out whether it was registered where `outcome_unknown` is true.
         """
-        wanted = Training.given(train_name, base_model, training_id, training, evaluation)
+        wanted = Training.given(train_name, base_model, training_id, training, evaluation, created)
         source = existing_directory(arguments.path("directory", directory))
         return register(self.catalog, self.shelf, source, wanted)
+
+    @overload
+    def add_evaluation(self, model: Evaluated, metrics: Mapping[str, float]) -> Evaluated: ...
+    @overload
+    def add_evaluation(
+        self, model: str, metrics: Mapping[str, float]
+    ) -> CustomizedModel | CompleteModel: ...
+    def add_evaluation(
+        self, model: CustomizedModel | CompleteModel | str, metrics: Mapping[str, float]
+    ) -> CustomizedModel | CompleteModel:
+        """Add what was measured of a model to its card; returns the model with its new card.
+
+        Its bytes, its digest and its name stay. Models that were made from it keep their cards.
+
+        Args:
+            model: What was measured.
+            metrics: Finite numbers by name, such as `{"eval_accuracy": 0.9}`. Those of names that
+                the card has already take their place.
+
+        Raises:
+            InvalidArgumentError: An argument is of another type.
+            NotFoundError: The model has been deleted.
+        """
+        new = {
+            name: arguments.finite(f"metrics[{name!r}]", value)
+            for name, value in arguments.mapping("metrics", metrics).items()
+        }
+        known = self.catalog.levels.meant("model", model, CustomizedModel, CompleteModel)
+        changed = self.shelf.change_card(known, lambda card: _with_metrics(card, new))
+        _log.info("%s: measured %s", changed.name, ", ".join(new))
+        return changed
 
     # What there is
 
@@ -633,6 +671,11 @@ def _template(given: object) -> DeploymentTemplate | None:
     if given is None:
         return None
     return cast(DeploymentTemplate, value_of("deployment_template", given, DeploymentTemplate))
+
+
+def _with_metrics(card: ModelCard, new: Mapping[str, float]) -> ModelCard:
+    metrics = {**card.evaluation.metrics, **new}
+    return evolve(card, evaluation=evolve(card.evaluation, metrics=metrics))
 
 
 def _filter(label: object) -> str | None:

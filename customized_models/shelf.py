@@ -15,9 +15,10 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from .base_models import verified_path
+from .cards.readme import render_complete, render_customized, storable_card
 from .errors import (
     AlreadyExistsError,
     CustomizedModelsError,
@@ -31,11 +32,11 @@ from .errors import (
     shown,
 )
 from .files.checking import FileCheck
-from .files.documents import from_document
-from .files.manifest import MANIFEST, Manifest
+from .files.documents import from_document, to_document
+from .files.manifest import MANIFEST, README, Manifest
 from .files.reading import MAX_JSON, python_json
 from .files.writing import disk_errors
-from .models import BaseModel, CompleteModel, CustomizedModel, Progress
+from .models import BaseModel, CompleteModel, CustomizedModel, ModelCard, Progress
 from .storage import Storage
 from .values import Value, checked
 
@@ -235,6 +236,40 @@ class Shelf:
         """
         with self.checkout(model) as directory:
             _manifest_of(model, directory).verify(directory)
+
+    def change_card(
+        self, model: Stored, change: Callable[[ModelCard], ModelCard]
+    ) -> CustomizedModel | CompleteModel:
+        """Put another card in place of a model's: in its row, its manifest's record, its README.
+
+        Raises:
+            NotFoundError: It has been deleted.
+            MalformedError: The card has what JSON does not have, or too much.
+        """
+        catalog, kind = self._catalog, type(model)
+        with catalog.hold(model, f"a change of its card in process {os.getpid()}"):
+            with catalog.database.write() as connection:
+                known = catalog.levels.in_transaction(connection, kind, model.name)
+                changed = evolve(known, card=storable_card(change(known.card)))
+                catalog.levels.put(connection, changed)
+            while True:
+                self._write_card(changed)
+                written, changed = changed, catalog.levels.get(kind, model.name)
+                if changed == written:  # or else another process has changed it meanwhile
+                    return changed
+
+    def _write_card(self, model: Stored) -> None:
+        """Let the files that tell of a model tell what its row does. The manifest counts."""
+        with self.storage.open(model.key, MANIFEST) as file:
+            manifest = Manifest.parse(file.read(MAX_JSON))
+        base = from_document(BaseModel, manifest.record["base"])
+        record = {**manifest.record, "model": to_document(model)}
+        if isinstance(model, CustomizedModel):
+            text = render_customized(model, base)
+        else:
+            text = render_complete(model, base)
+        self.storage.rewrite(model.key, MANIFEST, evolve(manifest, record=record).to_bytes())
+        self.storage.rewrite(model.key, README, text.encode())
 
     # Deleting
 

@@ -5,11 +5,13 @@ Unlike the rest of the package, importing this module imports transformers.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +19,11 @@ from attrs import evolve, frozen
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .arguments import instance, texts
-from .cards.reading import evaluation_summary, peft_settings, training_arguments
+from .cards.checkpoints import best_step, state_at
+from .cards.reading import evaluation_summary, metrics_of, peft_settings, training_arguments
 from .errors import (
     AlreadyExistsError,
+    NotFoundError,
     RegistrationError,
     UnsupportedAdapterError,
     UnsupportedError,
@@ -36,6 +40,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 __all__ = ["RegisterCallback", "register_from_trainer"]
+
+_log = logging.getLogger(__name__)
 
 
 @frozen
@@ -68,8 +74,10 @@ class _Registration:
         )
         return cls(registry, reserved.name, train_name, base_model, reserved.training_id, training)
 
-    def register(self, directory: Path, state: Mapping[str, Any]) -> CustomizedModel:
-        """Register the adapter in `directory`.
+    def register(
+        self, directory: Path, args: TrainingArguments, state: TrainerState
+    ) -> CustomizedModel:
+        """Register the adapter in `directory`, which a Trainer in that state has saved.
 
         Raises:
             RegistrationError: It could not be registered. The cause says why.
@@ -82,7 +90,7 @@ class _Registration:
                 base_model=self.base_model,
                 training_id=self.training_id,
                 training=evolve(self.training, peft=settings),
-                evaluation=evaluation_summary(state),
+                evaluation=evaluation_summary(_state_of_model(args, state)),
             )
         except Exception as error:
             raise RegistrationError(
@@ -99,8 +107,12 @@ class RegisterCallback(TrainerCallback):
 
     The name is reserved when the training begins, so that a name that is taken is an error at the
     start and not at the end. When the training ends, the adapter in memory is registered with the
-    tokenizer; this is the best adapter if the Trainer has loaded it. A failed training and a trial
-    of a hyperparameter search register nothing. Evaluations after the training are not in the card.
+    tokenizer. This is the best adapter if the Trainer has loaded it, and the card has the steps,
+    losses and metrics of that one. What `trainer.evaluate()` measures later is added to the card.
+
+    Nothing is registered of a training that fails, of a trial of `hyperparameter_search`, and of a
+    training that a callback has stopped before its end, as a pruned trial is; one that
+    `EarlyStoppingCallback` has stopped is registered. `register_from_trainer` registers any.
 
     A callback is for one training. If registering fails, the adapter is kept in the Trainer's
     output directory, and the `RegistrationError` says where.
@@ -192,6 +204,15 @@ class RegisterCallback(TrainerCallback):
         registration, self._registration = self._registration, None
         if registration is None:
             return
+        if control.should_training_stop and _is_cut_short(state):
+            _log.warning(
+                "%s is not registered: a callback has stopped its training at step %d of %d; "
+                "register_from_trainer registers it all the same",
+                registration.name,
+                state.global_step,
+                state.max_steps,
+            )
+            return
         output = Path(str(args.output_dir))
         output.mkdir(parents=True, exist_ok=True)
         directory = Path(tempfile.mkdtemp(prefix=f"unregistered-{registration.name}-", dir=output))
@@ -200,8 +221,21 @@ class RegisterCallback(TrainerCallback):
         model.save_pretrained(str(directory), selected_adapters=[_adapter_name(model)])
         if kwargs.get("processing_class") is not None:
             kwargs["processing_class"].save_pretrained(str(saved))
-        self.model = registration.register(saved, vars(state))
+        self.model = registration.register(saved, args, state)
         shutil.rmtree(directory)
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Add what is measured after the training to the card of what was registered."""
+        measured = metrics_of(kwargs.get("metrics") or {})
+        if self.model is not None and measured:
+            with suppress(NotFoundError):  # it has been deleted since
+                self.model = self.registry.add_evaluation(self.model, measured)
 
 
 def register_from_trainer(
@@ -260,7 +294,7 @@ def register_from_trainer(
         return None
     if saved != directory and trainer.processing_class is not None:
         trainer.processing_class.save_pretrained(str(saved))
-    registered = registration.register(saved, vars(trainer.state))
+    registered = registration.register(saved, trainer.args, trainer.state)
     shutil.rmtree(directory)
     return registered
 
@@ -268,6 +302,18 @@ def register_from_trainer(
 def _configuration(args: TrainingArguments, datasets: Sequence[str]) -> TrainingConfiguration:
     arguments: dict[str, Any] = args.to_dict()  # type: ignore[no-untyped-call]  # theirs
     return TrainingConfiguration(arguments=training_arguments(arguments), datasets=tuple(datasets))
+
+
+def _state_of_model(args: TrainingArguments, state: TrainerState) -> Mapping[str, Any]:
+    """What was logged of the weights that the Trainer has loaded at the end."""
+    best = best_step(vars(state)) if args.load_best_model_at_end else None
+    return vars(state) if best is None else state_at(vars(state), best)
+
+
+def _is_cut_short(state: TrainerState) -> bool:
+    """Whether a training that was stopped had steps left, and was not stopped for its metric."""
+    patient = "early_stopping_patience_counter" in str(state.stateful_callbacks)
+    return state.global_step < state.max_steps and not patient
 
 
 def _adapter_name(model: Any) -> str:

@@ -4,8 +4,8 @@
 
 A case takes an adapter or a base model, changes some of the structures in its files
 (configurations, headers of weights, indexes, cards, states of trainings, settings of tokenizers) or
-some of their bytes, and hands it to what a registry does with it. It may be accepted, or refused by an
-error of this library; any other exception is a fault, and so is a case that takes more than a
+some of their bytes, and hands it to what a registry does with it. It may be accepted, or refused by
+an error of this library; any other exception is a fault, and so is a case that takes more than a
 second of a processor's time. A case is drawn from its number alone, so each can be run by itself:
 
     python -m tests.fuzz --first 1234 --cases 1

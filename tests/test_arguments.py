@@ -51,6 +51,7 @@ SAMPLES: dict[str, Any] = {
 NAME = frozenset({"text"})  # of what is not there: another error
 OPTIONAL = frozenset({"None"})
 PATH = frozenset({"text", "path"})
+INTEGER = frozenset({"int"})
 
 
 @frozen
@@ -131,6 +132,12 @@ def registry_calls() -> Iterator[Call]:
     yield Call("register", "training_id", register(training_id=None), OPTIONAL | {"uuid"})
     yield Call("register", "training", register(training=None), OPTIONAL)
     yield Call("register", "evaluation", register(evaluation=None), OPTIONAL)
+    yield Call("register", "created", register(created=None), OPTIONAL)
+    yield Call("add_evaluation", "model", lambda r, v: r.add_evaluation(v, {}), NAME)
+    yield Call("add_evaluation", "metrics", lambda r, v: r.add_evaluation("x", v))
+    yield Call(
+        "add_evaluation", "metrics['a']", lambda r, v: r.add_evaluation("x", {"a": v}), INTEGER
+    )
     yield Call("get", "kind", lambda r, v: r.get(v, "x"))
     yield Call("get", "name", lambda r, v: r.get(BaseModel, v), NAME)
     for method in ("customized_models", "complete_models", "live_models"):

@@ -26,7 +26,9 @@ from ..files.reading import json_object, plain_text
 from ..files.safetensors import INDEX, Checkpoint
 from ..models import BaseModelCard, EvaluationSummary, ModelCard, TrainingConfiguration
 from ..naming import is_hub_id
+from .checkpoints import checkpoint_step, state_of_adapter
 from .readme import MAX_README, readme_header, storable, storable_card
+from .tool_settings import ToolSettings, tool_settings
 
 TRAINER_ARGUMENTS = {
     "learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size",
@@ -37,7 +39,7 @@ TRAINER_ARGUMENTS = {
     "eval_strategy", "eval_steps", "save_strategy", "load_best_model_at_end",
     "metric_for_best_model", "greater_is_better", "torch_compile", "use_liger_kernel",
     "max_length", "packing", "completion_only_loss", "assistant_only_loss", "beta",
-    "loss_type",
+    "loss_type", "stage",
 }  # fmt: skip
 """Arguments of transformers' Trainer, and of TRL's trainers, that affect the result."""
 
@@ -117,8 +119,10 @@ def _has_chat_template(files: Mapping[str, Path]) -> bool:
 def training_facts(directory: Path, adapter_config: Mapping[str, Any]) -> ModelCard:
     """The card that the files in a training's output directory give.
 
-    These are `trainer_state.json`, `train_results.json`, `eval_results.json` and
-    `all_results.json`, of which later ones win, and the header of `README.md` for the datasets.
+    These are `trainer_state.json`, here or in the last checkpoint, as far as it is of these weights
+    (`checkpoints.state_of_adapter`); `train_results.json`, `eval_results.json` and
+    `all_results.json`, of which later ones win; the settings of axolotl, LLaMA-Factory and
+    ms-swift, here or beside the checkpoint; and the header of `README.md` for the datasets.
 
     Args:
         directory: The directory.
@@ -129,25 +133,43 @@ def training_facts(directory: Path, adapter_config: Mapping[str, Any]) -> ModelC
         UnsafeFileError: One of them is a link or a pipe, or is too large.
     """
     directory = directory.resolve()
-    state = _log_file(directory, "trainer_state.json")
+    state = state_of_adapter(directory, trainer_state)
+    settings = _tool_settings(directory)
     evaluation = evaluation_summary(state)
     for name in _RESULTS:
         results = _log_file(directory, name)
         epochs = (
-            evaluation.epochs if evaluation.epochs is not None else _finite(results.get("epoch"))
+            evaluation.epochs
+            if state or evaluation.epochs is not None
+            else _finite(results.get("epoch"))
         )
         evaluation = evolve(
-            evaluation, metrics={**evaluation.metrics, **_metrics(results)}, epochs=epochs
+            evaluation, metrics={**evaluation.metrics, **metrics_of(results)}, epochs=epochs
         )
-    lengths: dict[str, Any] = {
-        key: state[key] for key in ("max_steps", "num_train_epochs") if key in state
-    }
+    lengths = {key: state[key] for key in ("max_steps", "num_train_epochs") if key in state}
     training = TrainingConfiguration(
         peft=peft_settings(adapter_config),
-        arguments=training_arguments(lengths),
-        datasets=_datasets(directory),
+        arguments=training_arguments({**settings.arguments, **lengths}),
+        datasets=_datasets(directory) or tuple(filter(_is_name, settings.datasets)),
     )
     return storable_card(ModelCard(training, evaluation))
+
+
+def trainer_state(directory: Path) -> dict[str, Any]:
+    """The contents of the `trainer_state.json` in a directory; empty if there is none.
+
+    Raises:
+        MalformedError: It does not parse.
+        UnsafeFileError: It is a link or a pipe, or is too large.
+    """
+    return _log_file(directory.resolve(), "trainer_state.json")
+
+
+def _tool_settings(directory: Path) -> ToolSettings:
+    found = tool_settings(directory)
+    if not found.tool and checkpoint_step(directory) is not None:
+        return tool_settings(directory.parent)
+    return found
 
 
 def peft_settings(adapter_config: Mapping[str, Any]) -> dict[str, Any]:
@@ -179,13 +201,16 @@ def _brief(value: Any) -> Any:
 def training_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The values in the Trainer's `args.to_dict()` that affect the result.
 
-    Only numbers, booleans and single words are kept; never a path, a token or a host name.
+    Only numbers, booleans, single words and lists of these are kept; never a path, a token or a
+    host name.
     """
     kept = {key: arguments[key] for key in sorted(TRAINER_ARGUMENTS & arguments.keys())}
     return {key: value for key, value in kept.items() if _is_plain(value)}
 
 
 def _is_plain(value: object) -> bool:
+    if isinstance(value, list):  # TRL's `loss_type`
+        return bool(value) and all(_is_plain(v) and not isinstance(v, list) for v in value)
     if isinstance(value, str):
         return _WORD.fullmatch(value) is not None
     return isinstance(value, bool) or _finite(value) is not None
@@ -197,7 +222,7 @@ def evaluation_summary(state: Mapping[str, Any]) -> EvaluationSummary:
     entries = [e for e in history if isinstance(e, dict)] if isinstance(history, list) else []
     metrics: dict[str, float] = {}
     for entry in entries:
-        metrics |= _metrics(entry)
+        metrics |= metrics_of(entry)
     losses = [entry["loss"] for entry in entries if "loss" in entry]
     steps = state.get("global_step")
     return EvaluationSummary(
@@ -211,7 +236,8 @@ def evaluation_summary(state: Mapping[str, Any]) -> EvaluationSummary:
     )
 
 
-def _metrics(entry: Mapping[str, Any]) -> dict[str, float]:
+def metrics_of(entry: Mapping[str, Any]) -> dict[str, float]:
+    """The finite numbers in an entry of a Trainer's log that measure the model."""
     measured = {
         key: _finite(value)
         for key, value in entry.items()
@@ -251,4 +277,8 @@ def _datasets(directory: Path) -> tuple[str, ...]:
         return ()
     every = stated if isinstance(stated, list) else [stated]
     names = [name for name in every if isinstance(name, str)]
-    return tuple(name for name in names if is_hub_id(name) or _WORD.fullmatch(name))
+    return tuple(filter(_is_name, names))
+
+
+def _is_name(dataset: str) -> bool:
+    return is_hub_id(dataset) or _WORD.fullmatch(dataset) is not None

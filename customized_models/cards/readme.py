@@ -40,22 +40,29 @@ def readme_header(text: str) -> dict[str, Any]:
     Raises:
         MalformedError: It does not parse.
     """
+    block = _HEADER.match(text)
+    return {} if block is None else yaml_mapping(block[1], "the header of README.md")
+
+
+def yaml_mapping(text: str, what: str) -> dict[str, Any]:
+    """The mapping that a YAML text is, read as `readme_header` reads.
+
+    Raises:
+        MalformedError: It does not parse; `what` names it.
+    """
     import yaml
 
-    block = _HEADER.match(text)
-    if block is None:
-        return {}
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
-        bounded = _is_bounded(yaml.parse(block[1], Loader=loader))
-        header = yaml.load(block[1], Loader=loader) if bounded else None
+        bounded = _is_bounded(yaml.parse(text, Loader=loader))
+        mapping = yaml.load(text, Loader=loader) if bounded else None
     except Exception as error:  # PyYAML raises of all kinds at odd values
-        raise MalformedError(f"the header of README.md is not YAML: {shown(error)}") from error
+        raise MalformedError(f"{what} is not YAML: {shown(error)}") from error
     if not bounded:
-        raise MalformedError("the header of README.md has aliases, or is too large or too deep")
-    if not isinstance(header, dict):
-        raise MalformedError("the header of README.md is not a mapping")
-    return header
+        raise MalformedError(f"{what} has aliases, or is too large or too deep")
+    if not isinstance(mapping, dict):
+        raise MalformedError(f"{what} is not a mapping")
+    return mapping
 
 
 def _is_bounded(events: Iterable[Any]) -> bool:
@@ -158,6 +165,8 @@ def _render(relation: str, facts: dict[str, str], base: BaseModel, card: ModelCa
         header["license"] = base.card.license
     if on_the_hub := [name for name in card.training.datasets if is_hub_id(name)]:
         header["datasets"] = on_the_hub
+    if index := _model_index(facts["name"], card):
+        header["model-index"] = index
     header["tags"] = ["customized-models"]
     notes = own.pop("notes")
     own |= {"notes": notes} if notes else {}
@@ -177,6 +186,40 @@ def _render(relation: str, facts: dict[str, str], base: BaseModel, card: ModelCa
     if notes:
         tables.append("\n".join(["## Notes\n", *(f"- {_escaped(note)}" for note in notes), ""]))
     return "\n".join([f"---\n{front}---\n", title, about, *filter(None, tables)])
+
+
+_TASKS = {
+    "CAUSAL_LM": "text-generation",
+    "SEQ_2_SEQ_LM": "text2text-generation",
+    "SEQ_CLS": "text-classification",
+    "TOKEN_CLS": "token-classification",
+    "QUESTION_ANS": "question-answering",
+    "FEATURE_EXTRACTION": "feature-extraction",
+}
+"""The Hub's name of a task, by PEFT's."""
+
+
+def _model_index(name: str, card: ModelCard) -> list[dict[str, Any]]:
+    """What was measured, as the Hub reads it; empty if nothing was, besides the training loss.
+
+    The Hub wants the data set to be named. Which one it was is not known here.
+    """
+    from huggingface_hub import EvalResult
+    from huggingface_hub.repocard_data import eval_results_to_model_index
+
+    results = [
+        EvalResult(
+            task_type=_TASKS.get(str(card.training.peft.get("task_type")), "text-generation"),
+            dataset_type="unknown",
+            dataset_name="not stated",
+            metric_type=metric.removeprefix("eval_") or metric,
+            metric_name=metric,
+            metric_value=value,
+        )
+        for metric, value in storable_card(card).evaluation.metrics.items()
+        if not metric.startswith("train_")
+    ]
+    return eval_results_to_model_index(name, results) if results else []
 
 
 def _table(title: str, values: Mapping[str, Any]) -> str:

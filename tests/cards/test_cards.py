@@ -156,7 +156,7 @@ def test_a_base_without_an_architecture_is_of_its_type(
 # Finished trainings
 
 STATE = """{"global_step": 6, "epoch": 1.5, "max_steps": 6, "num_train_epochs": 2,
- "best_metric": NaN, "best_model_checkpoint": "/home/someone/run/checkpoint-4", "log_history": [
+ "best_metric": NaN, "best_model_checkpoint": "/home/someone/run/checkpoint-6", "log_history": [
  {"step": 2, "epoch": 0.5, "loss": 3.0, "grad_norm": Infinity, "learning_rate": 0.1},
  {"step": 4, "epoch": 1.0, "loss": 2.0},
  {"step": 4, "epoch": 1.0, "eval_loss": 2.5, "eval_accuracy": 0.5, "eval_runtime": 3.0},
@@ -297,6 +297,28 @@ def test_a_card_is_read_back_as_it_was_rendered(card: ModelCard) -> None:
 def test_the_hub_reads_the_same_header(card: ModelCard) -> None:
     readme = render_customized(customized(card), BASE)
     assert HubCard(readme).data.to_dict() == readme_header(readme)
+
+
+def test_the_hub_reads_what_was_measured() -> None:
+    card = ModelCard(
+        TrainingConfiguration(peft={"task_type": "SEQ_CLS"}),
+        EvaluationSummary(metrics={"eval_f1": 0.5, "mmlu": 0.25, "train_loss": 2.0}),
+    )
+    for model, readme in (
+        (customized(card), render_customized(customized(card), BASE)),
+        (complete(card), render_complete(complete(card), BASE)),
+    ):
+        data = HubCard(readme).data
+        assert data.model_name == model.name
+        assert [(r.task_type, r.metric_type, r.metric_value) for r in data.eval_results] == [
+            ("text-classification", "f1", 0.5),
+            ("text-classification", "mmlu", 0.25),
+        ]
+
+
+def test_what_was_not_evaluated_has_no_results_for_the_hub() -> None:
+    card = ModelCard(evaluation=EvaluationSummary(metrics={"train_loss": 2.0}))
+    assert HubCard(render_customized(customized(card), BASE)).data.eval_results is None
 
 
 def test_numbers_that_are_not_finite_are_not_stored() -> None:
