@@ -200,9 +200,12 @@ class Levels:
             if known is None:
                 insert_value(connection, value)
             elif (other := value_of(kind, known)) != value:
+                way_out = "delete it first"
+                if isinstance(value, DeploymentEnvironment):
+                    way_out = "change it with ModelRegistry.update_environment"
                 raise AlreadyExistsError(
                     f"{kind.__name__} {shown(other.name)} exists with {differences(other, value)}; "
-                    f"delete it first, or choose another name"
+                    f"{way_out}, or choose another name"
                 )
         return value
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from attrs import evolve, frozen
 
+from .. import arguments
 from ..backends import (
     Backend,
     BackendFactory,
@@ -116,7 +117,7 @@ class Deployer:
 
     def deploy(
         self,
-        model: CustomizedModel | CompleteModel,
+        model: CustomizedModel | CompleteModel | str,
         *,
         environment: str | DeploymentEnvironment | None = None,
         quantization: str = "no_quantization",
@@ -162,7 +163,7 @@ class Deployer:
             InvalidNameError, InvalidOptionError, AlreadyExistsError: See `backends.Backend`.
         """
         target = self._environment(environment)
-        model = self._catalog.levels.get(type(model), model.name)
+        model = self._stored(model)
         base = self._catalog.levels.get(BaseModel, model.base)
         recover_deployments(self._catalog, self._shelf, self._tools, environment=target.name)
         backend = open_backend(target, self._tools)
@@ -171,11 +172,11 @@ class Deployer:
             model=model.name,
             environment=target.name,
             quantization=checked_quantization(quantization),
-            served_name=served_name,
+            served_name=_text_or_none("served_name", served_name),
             options=to_document(backend.options() if options is None else options),
-            template=template if isinstance(template, DeploymentTemplate) else None,
-            gguf=None if gguf is None else str(Path(gguf).absolute()),
-            replace=replace,
+            template=_template(template),
+            gguf=None if gguf is None else str(arguments.path("gguf", gguf).absolute()),
+            replace=arguments.truth("replace", replace),
             proofs=checked_proofs(proofs, "proofs"),
             accept_failed=checked_proofs(accept_failed, "accept_failed"),
         )
@@ -192,7 +193,7 @@ class Deployer:
 
     def export_gguf(
         self,
-        model: CustomizedModel | CompleteModel,
+        model: CustomizedModel | CompleteModel | str,
         path: str | os.PathLike[str],
         *,
         quantization: str = "no_quantization",
@@ -214,12 +215,12 @@ class Deployer:
             UnsupportedError: Not an architecture or mode we can make.
             AlreadyExistsError: Something is at the path.
         """
-        target, mode = Path(path).expanduser().absolute(), checked_quantization(quantization)
+        target, mode = arguments.path("path", path).absolute(), checked_quantization(quantization)
         if not target.parent.is_dir():
             raise NotFoundError(f"there is no directory {shown(str(target.parent))}")
         if os.path.lexists(target):
             raise AlreadyExistsError(f"{shown(str(target))} already exists")
-        model = self._catalog.levels.get(type(model), model.name)
+        model = self._stored(model)
         base = self._catalog.levels.get(BaseModel, model.base)
         customized = isinstance(model, CustomizedModel)
         with RegistryArtifact(
@@ -279,21 +280,21 @@ class Deployer:
             return NoTemplateError(f"{error} (which cannot be done here: {why})")
         return NoTemplateError(f"{error}. It would be:\n{proposed.template.text}")
 
-    def propose_template(self, model: BaseModel | Stored) -> ProposedTemplate:
+    def propose_template(self, model: BaseModel | Stored | str) -> ProposedTemplate:
         """A deployment template made from a model's chat template, and shown to write the same.
 
         Raises:
             NotFoundError: The model has been deleted.
             UnsupportedError: It has no chat template, or one that a Go template cannot say.
         """
-        if isinstance(model, BaseModel):
-            base = self._catalog.levels.get(BaseModel, model.name)
-        else:
-            base = self._catalog.levels.get(BaseModel, model.base)
-        with small_files(self._shelf, base, model) as (_, files):
+        kinds = (BaseModel, CustomizedModel, CompleteModel)
+        known: BaseModel | Stored = self._catalog.levels.meant("model", model, *kinds)
+        of = known.name if isinstance(known, BaseModel) else known.base
+        base = self._catalog.levels.get(BaseModel, of)
+        with small_files(self._shelf, base, known) as (_, files):
             return run_isolated(propose_deployment_template, files, seconds=_RENDER_SECONDS)
 
-    def status(self, live: LiveModel) -> Status:
+    def status(self, live: LiveModel | str) -> Status:
         """What the deployment tool says of the model at this moment.
 
         Of a superseded one: what it says of the version that `rollback` would give its name back.
@@ -301,14 +302,14 @@ class Deployer:
         Raises:
             NotFoundError: It has been deleted.
         """
-        live = self._catalog.levels.get(LiveModel, live.name)
+        live = self._catalog.levels.meant("live", live, LiveModel)
         if live.state == "undeployed":
             return Status.ABSENT
         backend = self._backend_of(live)
         return backend.status(_at_the_tool(live, backend))
 
     def undeploy(
-        self, live: LiveModel, *, wait: float = UNLOAD_SECONDS, forget: bool = False
+        self, live: LiveModel | str, *, wait: float = UNLOAD_SECONDS, forget: bool = False
     ) -> LiveModel:
         """Take the model off its deployment tool; its record stays, third parties' goes stale.
 
@@ -328,7 +329,9 @@ class Deployer:
                 `forget=True` is the way out where it never will again.
             ServedModelChangedError: What is there now is not what was deployed; it is left alone.
         """
-        with self._held(live, doing="the undeployment") as (live,):
+        known = self._catalog.levels.meant("live", live, LiveModel)
+        wait, forget = arguments.seconds("wait", wait), arguments.truth("forget", forget)
+        with self._held(known, doing="the undeployment") as (live,):
             if live.state == "undeployed":
                 return live
             note = "forgotten; what is left at its server was not looked at"
@@ -353,7 +356,7 @@ class Deployer:
         backend.undeploy(served)
         return note
 
-    def rollback(self, live: LiveModel) -> LiveModel:
+    def rollback(self, live: LiveModel | str) -> LiveModel:
         """Give the served name back to the live model that had it before.
 
         Returns:
@@ -367,7 +370,7 @@ class Deployer:
             ServerUnreachableError, ServerAnswerError: The tool does not answer, or with an error.
         """
         levels = self._catalog.levels
-        live = levels.get(LiveModel, live.name)
+        live = levels.meant("live", live, LiveModel)
         if live.replaces is None:
             raise NotFoundError(f"{live.name} took its name from no other live model")
         before = levels.get(LiveModel, live.replaces)
@@ -386,7 +389,9 @@ class Deployer:
                 levels.put(connection, before, state="live")
         return before
 
-    def relocate(self, live: LiveModel, environment: str | DeploymentEnvironment) -> LiveModel:
+    def relocate(
+        self, live: LiveModel | str, environment: str | DeploymentEnvironment
+    ) -> LiveModel:
         """Say that a live model is at another environment now, because its server has moved.
 
         Raises:
@@ -395,7 +400,8 @@ class Deployer:
             DeploymentError: It is not there.
         """
         target = self._environment(environment)
-        with self._held(live, doing="the relocation") as (live,):
+        known = self._catalog.levels.meant("live", live, LiveModel)
+        with self._held(known, doing="the relocation") as (live,):
             old = self._catalog.levels.get(DeploymentEnvironment, live.environment)
             endpoint = moved_endpoint(live.served.endpoint, old, target, self._tools)
             served = evolve(live.served, endpoint=endpoint)
@@ -431,17 +437,17 @@ class Deployer:
         return recover_deployments(self._catalog, self._shelf, self._tools)
 
     async def deploy_async(
-        self, model: CustomizedModel | CompleteModel, **arguments: Any
+        self, model: CustomizedModel | CompleteModel | str, **arguments: Any
     ) -> Job[LiveModel]:
         """As `deploy`, without keeping the event loop from other work meanwhile."""
         return await asyncio.to_thread(self.deploy, model, **arguments)
 
-    async def status_async(self, live: LiveModel) -> Status:
+    async def status_async(self, live: LiveModel | str) -> Status:
         """As `status`, without keeping the event loop from other work meanwhile."""
         return await asyncio.to_thread(self.status, live)
 
     async def undeploy_async(
-        self, live: LiveModel, *, wait: float = UNLOAD_SECONDS, forget: bool = False
+        self, live: LiveModel | str, *, wait: float = UNLOAD_SECONDS, forget: bool = False
     ) -> LiveModel:
         """As `undeploy`, without keeping the event loop from other work meanwhile."""
         return await asyncio.to_thread(self.undeploy, live, wait=wait, forget=forget)
@@ -462,13 +468,18 @@ class Deployer:
                 )
             yield found
 
+    def _stored(self, model: object) -> Stored:
+        kinds = (CustomizedModel, CompleteModel)
+        stored: Stored = self._catalog.levels.meant("model", model, *kinds)
+        return stored
+
     def _backend_of(self, live: LiveModel) -> Backend:
         environment = self._catalog.levels.get(DeploymentEnvironment, live.environment)
         return open_backend(environment, self._tools)
 
     def _environment(self, named: str | DeploymentEnvironment | None) -> DeploymentEnvironment:
         if named is not None:
-            name = named if isinstance(named, str) else named.name
+            name = arguments.name_of("environment", named, DeploymentEnvironment)
             try:
                 return self._catalog.levels.get(DeploymentEnvironment, name)
             except NotFoundError as error:
@@ -491,6 +502,17 @@ def _at_the_tool(live: LiveModel, backend: Backend) -> Served:
     if live.state == "superseded" and isinstance(backend, Promoting):
         return backend.version(live.served)
     return live.served
+
+
+def _text_or_none(argument: str, value: object) -> str | None:
+    return None if value is None else arguments.text(argument, value)
+
+
+def _template(value: object) -> DeploymentTemplate | None:
+    if value is None or (isinstance(value, str) and value == "infer"):
+        return None
+    meant = "a DeploymentTemplate, 'infer' or None"
+    return arguments.instance("template", value, DeploymentTemplate, meant)
 
 
 def _hold_nothing(key: str) -> None:

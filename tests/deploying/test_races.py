@@ -236,6 +236,26 @@ def test_the_same_content_under_the_same_name_keeps_its_name_when_either_goes(
     undeploy_all(registry, server)
 
 
+def test_what_is_still_answered_is_said_in_the_note_of_what_was_undeployed(
+    registered: tuple[ModelRegistry, list[CustomizedModel]], server: StandIn
+) -> None:
+    registry, (one, *_) = registered
+    deployer = Deployer(registry)
+    live = deploy(registry, one).result(progress=False)
+    server.loaded[NAME] = server.models[NAME]
+    server.faults["POST", "/api/generate"] = lambda handler: handler.send(200, {"done": True})
+    ended = deployer.undeploy(live, wait=0.2)
+    assert "an answer was still under way after 0.2 seconds" in ended.note
+    assert (ended.state, server.models) == ("undeployed", {})
+
+    server.faults.clear()
+    server.loaded.clear()
+    live = deploy(registry, one).result(progress=False)
+    server.loaded[NAME] = server.models[NAME]
+    assert deployer.undeploy(live).note == ""
+    assert server.loaded == {}
+
+
 def worker_of(registry: ModelRegistry, job: str) -> int:
     """The process that does a job."""
     with sqlite3.connect(registry.root / "registry.db") as connection:

@@ -1,0 +1,74 @@
+"""What a `Deployer` takes: values or their names, and nothing of another type."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from customized_models import (
+    CustomizedModel,
+    Deployer,
+    DeploymentEnvironment,
+    InvalidArgumentError,
+    ModelRegistry,
+    NotFoundError,
+)
+from tests.servers.artifact import at
+from tests.servers.stand_in import stand_in
+
+Call = Callable[[Deployer, CustomizedModel, Any], Any]
+
+CALLS: dict[str, Call] = {
+    "model": lambda d, m, v: d.deploy(v),
+    "environment": lambda d, m, v: d.deploy(m, environment=v or 1),
+    "served_name": lambda d, m, v: d.deploy(m, served_name=v or 1),
+    "template": lambda d, m, v: d.deploy(m, template=v or 1),
+    "replace": lambda d, m, v: d.deploy(m, replace=v),
+    "gguf": lambda d, m, v: d.deploy(m, gguf=v or 1),
+    "model of an export": lambda d, m, v: d.export_gguf(v, "x"),
+    "path": lambda d, m, v: d.export_gguf(m, v),
+    "model of a template": lambda d, m, v: d.propose_template(v),
+    "live of status": lambda d, m, v: d.status(v),
+    "live of undeploy": lambda d, m, v: d.undeploy(v),
+    "live of rollback": lambda d, m, v: d.rollback(v),
+    "live of relocate": lambda d, m, v: d.relocate(v, "here"),
+}
+
+
+@pytest.mark.parametrize("value", [None, 3.5, b"x", ["x"], object()], ids=repr)
+@pytest.mark.parametrize("name", CALLS)
+def test_a_wrong_type_is_an_error_that_names_what_to_pass(
+    registry: ModelRegistry, tiny_adapter: Path, name: str, value: object
+) -> None:
+    registry.add_environment(DeploymentEnvironment("here", "llama_cpp"))
+    customized = registry.register(tiny_adapter, train_name="support")
+    with pytest.raises(InvalidArgumentError, match=f"^{name.split()[0]} takes "):
+        CALLS[name](Deployer(registry), customized, value)
+    assert list(registry.jobs()) == []
+
+
+def test_a_template_that_is_text_is_refused(registry: ModelRegistry, tiny_adapter: Path) -> None:
+    registry.add_environment(DeploymentEnvironment("here", "llama_cpp"))
+    customized = registry.register(tiny_adapter, train_name="support")
+    with pytest.raises(InvalidArgumentError, match="a DeploymentTemplate, 'infer' or None"):
+        Deployer(registry).deploy(customized, template="{{ .Prompt }}")  # type: ignore[arg-type]
+
+
+def test_names_do_as_well_as_values(registry: ModelRegistry, tiny_adapter: Path) -> None:
+    customized = registry.register(tiny_adapter, train_name="support")
+    deployer = Deployer(registry)
+    with stand_in() as server:
+        registry.add_environment(at(server))
+        options = {"proofs": (), "accept_failed": "template", "template": "infer"}
+        live = deployer.deploy(customized.name, environment="here", **options).result(
+            progress=False
+        )
+        assert deployer.status(live.name) == deployer.status(live)
+        with pytest.raises(NotFoundError, match="took its name from no other"):
+            deployer.rollback(live.name)
+        assert deployer.undeploy(live.name).state == "undeployed"
+        with pytest.raises(NotFoundError, match="no LiveModel"):
+            deployer.status("nothing")
