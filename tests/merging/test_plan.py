@@ -126,7 +126,7 @@ REFUSED_CONFIGURATIONS: list[tuple[dict[str, Any], type[CustomizedModelsError]]]
     ({"modules_to_save": ["lm_head"]}, UnmergedTensorsError),
     ({"use_dora": True}, UnmergedTensorsError),
     ({"r": 5}, MalformedError),
-    ({"lora_alpha": 1e30}, NonFiniteError),
+    ({"lora_alpha": 1e45}, NonFiniteError),
     ({"lora_alpha": 1e-30}, UnchangedTargetsError),
 ]
 REFUSED_WEIGHTS: list[tuple[str, Callable[[Tensors], Tensors], type[CustomizedModelsError]]] = [
