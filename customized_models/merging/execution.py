@@ -155,6 +155,7 @@ class MergeExecution:
         """
         if name not in self.changed:
             return self._base.read(name)
+        self.strategy(name)  # decided here: that takes the thread which is then busy
         return self._threads.run_in_block_thread(self._whole, name)
 
     def blocks(self, name: str, read_next: ReadNext | None = None) -> Iterator[torch.Tensor]:

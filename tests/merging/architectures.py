@@ -342,6 +342,22 @@ BERT_TARGETS = ("query", "value", "intermediate.dense", "output.dense")
 EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 OLD_EXPERTS = {"experts": EXPERTS, "converted": True}
 
+VISION = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "image_size": 16, "patch_size": 8,
+}  # fmt: skip
+CLIP_TEXT = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "max_position_embeddings": 32, "projection_dim": 16,
+}  # fmt: skip
+SOUND = {
+    "vocab_size": 32, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "conv_dim": [16, 16], "conv_kernel": [10, 3], "conv_stride": [5, 2],
+    "num_feat_extract_layers": 2, "num_conv_pos_embeddings": 4,
+    "num_conv_pos_embedding_groups": 2, "classifier_proj_size": 16,
+}  # fmt: skip
+
+
 ARCHITECTURES: dict[str, Architecture] = {
     "Llama": Architecture(
         CAUSAL, lambda: transformers.LlamaConfig(**GROUPED), LLAMA_TARGETS, "lm_head"
@@ -559,6 +575,36 @@ ARCHITECTURES: dict[str, Architecture] = {
         ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
         "final_layer_norm",
         "SEQ_2_SEQ_LM",
+    ),
+    "ViT": Architecture(
+        "AutoModelForImageClassification",
+        lambda: transformers.ViTConfig(**VISION, num_labels=3),
+        ("q_proj", "v_proj"),
+        "classifier",
+        None,
+    ),
+    "CLIP": Architecture(
+        "AutoModel",
+        lambda: transformers.CLIPConfig(
+            text_config=CLIP_TEXT, vision_config=VISION | {"projection_dim": 16}, projection_dim=16
+        ),
+        ("q_proj", "v_proj", "fc1"),
+        "visual_projection",
+        None,
+    ),
+    "Wav2Vec2 for letters": Architecture(
+        "AutoModelForCTC",
+        lambda: transformers.Wav2Vec2Config(**SOUND),
+        ("q_proj", "v_proj"),
+        "lm_head",
+        None,
+    ),
+    "Wav2Vec2 for classes": Architecture(
+        "AutoModelForAudioClassification",
+        lambda: transformers.Wav2Vec2Config(**SOUND, num_labels=3),
+        ("q_proj", "v_proj"),
+        "projector",
+        None,
     ),
     "BERT with a head": Architecture(
         CLASSIFICATION,

@@ -126,7 +126,7 @@ REFUSED_CONFIGURATIONS: list[tuple[dict[str, Any], type[CustomizedModelsError]]]
     ({"modules_to_save": ["lm_head"]}, UnmergedTensorsError),
     ({"use_dora": True}, UnmergedTensorsError),
     ({"r": 5}, MalformedError),
-    ({"lora_alpha": 1e30}, NonFiniteError),
+    ({"lora_alpha": 1e45}, NonFiniteError),
     ({"lora_alpha": 1e-30}, UnchangedTargetsError),
 ]
 REFUSED_WEIGHTS: list[tuple[str, Callable[[Tensors], Tensors], type[CustomizedModelsError]]] = [
@@ -146,6 +146,10 @@ REFUSED_BASES: list[tuple[dict[str, Any], type[CustomizedModelsError]]] = [
 ]
 
 
+def shown_in_names(value: object) -> str:
+    return value.__name__ if isinstance(value, type) else str(value)
+
+
 def assert_refused_alike(
     registry: ModelRegistry, customized: CustomizedModel, error: type[CustomizedModelsError]
 ) -> None:
@@ -159,7 +163,7 @@ def assert_refused_alike(
     assert list(registry.complete_models()) == []
 
 
-@pytest.mark.parametrize(("values", "error"), REFUSED_CONFIGURATIONS, ids=lambda value: str(value))
+@pytest.mark.parametrize(("values", "error"), REFUSED_CONFIGURATIONS, ids=shown_in_names)
 def test_plan_and_save_refuse_the_same_configurations(
     values: dict[str, Any],
     error: type[CustomizedModelsError],
@@ -173,7 +177,7 @@ def test_plan_and_save_refuse_the_same_configurations(
     assert_refused_alike(registry, registry.register(adapter, train_name="new"), error)
 
 
-@pytest.mark.parametrize(("name", "change", "error"), REFUSED_WEIGHTS, ids=lambda value: str(value))
+@pytest.mark.parametrize(("name", "change", "error"), REFUSED_WEIGHTS, ids=shown_in_names)
 def test_plan_and_save_refuse_the_same_weights(
     name: str,
     change: Callable[[Tensors], Tensors],
@@ -188,7 +192,7 @@ def test_plan_and_save_refuse_the_same_weights(
     assert_refused_alike(registry, registry.register(adapter, train_name="new"), error)
 
 
-@pytest.mark.parametrize(("values", "error"), REFUSED_BASES, ids=lambda value: str(value))
+@pytest.mark.parametrize(("values", "error"), REFUSED_BASES, ids=shown_in_names)
 def test_plan_and_save_refuse_the_same_bases(
     values: dict[str, Any], error: type[CustomizedModelsError], tmp_path: Path
 ) -> None:
