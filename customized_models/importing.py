@@ -121,7 +121,7 @@ def plan_import(
 
     Args:
         registry: Where they would be registered. It needs their base models.
-        directory: Its root. Links to other directories are not followed.
+        directory: Its root. Links to directories and hidden directories are not followed.
         base_models: By what adapters state as their base, the base model that is meant, such as
             `{"unsloth/llama-3-8b-bnb-4bit": "llama-3-8b"}`. The empty text stands for that of
             adapters which state none.
