@@ -52,8 +52,13 @@ def instance(argument: str, value: object, kind: type[T], meant: str | None = No
 
 
 def text(argument: str, value: object) -> str:
-    """One text."""
-    return instance(argument, value, str, "text")
+    """One text, which UTF-8 can hold: no half of a surrogate pair."""
+    known = instance(argument, value, str, "text")
+    try:
+        known.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidArgumentError(f"{argument} takes text that UTF-8 can hold") from error
+    return known
 
 
 def texts(argument: str, value: object) -> tuple[str, ...]:
@@ -171,7 +176,7 @@ def mapping(argument: str, value: object) -> dict[str, Any]:
 def name_of(argument: str, value: object, *kinds: type[Any]) -> str:
     """The name of what is meant: a value of one of these classes, or its name as text."""
     if isinstance(value, str):
-        return value
+        return text(argument, value)
     if not isinstance(value, kinds):
         classes = ", ".join(kind.__name__ for kind in kinds)
         raise refused(argument, value, f"a {classes.replace(', ', ' or ')}, or its name as text")

@@ -59,7 +59,10 @@ from typing import Any
 
 def shown(value: object, limit: int = 200) -> str:
     """`value` for a message: printable, quoted, shortened to at most `limit` characters."""
-    text = value if isinstance(value, str) else str(value)
+    try:
+        text = value if isinstance(value, str) else str(value)
+    except (ValueError, RecursionError):  # a number of thousands of digits, lists in lists
+        text = f"<{type(value).__name__}>"
     text = text if len(text) <= limit else text[: limit - 3] + "..."
     return ascii(text)
 

@@ -17,7 +17,8 @@ from typing import Literal
 from attrs import evolve, field, frozen
 
 from . import arguments
-from .adapters.intake import CONFIG, WEIGHTS
+from .adapters.intake import WEIGHTS
+from .adapters.settings import CONFIG
 from .cards.checkpoints import State, best_step, checkpoint_step
 from .cards.reading import trainer_state
 from .display import html_table, text_table

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from attrs import evolve, fields, frozen
 
 from .adapters.finite import refuse_non_finite
-from .adapters.intake import Intake, check_fits, take_in
+from .adapters.fitting import check_fits
+from .adapters.intake import Intake, take_in
 from .arguments import identifier, name_of, past
 from .base_models import verified_path
 from .cards.reading import training_facts
@@ -25,6 +26,8 @@ from .cards.readme import render_customized, storable_card
 from .errors import AlreadyExistsError, InUseError
 from .files.documents import to_document
 from .files.manifest import README, Manifest
+from .files.model_directory import CARRIED, files_of
+from .files.remote_code import check_remote_code
 from .files.safetensors import Checkpoint
 from .files.writing import disk_errors, write_file
 from .models import BaseModel, CustomizedModel, EvaluationSummary, ModelCard, TrainingConfiguration
@@ -138,8 +141,13 @@ def examine(catalog: Catalog, source: Path, staging: Path, training: Training) -
     _log.debug("%s: an adapter for base model %s at %s", source, base.name, location.path)
     check_fits(taken.adapter, Checkpoint.open(verified_path(location)))
     refuse_non_finite(taken.adapter)
+    check_remote_code(files_of(staging, *CARRIED), trusted=base.trust_remote_code)
     card = storable_card(
-        ModelCard(training.configuration or facts.training, training.evaluation or facts.evaluation)
+        ModelCard(
+            training.configuration or facts.training,
+            training.evaluation or facts.evaluation,
+            taken.notes,
+        )
     )
     return Examined(taken, base, card)
 

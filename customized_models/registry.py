@@ -16,21 +16,25 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast, get_args, overl
 from attrs import evolve
 
 from . import arguments
-from .backends import check_environment
-from .base_models import Location, hash_base_model
+from .backends import check_environment, moved_endpoint
+from .base_models import Location, check_files, hash_base_model
 from .cards.reading import read_base_card
 from .catalog.listing import Listing
 from .deploying.recovery import recover_deployments
 from .errors import (
     BaseModelMissingError,
     CustomizedModelsError,
+    InUseError,
     InvalidArgumentError,
     InvalidNameError,
     NotFoundError,
     NotLocalError,
+    listed,
     shown,
 )
+from .files.links import hub_id
 from .files.reading import existing_directory
+from .files.remote_code import check_remote_code
 from .files.safetensors import Checkpoint
 from .jobs.job import Job
 from .jobs.queue import JobQueue
@@ -172,6 +176,7 @@ class ModelRegistry:
         *,
         model_name: str | None = None,
         deployment_template: DeploymentTemplate | None = None,
+        trust_remote_code: bool = False,
     ) -> BaseModel:
         """Add the pretrained model in the directory `path`: referenced and hashed, never copied.
 
@@ -180,28 +185,39 @@ class ModelRegistry:
         Args:
             technical_name: Short and unique, lower-case letters, digits, `.` and `-`, at most 24.
             path: Its directory.
-            model_name: Unique; a Hub id where it has one; the directory's name if None.
+            model_name: Unique; a Hub id where it has one. If None, that of the Hub cache that the
+                directory is in, or else the directory's name.
             deployment_template: For tools that need one; a known one stays if None.
+            trust_remote_code: Let transformers run the code that came with the model, where it
+                does not know the model itself; complete models have that code too.
 
         Raises:
             InvalidNameError: The technical name does not fit.
             AlreadyExistsError: A name is taken by another base model; it says what differs.
             BaseModelMissingError, MalformedError, UnsafeFileError: The directory is no model.
+            UnsupportedBaseError: It has code of its own that is not trusted, or an adapter.
             StorageError, DatabaseError: A disk or the database failed.
         """
         checked_name("technical name", technical_name, TECHNICAL_NAME)
         if model_name is not None:
             _checked_model_name(model_name)
-        location = _hashed(path)
-        directory = Path(location.path)
         template = _template(deployment_template)
+        arguments.instance("trust_remote_code", trust_remote_code, bool)
+        directory = existing_directory(arguments.path("path", path), BaseModelMissingError)
+        directory = directory.resolve()
+        weights = Checkpoint.open(directory)
+        check_remote_code(check_files(directory, weights), trusted=trust_remote_code)
+        card = read_base_card(directory, weights)
+        location = hash_base_model(directory, _silent)
+        name = (hub_id(directory) or directory.name) if model_name is None else model_name
         base = BaseModel(
             technical_name=technical_name,
-            model_name=_checked_model_name(directory.name) if model_name is None else model_name,
+            model_name=_checked_model_name(name),
             digest=location.digest,
             created=datetime.now(UTC),
-            card=read_base_card(directory, Checkpoint.open(directory)),
+            card=card,
             deployment_template=template,
+            trust_remote_code=trust_remote_code,
         )
         added = self.catalog.bases.add(base, location)
         _log.info("base model %s: %s, %s", added.name, added.digest, location.path)
@@ -440,6 +456,41 @@ class ModelRegistry:
         added = self.catalog.levels.add_once(given)
         _log.info("environment %s: %s", added.name, added.backend)
         return added
+
+    def update_environment(self, environment: DeploymentEnvironment) -> DeploymentEnvironment:
+        """Change what is recorded of an environment, such as the address of a server that moved.
+
+        The endpoints of the models that are live there, and of what third parties see of them,
+        follow. Nothing is asked of the server: `Deployer.status` does that.
+
+        Args:
+            environment: As it is to be; the one of its name is replaced.
+
+        Raises:
+            NotFoundError: No environment has that name.
+            InUseError: It has another backend, and models are still deployed there.
+            InvalidOptionError: No such backend, or it refuses the settings.
+        """
+        given: DeploymentEnvironment = value_of("environment", environment, DeploymentEnvironment)
+        check_environment(given)
+        levels = self.catalog.levels
+        with self.catalog.database.write() as connection:
+            old = levels.in_transaction(connection, DeploymentEnvironment, given.name)
+            deployed = levels.deployed_at(connection, given.name)
+            if deployed and old.backend != given.backend:
+                raise InUseError(
+                    f"{given.name} still serves {listed(live.name for live in deployed)} with the "
+                    f"backend {shown(old.backend)}; undeploy what is there, with forget=True if "
+                    f"the server is gone"
+                )
+            levels.put(connection, given)
+            for live in deployed:
+                endpoint = moved_endpoint(live.served.endpoint, old, given)
+                followed = evolve(live, served=evolve(live.served, endpoint=endpoint))
+                levels.put(connection, followed)
+                levels.follow(connection, followed)
+        _log.info("environment %s changed", given.name)
+        return given
 
     def add_third_party(self, live: LiveModel | str) -> ThirdPartyModel:
         """Offer a live model to other services: endpoint, API style and the name to call.

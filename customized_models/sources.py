@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from attrs import frozen
 
 from .adapters.intake import Adapter
+from .combining import combined_files
 from .files.checking import FileCheck
-from .files.model_directory import CARRIED, Role, files_of, role_of
-from .files.reading import json_object
+from .files.model_directory import carried_files
 from .files.safetensors import Checkpoint, ModelSource
 from .merging import open_merge
 from .models import BaseModel, CompleteModel, CustomizedModel
@@ -23,23 +22,6 @@ from .shelf import Finish, Shelf
 
 if TYPE_CHECKING:
     from .merging import MergeExecution
-
-_OF_TOKENIZER = (Role.VOCABULARY, Role.TOKENIZER)
-
-
-def combined_files(base: Path, adapter: Path) -> dict[str, Path]:
-    """The small files of `base` merged with `adapter`.
-
-    Configurations are the base's. The tokenizer is taken whole from the adapter if it has a
-    vocabulary, with its processor; files of two tokenizers are never mixed. So is the chat
-    template if the adapter has one.
-    """
-    files = files_of(base, *CARRIED)
-    own = files_of(adapter, Role.CHAT_TEMPLATE)
-    if files_of(adapter, Role.VOCABULARY):
-        files = {name: path for name, path in files.items() if role_of(name) not in _OF_TOKENIZER}
-        own |= files_of(adapter, *_OF_TOKENIZER, Role.PROCESSOR)
-    return files | own
 
 
 @frozen
@@ -50,10 +32,19 @@ class MergedSource:
     layout: Checkpoint
     adapter: Adapter
     merge: MergeExecution
+    trust_remote_code: bool = False
+
+    def open_again(self) -> MergeExecution:
+        """The same merge, of files that are opened anew."""
+        base = Checkpoint.open(self.layout.directory)
+        adapter = Adapter.open(self.adapter.directory)
+        return open_merge(base, adapter, trust_remote_code=self.trust_remote_code)
 
 
 @contextmanager
-def merge_of(base: Path, adapter: Path) -> Iterator[MergedSource]:
+def merge_of(
+    base: Path, adapter: Path, *, trust_remote_code: bool = False
+) -> Iterator[MergedSource]:
     """The merge of the adapter in one directory into the base in another, while the block lasts.
 
     Raises:
@@ -61,9 +52,10 @@ def merge_of(base: Path, adapter: Path) -> Iterator[MergedSource]:
             exactly; the message says why.
     """
     layout, opened = Checkpoint.open(base), Adapter.open(adapter)
-    merge = open_merge(layout, opened)
-    with _configured(combined_files(base, adapter), merge.config) as files:
-        yield MergedSource(ModelSource(files, merge), layout, opened, merge)
+    merge = open_merge(layout, opened, trust_remote_code=trust_remote_code)
+    with tempfile.TemporaryDirectory() as scratch:
+        files = combined_files(layout, opened.directory, merge.config, Path(scratch))
+        yield MergedSource(ModelSource(files, merge), layout, opened, merge, trust_remote_code)
 
 
 @contextmanager
@@ -87,23 +79,10 @@ def proven_merge(
         shelf.checked(customized) as (directory, adapter_check),
     ):
         adapter_check.finish(_silent)
-        with merge_of(base_directory, directory) as merged:
+        with merge_of(
+            base_directory, directory, trust_remote_code=base.trust_remote_code
+        ) as merged:
             yield merged, check
-
-
-@contextmanager
-def _configured(files: dict[str, Path], changes: Mapping[str, Any]) -> Iterator[dict[str, Path]]:
-    """`files` with a `config.json` that has these values in place of its own; None removes one."""
-    if not changes:
-        yield files
-        return
-    with tempfile.TemporaryDirectory() as directory:
-        changed = Path(directory, "config.json")
-        document = {**json_object(files["config.json"]), **changes}
-        removed = {key for key in changes if changes[key] is None}
-        document = {key: value for key, value in document.items() if key not in removed}
-        changed.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n")
-        yield files | {"config.json": changed}
 
 
 @contextmanager
@@ -121,7 +100,8 @@ def model_source(
             yield merged.source, finish
     else:
         with shelf.proven(model) as (directory, finish):
-            yield ModelSource(files_of(directory, *CARRIED), Checkpoint.open(directory)), finish
+            weights = Checkpoint.open(directory)
+            yield ModelSource(carried_files(directory, weights.shards), weights), finish
 
 
 @contextmanager
@@ -134,12 +114,15 @@ def small_files(
         The directory, and its files by name; both are there while the block lasts.
     """
     with ExitStack() as stack:
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        directory, scratch = (
+            Path(stack.enter_context(tempfile.TemporaryDirectory())) for _ in range(2)
+        )
         opened = stack.enter_context(shelf.opened(model))
         if isinstance(model, CustomizedModel):
-            files = combined_files(stack.enter_context(shelf.opened(base)), opened)
+            beneath = Checkpoint.open(stack.enter_context(shelf.opened(base)))
+            files = combined_files(beneath, opened, {}, scratch)
         else:
-            files = files_of(opened, *CARRIED)
+            files = carried_files(opened, Checkpoint.open(opened).shards)
         for name, path in files.items():
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, directory / name)

@@ -18,6 +18,7 @@ from customized_models import (
     BaseModel,
     CompleteModel,
     CustomizedModel,
+    CustomizedModelsError,
     DeploymentEnvironment,
     DeploymentTemplate,
     InvalidArgumentError,
@@ -219,6 +220,14 @@ def test_a_wrong_type_is_an_error_that_names_what_to_pass(call: Call, known: Kno
         assert call.argument in message
         assert " takes " in message
         assert SECRET not in message
+
+
+@pytest.mark.parametrize(
+    "call", [c for c in (*registry_calls(), *other_calls()) if "text" in c.takes], ids=str
+)
+def test_text_that_utf8_cannot_hold_is_an_error_of_ours(call: Call, known: Known) -> None:
+    with pytest.raises(CustomizedModelsError):
+        list(call.call(known, "half a pair: \ud800"))
 
 
 # What is meant is taken

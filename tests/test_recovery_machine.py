@@ -45,10 +45,11 @@ from customized_models import (
     Status,
 )
 from customized_models import processes as processes_module
-from customized_models.backends import Artifact, Plan
+from customized_models.backends import Artifact, Plan, Tools
 from customized_models.catalog.levels import Levels
-from customized_models.deploying.deployer import run_deploy
 from customized_models.deploying.recovery import recover_deployments
+from customized_models.deploying.request import DeployRequest
+from customized_models.deploying.running import run_deploy
 from customized_models.jobs.work import Work
 from customized_models.naming import live_name
 from customized_models.processes import Process
@@ -93,7 +94,7 @@ class Tool:
             del Tool.served[served.name]
 
 
-BACKENDS = {"tool": Tool}
+TOOLS = Tools({"tool": Tool})
 
 
 class Host:
@@ -238,22 +239,23 @@ class Machine(RuleBasedStateMachine):
         if killed:
             self.host.current = max(self.host.living) + 1
             self.host.living.add(self.host.current)
-        arguments = {
-            "kind": "customized", "model": model.name, "environment": "here",
-            "quantization": "no_quantization", "served_name": None, "options": {},
-        }  # fmt: skip
-        id = registry.catalog.jobs.add("deploy", name, arguments, ())
+        request = DeployRequest(
+            kind="customized", model=model.name, environment="here",
+            quantization="no_quantization", served_name=None, options={}, template=None,
+            gguf=None, replace=False, proofs=(), accept_failed=(),
+        )  # fmt: skip
+        id = registry.catalog.jobs.add("deploy", name, request.document, (), max_running=1)
         lease = registry.catalog.lease(str(id))
         work = Work(
-            id, name(id), arguments, registry.catalog, registry.shelf, lease,
-            self.scratch / "log", lambda *_: None,
+            id, name(id), request.document, registry.catalog, registry.shelf, lease,
+            lambda *_: None,
         )  # fmt: skip
         Tool.killed_after_creating = killed
         with pytest.MonkeyPatch.context() as patch:
             if killed:
                 patch.setattr(Levels, "drop", _dead)
             with contextlib.suppress(Killed):
-                run_deploy(work, BACKENDS)
+                run_deploy(work, TOOLS)
         Tool.killed_after_creating = False
         if killed:
             self.host.living.discard(self.host.current)
@@ -263,7 +265,7 @@ class Machine(RuleBasedStateMachine):
     def recover(self) -> None:
         registry = self.registry
         registry.shelf.recover()
-        recover_deployments(registry.catalog, registry.shelf, BACKENDS)
+        recover_deployments(registry.catalog, registry.shelf, TOOLS)
         keys = set(LocalStorage(registry.root).keys("customized/"))
         assert keys == {model.key for model in registry.customized_models()}
         assert set(Tool.served) == {live.served.name for live in registry.live_models()}

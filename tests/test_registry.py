@@ -114,8 +114,8 @@ def test_a_base_model_with_a_link_out_of_its_directory_is_refused(
 ) -> None:
     directory = tmp_path / "base"
     shutil.copytree(tiny_base, directory)
-    shutil.move(directory / "config.json", tmp_path / "config.json")
-    (directory / "config.json").symlink_to(tmp_path / "config.json")
+    shutil.move(directory / "config.json", tmp_path / "elsewhere.json")
+    (directory / "config.json").symlink_to(tmp_path / "elsewhere.json")
 
     with pytest.raises(UnsafeFileError, match=r"config\.json"):
         ModelRegistry(tmp_path / "models").add_base_model("linked", directory)

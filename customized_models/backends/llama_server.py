@@ -32,13 +32,13 @@ from ..errors import (
     UnsupportedError,
     shown,
 )
-from ..files.model_directory import CARRIED, files_of
+from ..files.model_directory import carried_files
 from ..files.safetensors import Checkpoint, ModelSource
 from ..gguf.adapter import plan_adapter
 from ..models import DeploymentEnvironment, Progress, Served, Status
-from . import presets
 from .connection import Connection, Secrets, checked_settings, environment_variable
 from .http import JSONServer
+from .presets import FILE, VALUE, sections, with_section, without_section
 from .protocol import Artifact, Plan, checked_options, chosen_served_name
 from .router import Router
 from .shared_directory import SETTINGS, SharedDirectory, version_name
@@ -101,7 +101,7 @@ class LlamaServer:
         checked_settings(environment, SETTINGS)
         _ = self.url  # raises where there is no address
         self._directory = SharedDirectory.of(environment)
-        if not presets.VALUE.fullmatch(str(self._directory.there)):
+        if not VALUE.fullmatch(str(self._directory.there)):
             raise InvalidOptionError(
                 "the directory's path has characters that cannot stand in a file of presets"
             )
@@ -130,14 +130,15 @@ class LlamaServer:
                 )
             refuse_unless_plain(artifact.adapter_config)
         self._directory.check()
-        self._router().properties(self._directory.seen_by_server(presets.FILE))
+        self._router().properties(self._directory.seen_by_server(FILE))
         version = version_name(name, uuid.uuid4().hex[:12])
         return Plan(artifact, name, options, {"version": version})
 
     def push(self, plan: Plan, progress: Progress) -> Served:
         """See `Backend.push`. Details: `version`, how its files' names begin; and `base`."""
         router, version = self._router(), plan.details["version"]
-        served = Served(version, f"{self.url}/v1", "openai", "", dict(plan.details))
+        endpoint, details = f"{self.url}/v1", dict(plan.details)
+        served = Served(version, endpoint, "openai", "", details, copied=True)
         try:
             if plan.options.beside_base:
                 served = self._put_beside_base(plan, served, progress)
@@ -147,7 +148,7 @@ class LlamaServer:
                 raise ServerAnswerError(
                     f"llama.cpp at {self.url} does not list what was put into "
                     f"{shown(self._directory.here)}: start it with --models-preset "
-                    f"{self._directory.seen_by_server(presets.FILE)}"
+                    f"{self._directory.seen_by_server(FILE)}"
                 )
             router.load(version, progress)
         except BaseException as error:
@@ -176,7 +177,8 @@ class LlamaServer:
         if not self._directory.holds(base_name, base.digest):
             self._directory.put_file(base_name, base.path, base.digest, progress)
         with plan.artifact.adapter() as beside, self._directory.unfinished() as path:
-            source = ModelSource(files_of(beside.base, *CARRIED), Checkpoint.open(beside.base))
+            base_weights = Checkpoint.open(beside.base)
+            source = ModelSource(carried_files(beside.base, base_weights.shards), base_weights)
             adapter = Adapter.open(beside.adapter)
             file = plan_adapter(source, adapter, name=plan.artifact.name).write(path, progress)
             self._directory.publish(path, f"{served.name}.lora")
@@ -200,7 +202,7 @@ class LlamaServer:
 
     def refuse_taken(self, name: str, replaced: Collection[str] | None) -> None:
         """See `Promoting.refuse_taken`. A model of someone else's is never replaced."""
-        section = presets.sections(self._presets()).get(name)
+        section = sections(self._presets()).get(name)
         version = self._version_of(section)
         free = section is None and name not in self._router().models()
         if free or (version is not None and (replaced is None or version in replaced)):
@@ -217,10 +219,10 @@ class LlamaServer:
         """
         router, version = self._router(), served.details["version"]
         with self._directory.locked():
-            before = presets.sections(self._presets()).get(name)
+            before = sections(self._presets()).get(name)
             if self._version_of(before) != version:
                 self.refuse_taken(name, replaced)
-            self._rename(name, presets.sections(self._presets())[version])
+            self._rename(name, sections(self._presets())[version])
             router.models(reload=True)
         router.unload(version)
         try:
@@ -235,13 +237,13 @@ class LlamaServer:
     ) -> None:
         """Let a name mean what it meant before, unless someone has taken it meanwhile."""
         with self._directory.locked():
-            if self._version_of(presets.sections(self._presets()).get(name)) == version:
+            if self._version_of(sections(self._presets()).get(name)) == version:
                 self._rename(name, before)
                 router.models(reload=True)
 
     def _rename(self, name: str, options: Mapping[str, str] | None) -> None:
-        text = presets.without_section(self._presets(), name)
-        self._write(text if options is None else presets.with_section(text, name, options))
+        text = without_section(self._presets(), name)
+        self._write(text if options is None else with_section(text, name, options))
 
     def status(self, served: Served) -> Status:
         """See `Backend.status`."""
@@ -266,13 +268,13 @@ class LlamaServer:
         version = served.details["version"]
         with self._directory.locked():
             text = self._presets()
-            for name, section in presets.sections(text).items():
+            for name, section in sections(text).items():
                 if self._version_of(section) == version:
-                    text = presets.without_section(text, name)
+                    text = without_section(text, name)
             if text != self._presets():
                 self._write(text)
                 router.models(reload=True)
-            used = {section.get("model") for section in presets.sections(text).values()}
+            used = {section.get("model") for section in sections(text).values()}
         for suffix in ("gguf", "lora"):
             self._directory.remove(f"{version}.{suffix}", served.digest)
         base = served.details.get("base")
@@ -285,7 +287,7 @@ class LlamaServer:
 
     def describe(self) -> Mapping[str, Any]:
         """See `Describing`: the build, and how many models may be loaded at a time."""
-        told = self._router().properties(self._directory.seen_by_server(presets.FILE))
+        told = self._router().properties(self._directory.seen_by_server(FILE))
         return {
             "version": str(told.get("build_info")),
             "most loaded at a time": told.get("max_instances"),
@@ -294,13 +296,13 @@ class LlamaServer:
     # The file of presets
 
     def _presets(self) -> str:
-        path = self._directory.here / presets.FILE
+        path = self._directory.here / FILE
         return path.read_text(encoding="utf-8") if path.exists() else ""
 
     def _write(self, text: str) -> None:
         with self._directory.unfinished() as path:
             path.write_text(text, encoding="utf-8")
-            self._directory.publish(path, presets.FILE)
+            self._directory.publish(path, FILE)
 
     def _write_section(self, name: str, options: Mapping[str, str]) -> None:
         with self._directory.locked():

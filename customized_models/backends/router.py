@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import suppress
+from itertools import pairwise
 from typing import Any
 
 from attrs import frozen
@@ -38,8 +40,7 @@ class RoutedModel:
         status = entry.get("status")
         status = status if isinstance(status, dict) else {}
         words = [str(word) for word in status.get("args") or []]
-        options = {key: value for key, value in zip(words, words[1:], strict=False)}
-        return cls(str(status.get("value")), bool(status.get("failed")), options)
+        return cls(str(status.get("value")), bool(status.get("failed")), dict(pairwise(words)))
 
     @property
     def is_running(self) -> bool:
@@ -84,7 +85,7 @@ class Router:
         listed = self.server.get("/models?reload=1" if reload else "/models").get("data")
         if not isinstance(listed, list) or not all(isinstance(entry, dict) for entry in listed):
             raise ServerAnswerError(f"llama.cpp at {self.server.url} does not list models")
-        found = {}
+        found: dict[str, RoutedModel] = {}
         for entry in listed:
             names = [entry.get("id"), *(entry.get("aliases") or [])]
             found |= {str(name): RoutedModel.of(entry) for name in names}
@@ -128,8 +129,6 @@ class Router:
                 raise ServerAnswerError(
                     f"llama.cpp at {self.server.url} does not unload {shown(name)}"
                 )
-            try:
+            with suppress(ServerAnswerError):  # it has just ended
                 self.server.post("/models/unload", {"model": name})
-            except ServerAnswerError:
-                pass  # it has just ended
             time.sleep(_POLL_SECONDS)

@@ -187,9 +187,12 @@ class SharedDirectory:
             raise ServedModelChangedError(
                 f"{shown(path)} holds other bytes than were put there, and is left alone"
             )
-        with disk_errors(f"{shown(name)} cannot be removed"), suppress(FileNotFoundError):
-            with self.unfinished() as gone:  # first out of the server's sight, all at once
-                path.rename(gone)
+        with (
+            disk_errors(f"{shown(name)} cannot be removed"),
+            suppress(FileNotFoundError),
+            self.unfinished() as gone,  # first out of the server's sight, all at once
+        ):
+            path.rename(gone)
 
 
 def version_name(served_name: str, mark: str) -> str:

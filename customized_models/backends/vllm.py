@@ -15,8 +15,9 @@ from typing import Any
 
 from attrs import evolve, frozen
 
-from ..adapters.intake import CONFIG, WEIGHTS
+from ..adapters.intake import WEIGHTS
 from ..adapters.plain_lora import largest_rank, refuse_unless_plain
+from ..adapters.settings import CONFIG
 from ..base_models import hash_base_model
 from ..deploying.templates.chat_template import ChatTemplate
 from ..deploying.templates.conversations import Conversation
@@ -242,7 +243,7 @@ class VLLM:
         return Status.LOADED if ours else Status.CHANGED
 
     def _is_version(self, card: Mapping[str, Any], served: Served) -> bool:
-        return self._version_of(card) == served.details["version"]
+        return bool(self._version_of(card) == served.details["version"])
 
     def undeploy(self, served: Served) -> None:
         """See `Backend.undeploy`. The server frees the memory when it needs it for another."""

@@ -19,14 +19,15 @@ from attrs import evolve
 
 from ..adapters.peft_types import NAME_SETS, adapter_type
 from ..errors import MalformedError, shown
+from ..files.links import linked_file
 from ..files.manifest import README
-from ..files.model_directory import CARRIED, Role, files_of, role_of
-from ..files.reading import MAX_JSON, json_object, plain_text
+from ..files.model_directory import Role, carried_files, role_of, row_of
+from ..files.reading import json_object, plain_text
 from ..files.safetensors import INDEX, Checkpoint
 from ..models import BaseModelCard, EvaluationSummary, ModelCard, TrainingConfiguration
 from ..naming import is_hub_id
 from .checkpoints import checkpoint_step, state_of_adapter
-from .readme import MAX_README, readme_header, storable_card
+from .readme import MAX_README, readme_header, storable, storable_card
 from .tool_settings import ToolSettings, tool_settings
 
 TRAINER_ARGUMENTS = {
@@ -42,6 +43,9 @@ TRAINER_ARGUMENTS = {
 }  # fmt: skip
 """Arguments of transformers' Trainer, and of TRL's trainers, that affect the result."""
 
+MAX_ENTRIES = 200
+"""Of a setting in a card; AdaLoRA's ranks by module, for one, have many more."""
+
 _VARIANTS = {"use_dora": "DoRA", "use_rslora": "rsLoRA", "use_qalora": "QALoRA"}
 _NOT_METRICS = frozenset({"step", "epoch", "loss", "learning_rate", "grad_norm", "total_flos"})
 _NOT_METRICS_ENDINGS = ("_runtime", "_per_second", "_flos", "_samples")
@@ -55,31 +59,40 @@ def read_base_card(directory: Path, checkpoint: Checkpoint) -> BaseModelCard:
     The license is None unless the header of `README.md` is readable and states a single identifier.
 
     Raises:
-        MalformedError: A configuration does not parse, or states no architecture.
+        MalformedError: A configuration does not parse, or names neither architecture nor type.
     """
     config = json_object(directory / "config.json")
     text = config.get("text_config")
     text = text if isinstance(text, dict) else {}
-    architectures = config.get("architectures")
-    if not isinstance(architectures, list) or not architectures:
-        raise MalformedError("config.json does not name an architecture")
-    files = files_of(directory, *CARRIED)
+    files = carried_files(directory, checkpoint.shards)
     generation = files.get("generation_config.json")
     sizes: Counter[str] = Counter()
     for info in checkpoint.infos.values():
         sizes[info.dtype] += math.prod(info.shape)
     content = {*checkpoint.shards, *files} | ({INDEX} if (directory / INDEX).is_file() else set())
     return BaseModelCard(
-        architecture=str(architectures[0]),
+        architecture=_architecture(config),
         parameters=sizes.total(),
         dtype=max(sizes, key=lambda dtype: (sizes[dtype], dtype), default=""),
         size=sum((directory / name).stat().st_size for name in content),
         context_length=_whole((config, text), "max_position_embeddings", "n_positions"),
         vocabulary_size=_whole((config, text), "vocab_size"),
         license=_license(directory),
-        generation=json_object(generation) if generation else {},
+        generation=storable(json_object(generation)) if generation else {},
         chat_template=_has_chat_template(files),
     )
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    """The class that `config.json` names, or else the type of model, which transformers goes by."""
+    stated = config.get("architectures")
+    named = stated[0] if isinstance(stated, list) and stated else config.get("model_type")
+    if not isinstance(named, str):
+        raise MalformedError(
+            "config.json names neither architectures nor a model_type; is this the directory of a "
+            "model that transformers opens?"
+        )
+    return named
 
 
 def _whole(configs: Iterable[Mapping[str, Any]], *keys: str) -> int | None:
@@ -88,8 +101,8 @@ def _whole(configs: Iterable[Mapping[str, Any]], *keys: str) -> int | None:
 
 
 def _license(directory: Path) -> str | None:
-    readme = Path(os.path.realpath(directory / README))  # in a Hub cache it is a link
     try:
+        readme = linked_file(directory, README, trusted=True)
         stated = readme_header(plain_text(readme, MAX_README)).get("license")
     except MalformedError:
         return None
@@ -119,11 +132,12 @@ def training_facts(directory: Path, adapter_config: Mapping[str, Any]) -> ModelC
         MalformedError: One of the JSON files does not parse.
         UnsafeFileError: One of them is a link or a pipe, or is too large.
     """
+    directory = directory.resolve()
     state = state_of_adapter(directory, trainer_state)
     settings = _tool_settings(directory)
     evaluation = evaluation_summary(state)
     for name in _RESULTS:
-        results = _log_file(directory / name)
+        results = _log_file(directory, name)
         epochs = (
             evaluation.epochs
             if state or evaluation.epochs is not None
@@ -148,7 +162,7 @@ def trainer_state(directory: Path) -> dict[str, Any]:
         MalformedError: It does not parse.
         UnsafeFileError: It is a link or a pipe, or is too large.
     """
-    return _log_file(directory / "trainer_state.json")
+    return _log_file(directory.resolve(), "trainer_state.json")
 
 
 def _tool_settings(directory: Path) -> ToolSettings:
@@ -174,8 +188,14 @@ def peft_settings(adapter_config: Mapping[str, Any]) -> dict[str, Any]:
         if key in NAME_SETS and isinstance(value, list):
             value = sorted(map(str, value))
         if value not in (None, False, [], {}, ""):
-            settings[key] = value
+            settings[key] = _brief(value)
     return settings
+
+
+def _brief(value: Any) -> Any:
+    """A setting, or how much of it there is if that would fill a card."""
+    many = isinstance(value, list | dict) and len(value) > MAX_ENTRIES
+    return f"{len(value)} entries" if many else value
 
 
 def training_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -235,23 +255,24 @@ def _finite(value: object) -> float | None:
         return None
 
 
-def _log_file(path: Path) -> dict[str, Any]:
+def _log_file(directory: Path, name: str) -> dict[str, Any]:
     """The JSON object in a file of the Trainer's, which may have NaN; here that is null."""
-    if not os.path.lexists(path):
+    if not os.path.lexists(directory / name):
         return {}
-    text = plain_text(path, MAX_JSON)
+    text = plain_text(linked_file(directory, name), row_of(name).limit)
     try:
         document = json.loads(text, parse_constant=lambda _: None)
     except (ValueError, RecursionError) as error:
-        raise MalformedError(f"{path.name} is not JSON: {shown(error)}") from error
+        raise MalformedError(f"{name} is not JSON: {shown(error)}") from error
     if not isinstance(document, dict):
-        raise MalformedError(f"{path.name} is not a JSON object")
+        raise MalformedError(f"{name} is not a JSON object")
     return document
 
 
 def _datasets(directory: Path) -> tuple[str, ...]:
     try:
-        stated = readme_header(plain_text(directory / README, MAX_README)).get("datasets")
+        readme = linked_file(directory, README)
+        stated = readme_header(plain_text(readme, MAX_README)).get("datasets")
     except MalformedError:
         return ()
     every = stated if isinstance(stated, list) else [stated]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import html
 import json
 import math
-import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,34 +16,20 @@ from typing import Any
 
 import attrs
 
-from ..errors import MalformedError, UnsafeFileError, shown
+from ..errors import MalformedError, shown
 from ..files.documents import from_document, to_document
-from ..files.reading import opened, read_at
+from ..files.reading import plain_text
 from ..models import BaseModel, CompleteModel, CustomizedModel, ModelCard
 from ..naming import is_hub_id
 
 MAX_README = 4 << 20  # bytes; cards with thousands of benchmark results have about one million
 MAX_DEPTH = 24  # levels of mappings and lists in a README's header
+MAX_VALUES = 5000  # in a card: a metric for each of a thousand classes, several times over
+MAX_TEXT = 1 << 20  # characters in a card
+_MAX_EVENTS = 50_000  # of YAML, which takes about 10 microseconds each; a card of ours has 15,000
 
 _HEADER = re.compile(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", re.DOTALL)
 _MARKS = re.compile(r"[\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])")  # within a word, _ marks nothing
-
-
-def plain_text(path: Path, limit: int) -> str:
-    """The text of a UTF-8 file.
-
-    Raises:
-        MalformedError: missing, or not UTF-8.
-        UnsafeFileError: a link, no regular file, or more than `limit` bytes.
-    """
-    with opened(path, os.O_NOFOLLOW) as fd:
-        size = os.fstat(fd).st_size
-        if size > limit:
-            raise UnsafeFileError(f"{path.name} has {size} bytes, more than {limit}")
-        try:
-            return read_at(fd, 0, size, path.name).decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise MalformedError(f"{path.name} is not UTF-8") from error
 
 
 def readme_header(text: str) -> dict[str, Any]:
@@ -71,10 +56,10 @@ def yaml_mapping(text: str, what: str) -> dict[str, Any]:
     try:
         bounded = _is_bounded(yaml.parse(text, Loader=loader))
         mapping = yaml.load(text, Loader=loader) if bounded else None
-    except (yaml.YAMLError, ValueError, OverflowError) as error:
+    except Exception as error:  # PyYAML raises of all kinds at odd values
         raise MalformedError(f"{what} is not YAML: {shown(error)}") from error
     if not bounded:
-        raise MalformedError(f"{what} has aliases, or is nested too deeply")
+        raise MalformedError(f"{what} has aliases, or is too large or too deep")
     if not isinstance(mapping, dict):
         raise MalformedError(f"{what} is not a mapping")
     return mapping
@@ -84,10 +69,10 @@ def _is_bounded(events: Iterable[Any]) -> bool:
     import yaml
 
     depth = 0
-    for event in events:
+    for count, event in enumerate(events):
         depth += isinstance(event, yaml.CollectionStartEvent)
         depth -= isinstance(event, yaml.CollectionEndEvent)
-        if isinstance(event, yaml.AliasEvent) or depth > MAX_DEPTH:
+        if isinstance(event, yaml.AliasEvent) or depth > MAX_DEPTH or count > _MAX_EVENTS:
             return False
     return True
 
@@ -98,9 +83,33 @@ def storable_card(card: ModelCard) -> ModelCard:
     Law: `storable_card(storable_card(c)) == storable_card(c)`.
 
     Raises:
-        MalformedError: A value is not JSON, is nested too deeply, or cannot be encoded as UTF-8.
+        MalformedError: A value is not JSON, is nested too deeply or cannot be encoded as UTF-8, or
+            there are more than `MAX_VALUES` values or `MAX_TEXT` characters.
     """
-    return from_document(ModelCard, _storable(attrs.asdict(card), depth=1))
+    return from_document(ModelCard, storable(attrs.asdict(card)))
+
+
+def storable(value: Any) -> Any:
+    """Data as JSON and YAML can hold it, of a size that a card may have; raises likewise."""
+    plain = _storable(value, depth=1)
+    values, characters = _size(plain)
+    if values > MAX_VALUES or characters > MAX_TEXT:
+        raise MalformedError(
+            f"a card has {values} values and {characters} characters, more than {MAX_VALUES} "
+            f"and {MAX_TEXT}; pass fewer metrics or settings"
+        )
+    return plain
+
+
+def _size(value: Any) -> tuple[int, int]:
+    """How many values are in it, and how many characters."""
+    if isinstance(value, str):
+        return 1, len(value)
+    if not isinstance(value, dict | list):
+        return 1, 0
+    inside = [*value, *value.values()] if isinstance(value, dict) else value
+    sizes = [_size(item) for item in inside]
+    return 1 + sum(count for count, _ in sizes), sum(length for _, length in sizes)
 
 
 def _storable(value: Any, depth: int) -> Any:
@@ -159,6 +168,8 @@ def _render(relation: str, facts: dict[str, str], base: BaseModel, card: ModelCa
     if index := _model_index(facts["name"], card):
         header["model-index"] = index
     header["tags"] = ["customized-models"]
+    notes = own.pop("notes")
+    own |= {"notes": notes} if notes else {}
     header["customized_models"] = facts | own | {"evaluation": measured}
     # PyYAML would write Unicode's own line breaks as they are, and read them back as others.
     breaks = re.search("[\x85\u2028\u2029]", json.dumps(header, ensure_ascii=False)) is not None
@@ -172,6 +183,8 @@ def _render(relation: str, facts: dict[str, str], base: BaseModel, card: ModelCa
         _table("Datasets", dict.fromkeys(own["training"]["datasets"], "")),
         _table("Evaluation", measured.pop("metrics") | measured),
     ]
+    if notes:
+        tables.append("\n".join(["## Notes\n", *(f"- {_escaped(note)}" for note in notes), ""]))
     return "\n".join([f"---\n{front}---\n", title, about, *filter(None, tables)])
 
 
@@ -234,4 +247,5 @@ def parse_card(source: str | Path) -> ModelCard:
     own = readme_header(text).get("customized_models")
     if not isinstance(own, dict) or not {"training", "evaluation"} <= own.keys():
         raise MalformedError("the header of README.md does not have a card that this library wrote")
-    return from_document(ModelCard, {key: own[key] for key in ("training", "evaluation")})
+    fields = {field.name for field in attrs.fields(ModelCard)}
+    return from_document(ModelCard, {key: own[key] for key in own.keys() & fields})

@@ -310,7 +310,7 @@ class PromotingContract(BackendContract):
         plan = backend.preflight(other_artifact, _NAME, backend.options())
         served = backend.push(plan, _ignore)
         yield served
-        backend.undeploy(served)
+        backend.undeploy(attrs.evolve(served, name=_NAME))  # a test may have promoted it
 
     def test_a_version_does_not_answer_to_the_served_name_before_it_is_promoted(
         self, backend: Backend, promoting: Promoting, pushed: Served
@@ -553,6 +553,14 @@ class _Sealed:
         return self._artifact.architecture
 
     @property
+    def base(self) -> str:
+        return self._artifact.base
+
+    @property
+    def adapter_config(self) -> Mapping[str, Any] | None:
+        return self._artifact.adapter_config
+
+    @property
     def quantization(self) -> Quantization:
         return self._artifact.quantization
 
@@ -565,6 +573,9 @@ class _Sealed:
 
     def gguf(self, progress: Progress, *, chat_template: bool) -> GGUFFile:
         raise AssertionError("preflight asked for a file")
+
+    def base_gguf(self, progress: Progress, *, chat_template: bool) -> GGUFFile:
+        raise AssertionError("preflight asked for the base's file")
 
     def directory(self) -> AbstractContextManager[Path]:
         raise AssertionError("preflight asked for a directory")

@@ -229,8 +229,8 @@ def test_the_name_of_the_base_model_is_taken(backend: Backend, artifact: Adapter
 def test_quantization_is_the_servers_own_matter(
     backend: Backend, artifact: AdapterArtifact
 ) -> None:
+    quantized = attrs.evolve(artifact, quantization="q8_0")
     with pytest.raises(UnsupportedQuantizationError, match="--quantization"):
-        quantized = attrs.evolve(artifact, quantization="q8_0")
         backend.preflight(quantized, "new", backend.options())
 
 

@@ -137,12 +137,19 @@ def test_a_license_is_one_word_of_a_sound_header(
     assert read_base_card(base, Checkpoint.open(base)).license == license
 
 
-def test_a_base_without_an_architecture_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("architectures", [None, [], "absent"])
+def test_a_base_without_an_architecture_is_of_its_type(
+    architectures: object, tmp_path: Path
+) -> None:
     base = tiny_llama(tmp_path / "base", tokenizer=False)
     config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps(config | {"architectures": []}))
+    del config["architectures"]
+    stated = {} if architectures == "absent" else {"architectures": architectures}
+    (base / "config.json").write_text(json.dumps(config | stated))
+    assert read_base_card(base, Checkpoint.open(base)).architecture == "llama"
 
-    with pytest.raises(MalformedError, match="does not name an architecture"):
+    (base / "config.json").write_text("{}")
+    with pytest.raises(MalformedError, match="neither architectures nor a model_type"):
         read_base_card(base, Checkpoint.open(base))
 
 

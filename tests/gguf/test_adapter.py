@@ -13,7 +13,6 @@ import torch
 
 from customized_models.adapters.intake import Adapter
 from customized_models.errors import MergeError, UnsupportedAdapterError
-from customized_models.files.safetensors import Checkpoint, ModelSource
 from customized_models.gguf import plan
 from customized_models.gguf.adapter import AdapterPlan, plan_adapter
 from customized_models.testing.tiny_models import tiny_adapter, tiny_llama, tiny_lora
@@ -178,7 +177,7 @@ def test_adapters_of_other_types_are_refused_by_name(tmp_path: Path) -> None:
 def test_an_end_of_a_tied_base_is_refused(tmp_path: Path, target: str) -> None:
     base = tiny_llama(tmp_path / "base", tied=True)
     adapter = tiny_lora(tmp_path / "adapter", base, target_modules=[target, "q_proj"])
-    with pytest.raises(UnsupportedAdapterError, match="shares its weight|output layer is its"):
+    with pytest.raises(UnsupportedAdapterError, match=r"shares its weight|output layer is its"):
         planned(base, adapter)
 
 

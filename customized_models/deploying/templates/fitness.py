@@ -116,7 +116,7 @@ def parsed_template(template: DeploymentTemplate) -> OllamaTemplate:
     except GoSyntaxError as error:
         raise InvalidTemplateError(
             f"the deployment template is no template of Go: {shown(error)}. Ollama takes Go's "
-            f"templates, not Jinja; propose_deployment_template makes one from the chat template"
+            f"templates, not Jinja; Deployer.propose_template makes one from the chat template"
         ) from error
 
 

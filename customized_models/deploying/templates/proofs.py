@@ -130,7 +130,7 @@ class TemplateProof:
         first = next(d for d in self.differences if d.kind == failed[0])
         raise TemplateMismatchError(
             f"the deployment template does not write what the model was trained with: {first}"
-            f"{hint}. Different: {', '.join(failed)}. propose_deployment_template makes one "
+            f"{hint}. Different: {', '.join(failed)}. Deployer.propose_template makes one "
             f"from the chat template",
             tuple(failed),
         )
