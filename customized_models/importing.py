@@ -122,9 +122,10 @@ def plan_import(
 
     Args:
         registry: Where they would be registered. It needs their base models.
-        directory: Its root. Links to other directories are not followed.
+        directory: Its root. Links to directories and hidden directories are not followed.
         base_models: By what adapters state as their base, the base model that is meant, such as
-            `{"unsloth/llama-3-8b-bnb-4bit": "llama-3-8b"}`.
+            `{"unsloth/llama-3-8b-bnb-4bit": "llama-3-8b"}`. The empty text stands for that of
+            adapters which state none.
 
     Raises:
         InvalidArgumentError: An argument is of another type.
@@ -242,7 +243,7 @@ def _reason_to_leave(place: Path) -> str:
 
 
 def _has_adapter(place: Path) -> bool:
-    return any((place / name).is_file() for name in (WEIGHTS, *PICKLED))
+    return any(os.path.lexists(place / name) for name in (WEIGHTS, *PICKLED))
 
 
 def _is_unfinished(state: State) -> bool:
@@ -284,18 +285,19 @@ def _written(place: Path) -> datetime:
         if (place / CONFIG).is_file():
             raise MalformedError(f"{WEIGHTS} is missing")
         raise UnsupportedAdapterError("a whole model, and not an adapter; add_base_model takes it")
-    if not (place / WEIGHTS).is_file():
+    if not os.path.lexists(place / WEIGHTS):
         raise UnsupportedAdapterError(
             "the weights are a pickle, which can run code when it is read: "
             "customized_models.importing.convert_pickle writes a copy without one"
         )
-    seconds = (place / WEIGHTS).stat().st_mtime
+    seconds = (place / WEIGHTS).lstat().st_mtime
     return min(datetime.fromtimestamp(seconds, UTC), datetime.now(UTC))
 
 
 def _base_of(registry: ModelRegistry, place: Path, bases: Mapping[str, str]) -> str:
     stated = json_object(place / CONFIG).get("base_model_name_or_path")
-    if isinstance(stated, str) and stated in bases:
+    stated = stated if isinstance(stated, str) else ""
+    if stated in bases:
         return bases[stated]
     try:
         return registry.find_base_model(stated).name

@@ -173,6 +173,10 @@ def test_what_cannot_be_imported_says_why(
     (make("lost") / "adapter_model.safetensors").unlink()
     make("elsewhere", base="org/other")
     make("broken", trainer_state="{")
+    make("silent", base=None)
+    linked = make("linked") / "adapter_model.safetensors"
+    linked.rename(tmp_path / "weights")
+    linked.symlink_to(tmp_path / "weights")
     make("\N{CJK UNIFIED IDEOGRAPH-4E2D}")
 
     plan = plan_import(registry, runs)
@@ -185,11 +189,13 @@ def test_what_cannot_be_imported_says_why(
     assert reasons["lost"] == "adapter_model.safetensors is missing"
     assert "base_models={'org/other': ...}" in reasons["elsewhere"]
     assert "'llama-tiny'" in reasons["elsewhere"]
+    assert "base_models={'': ...}" in reasons["silent"]
+    assert "adapter_model.safetensors" in reasons["linked"]
     assert "trainer_state.json" in reasons["broken"]
     assert "no letter" in reasons["\N{CJK UNIFIED IDEOGRAPH-4E2D}"]
     table = str(plan)
     assert (
-        table.splitlines()[0] == "<0 adapters registered, 0 to register, 0 to leave, 6 to refuse>"
+        table.splitlines()[0] == "<0 adapters registered, 0 to register, 0 to leave, 8 to refuse>"
     )
     assert all(f"\n{entry.directory} " in table for entry in plan.entries)
     assert "&#x27;org/other&#x27;" in plan._repr_html_()

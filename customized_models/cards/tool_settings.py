@@ -1,6 +1,7 @@
 """How a tool that trains on top of transformers says it trained: the settings files it leaves.
 
-One row a tool. A file is known by the keys in it, since people give configurations any name.
+One row a tool. A file is known by its name or by the keys in it, since people give configurations
+any name.
 Settings get the names that the Trainer has for them.
 
 Sources: LLaMA-Factory `hparams/*.py` and `extras/constants.py` (`training_args.yaml`); axolotl
@@ -19,7 +20,7 @@ from attrs import frozen
 
 from ..errors import CustomizedModelsError
 from ..files.manifest import README
-from ..files.reading import json_object, plain_text
+from ..files.reading import plain_text
 from .readme import MAX_README, yaml_mapping
 
 _MAX_YAML = 1 << 20  # bytes; configurations have some thousand
@@ -35,6 +36,7 @@ class Tool:
 
     Attributes:
         name: The tool's.
+        files: The beginning of the names that such a file has, if it has one of its own.
         needs: Keys that its settings have.
         any_of: Keys of which they have at least one.
         names: The Trainer's name for a setting that the tool calls otherwise; `stage` is the kind
@@ -42,18 +44,21 @@ class Tool:
     """
 
     name: str
+    files: tuple[str, ...]
     needs: frozenset[str]
     any_of: frozenset[str]
     names: Mapping[str, str]
 
-    def wrote(self, settings: Mapping[str, Any]) -> bool:
+    def wrote(self, file: str, settings: Mapping[str, Any]) -> bool:
         """Whether these look like its settings."""
-        return self.needs <= settings.keys() and bool(self.any_of & settings.keys())
+        typical = self.needs <= settings.keys() and not self.any_of.isdisjoint(settings)
+        return typical or file.startswith(self.files)
 
 
 TOOLS = (
     Tool(
         "axolotl",
+        ("axolotl",),
         frozenset({"base_model"}),
         frozenset({"adapter", "micro_batch_size", "sequence_len"}),
         {
@@ -71,12 +76,14 @@ TOOLS = (
     ),
     Tool(
         "LLaMA-Factory",
+        ("llamafactory", "llama_factory", "training_args."),
         frozenset({"model_name_or_path"}),
         frozenset({"finetuning_type", "stage", "cutoff_len", "template"}),
         {"cutoff_len": "max_length", "pref_beta": "beta", "pref_loss": "loss_type"},
     ),
     Tool(
         "ms-swift",
+        (),
         frozenset({"model"}),
         frozenset({"swift_version", "tuner_type", "train_type", "sft_type"}),
         {"rlhf_type": "stage"},
@@ -104,26 +111,24 @@ def tool_settings(directory: Path) -> ToolSettings:
 
     A file that does not parse is nobody's: whether an adapter is sound does not depend on it.
     """
-    for settings in _documents(directory):
+    for file, settings in _documents(directory):
         for tool in TOOLS:
-            if tool.wrote(settings):
+            if tool.wrote(file, settings):
                 renamed = {tool.names.get(key, key): _number(v) for key, v in settings.items()}
                 return ToolSettings(tool.name, renamed, tuple(_datasets(settings)))
     return ToolSettings()
 
 
-def _documents(directory: Path) -> Iterator[Mapping[str, Any]]:
-    """The mappings in the files that may be settings, the likeliest first."""
+def _documents(directory: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The names and the mappings of the files that may be settings, the likeliest first."""
     files = sorted(path for path in directory.glob("*.y*ml") if path.suffix in (".yaml", ".yml"))
     for path in [directory / "args.json", *files[:_MAX_FILES], directory / README]:
         try:
+            text = plain_text(path, MAX_README if path.name == README else _MAX_YAML)
             if path.name == README:
-                found = _IN_README.search(plain_text(path, MAX_README))
-                yield yaml_mapping(found[1], README) if found else {}
-            elif path.suffix == ".json":
-                yield {} if path.is_symlink() else json_object(path, limit=_MAX_YAML)
-            else:
-                yield yaml_mapping(plain_text(path, _MAX_YAML), path.name)
+                found = _IN_README.search(text)
+                text = found[1] if found else "{}"
+            yield path.name, yaml_mapping(text, path.name)  # JSON is YAML
         except CustomizedModelsError:
             continue
 

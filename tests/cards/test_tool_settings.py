@@ -100,6 +100,13 @@ def test_llama_factorys_arguments_are_read(tmp_path: Path) -> None:
     assert training.datasets == ("identity", "org/pairs")
 
 
+@pytest.mark.parametrize("name", ["axolotl_config.yaml", "llamafactory_config.yaml"])
+def test_a_files_name_tells_the_tool_as_well(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("learning_rate: 1e-4\nlora_rank: 4\n")
+    training = training_facts(tmp_path, {"peft_type": "LORA"}).training
+    assert training.arguments == {"learning_rate": 1e-4}
+
+
 @pytest.mark.parametrize("above", [False, True], ids=["in it", "beside it"])
 def test_ms_swifts_arguments_are_read_for_a_checkpoint(tmp_path: Path, above: bool) -> None:
     checkpoint = tmp_path / "v0-20260101-120000" / "checkpoint-20"
