@@ -1,4 +1,4 @@
-"""An adapter directory becomes a customized model.
+"""What a training saved, an adapter or a full model, becomes a customized model.
 
 In three transactions: what is known is looked up; the name is taken and the model announced; it is
 made visible. The directory is read once, into a private copy, before anything is believed of it.
@@ -9,18 +9,27 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from attrs import evolve, fields, frozen
 
-from .adapters.intake import Intake, check_fits, take_in
+from . import checkpoints
+from .adapters.intake import check_fits, take_in
 from .arguments import identifier, name_of
 from .base_models import verified_path
-from .cards.reading import training_facts
+from .cards.reading import FULL, peft_settings, training_facts
 from .cards.readme import render_customized, storable_card
-from .errors import AlreadyExistsError, InUseError
+from .errors import (
+    AlreadyExistsError,
+    BaseModelMismatch,
+    BaseModelMissingError,
+    InUseError,
+    listed,
+    shown,
+)
+from .files.digests import FileDigest
 from .files.documents import to_document
 from .files.manifest import README, Manifest
 from .files.safetensors import Checkpoint
@@ -33,7 +42,6 @@ from .values import value_of
 if TYPE_CHECKING:
     from sqlalchemy import Connection
 
-    from .base_models import Location
     from .catalog.catalog import Catalog
     from .catalog.leases import Lease
 
@@ -94,14 +102,56 @@ _MEASURED = {field.name for field in fields(EvaluationSummary)}
 """A dict with other keys than these is one of metrics."""
 
 
+@frozen
+class _Taken:
+    """What a training saved, as a checked copy.
+
+    Attributes:
+        kind: Of the customized model.
+        content: Size and digest of each of its files, by name.
+        stated_base: What it says that it was trained on.
+        facts: What the training's own files say.
+        check_base: Raises `BaseModelMismatch` unless it fits the base in a directory.
+        is_of: Whether the tokenizer is that of the base in a directory; None where a base is
+            only found by what is stated.
+    """
+
+    kind: Literal["adapter", "checkpoint"]
+    content: Mapping[str, FileDigest]
+    stated_base: object
+    facts: ModelCard
+    check_base: Callable[[Path], None]
+    is_of: Callable[[Path], bool] | None = None
+
+
+def _taken(source: Path, staging: Path) -> _Taken:
+    if checkpoints.is_checkpoint(source):
+        trained = checkpoints.take_in(source, staging)
+        facts = training_facts(source, FULL)
+
+        def fits(base: Path) -> None:
+            checkpoints.refuse_unless_fits(trained, Checkpoint.open(base))
+
+        def is_of(base: Path) -> bool:
+            return checkpoints.has_tokenizer_of(base, staging)
+
+        return _Taken("checkpoint", trained.content, trained.stated_base, facts, fits, is_of)
+    taken = take_in(source, staging)
+    facts = training_facts(source, peft_settings(taken.adapter.config))
+
+    def fits_adapter(base: Path) -> None:
+        check_fits(taken.adapter, Checkpoint.open(base))
+
+    return _Taken("adapter", taken.content, taken.stated_base, facts, fits_adapter)
+
+
 def register(catalog: Catalog, shelf: Shelf, source: Path, training: Training) -> CustomizedModel:
     """See `ModelRegistry.register`."""
     with shelf.storage.staging(f"register-{uuid.uuid4().hex}") as staging:
-        taken = take_in(source, staging)
-        facts = training_facts(source, taken.adapter.config)
-        base, location = _base_of(catalog, training.base_model, taken.stated_base)
-        _log.debug("%s: an adapter for base model %s at %s", source, base.name, location.path)
-        check_fits(taken.adapter, Checkpoint.open(verified_path(location)))
+        taken = _taken(source, staging)
+        base = _base_of(catalog, training.base_model, taken)
+        _log.debug("%s: %s for base model %s", source, taken.kind, base.name)
+        facts = taken.facts
         card = storable_card(
             ModelCard(
                 training.configuration or facts.training, training.evaluation or facts.evaluation
@@ -110,20 +160,50 @@ def register(catalog: Catalog, shelf: Shelf, source: Path, training: Training) -
         return _publish(catalog, shelf, staging, taken, base, training, card)
 
 
-def _base_of(catalog: Catalog, named: str | None, stated: object) -> tuple[BaseModel, Location]:
-    with catalog.database.read() as connection:
-        if named is None:
-            base = catalog.bases.find(connection, stated)
-        else:
-            base = catalog.levels.in_transaction(connection, BaseModel, named)
-        return base, catalog.bases.location(connection, base.name)
+def _base_of(catalog: Catalog, named: str | None, taken: _Taken) -> BaseModel:
+    """The base model that is named or stated, and that what was trained fits."""
+    try:
+        with catalog.database.read() as connection:
+            if named is None:
+                base = catalog.bases.find(connection, taken.stated_base)
+            else:
+                base = catalog.levels.in_transaction(connection, BaseModel, named)
+            location = catalog.bases.location(connection, base.name)
+    except BaseModelMismatch:
+        if taken.is_of is None:
+            raise
+        return _found_by_content(catalog, taken, taken.is_of)
+    taken.check_base(verified_path(location))
+    return base
+
+
+def _found_by_content(catalog: Catalog, taken: _Taken, is_of: Callable[[Path], bool]) -> BaseModel:
+    """The one base model whose architecture, shapes and tokenizer a full model has."""
+    fitting = []
+    for base in catalog.levels.listing(BaseModel):
+        try:
+            with catalog.database.read() as connection:
+                location = catalog.bases.location(connection, base.name)
+            directory = verified_path(location)
+            taken.check_base(directory)
+        except (BaseModelMismatch, BaseModelMissingError):
+            continue
+        if is_of(directory):
+            fitting.append(base)
+    if len(fitting) != 1:
+        candidates = listed(base.name for base in fitting) or "none"
+        raise BaseModelMismatch(
+            f"{len(fitting)} base models have the architecture, shapes and tokenizer of the "
+            f"checkpoint, which states {shown(taken.stated_base)}: {candidates}; say base_model="
+        )
+    return fitting[0]
 
 
 def _publish(
     catalog: Catalog,
     shelf: Shelf,
     staging: Path,
-    taken: Intake,
+    taken: _Taken,
     base: BaseModel,
     training: Training,
     card: ModelCard,
@@ -134,7 +214,15 @@ def _publish(
             try:
                 with catalog.database.write() as connection:
                     model, is_new = _announce(
-                        connection, catalog, shelf, lease, base, training, manifest.digest, card
+                        connection,
+                        catalog,
+                        shelf,
+                        lease,
+                        base,
+                        training,
+                        manifest.digest,
+                        taken,
+                        card,
                     )
             except InUseError:  # by a process that registers or deletes the same, or has done so
                 if not shelf.recover():
@@ -160,6 +248,7 @@ def _announce(
     base: BaseModel,
     training: Training,
     digest: str,
+    taken: _Taken,
     card: ModelCard,
 ) -> tuple[CustomizedModel, bool]:
     """The model of this training, and whether it is new: then it is announced.
@@ -184,6 +273,7 @@ def _announce(
         training_id=reserved.training_id,
         created=reserved.created,
         digest=digest,
+        kind=taken.kind,
         card=card,
         label=training.label,
     )

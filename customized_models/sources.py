@@ -13,12 +13,20 @@ from typing import TYPE_CHECKING, Any
 from attrs import frozen
 
 from .adapters.intake import Adapter
+from .cards.reading import has_chat_template
 from .files.checking import FileCheck
 from .files.model_directory import CARRIED, Role, files_of, role_of
 from .files.reading import json_object
 from .files.safetensors import Checkpoint, ModelSource
 from .merging import open_merge
-from .models import BaseModel, CompleteModel, CustomizedModel
+from .merging.copying import CheckpointCopy
+from .models import (
+    BaseModel,
+    CompleteModel,
+    CustomizedModel,
+    is_adapter,
+    is_trained_checkpoint,
+)
 from .shelf import Finish, Shelf
 
 if TYPE_CHECKING:
@@ -34,22 +42,49 @@ def combined_files(base: Path, adapter: Path) -> dict[str, Path]:
     vocabulary, with its processor; files of two tokenizers are never mixed. So is the chat
     template if the adapter has one.
     """
-    files = files_of(base, *CARRIED)
     own = files_of(adapter, Role.CHAT_TEMPLATE)
     if files_of(adapter, Role.VOCABULARY):
-        files = {name: path for name, path in files.items() if role_of(name) not in _OF_TOKENIZER}
         own |= files_of(adapter, *_OF_TOKENIZER, Role.PROCESSOR)
-    return files | own
+    return _with_base(base, own)
+
+
+def completed_files(base: Path, checkpoint: Path) -> dict[str, Path]:
+    """The small files of a full model, and from its `base` what it lacks.
+
+    As in `combined_files`, files of two tokenizers are never mixed.
+    """
+    return _with_base(base, files_of(checkpoint, *CARRIED))
+
+
+def _with_base(base: Path, own: dict[str, Path]) -> dict[str, Path]:
+    files = files_of(base, *CARRIED)
+    replaced = {Role.CHAT_TEMPLATE} if has_chat_template(own) else set()
+    if any(role_of(name) is Role.VOCABULARY for name in own):
+        replaced |= {*_OF_TOKENIZER}
+    return {name: path for name, path in files.items() if role_of(name) not in replaced} | own
 
 
 @frozen
-class MergedSource:
-    """A customized model merged on the fly, over the layout of its base."""
+class CompletedSource:
+    """A customized model as a complete one.
+
+    Attributes:
+        source: The complete model.
+        layout: Has all tensors that do not change: the base of an adapter, or the full model.
+        merge: Gives the tensors.
+    """
 
     source: ModelSource
     layout: Checkpoint
-    adapter: Adapter
+    merge: MergeExecution | CheckpointCopy
+
+
+@frozen
+class MergedSource(CompletedSource):
+    """An adapter merged on the fly, over the layout of its base."""
+
     merge: MergeExecution
+    adapter: Adapter
 
 
 @contextmanager
@@ -63,20 +98,21 @@ def merge_of(base: Path, adapter: Path) -> Iterator[MergedSource]:
     layout, opened = Checkpoint.open(base), Adapter.open(adapter)
     merge = open_merge(layout, opened)
     with _configured(combined_files(base, adapter), merge.config) as files:
-        yield MergedSource(ModelSource(files, merge), layout, opened, merge)
+        yield MergedSource(ModelSource(files, merge), layout, merge, opened)
 
 
 @contextmanager
 def proven_merge(
     shelf: Shelf, base: BaseModel, customized: CustomizedModel
-) -> Iterator[tuple[MergedSource, FileCheck]]:
+) -> Iterator[tuple[CompletedSource, FileCheck]]:
     """As `merge_of`, of registered models that the caller holds.
 
-    Every byte of the adapter is compared with what was registered before anything is merged.
+    Every byte of an adapter is compared with what was registered before anything is merged, and
+    what a full model takes from its base with what was added.
 
     Yields:
-        The merge, and what compares the base with what was added, to be finished by the block: it
-        raises `BaseModelMismatch` if a byte differs.
+        The merge, and what compares its layout with what was recorded, to be finished by the block:
+        it raises `BaseModelMismatch` or `IntegrityError` if a byte differs.
 
     Raises:
         IntegrityError: The adapter is not what was registered.
@@ -86,9 +122,27 @@ def proven_merge(
         shelf.checked(base) as (base_directory, check),
         shelf.checked(customized) as (directory, adapter_check),
     ):
+        if is_trained_checkpoint(customized):
+            yield _completed(base_directory, directory, check), adapter_check
+            return
         adapter_check.finish(_silent)
         with merge_of(base_directory, directory) as merged:
             yield merged, check
+
+
+def completed_checkpoint(base: Path, checkpoint: Path) -> CompletedSource:
+    """A full model in one directory, with what it lacks from its base in another."""
+    copy = CheckpointCopy(Checkpoint.open(checkpoint))
+    source = ModelSource(completed_files(base, checkpoint), copy)
+    return CompletedSource(source, copy.checkpoint, copy)
+
+
+def _completed(base: Path, checkpoint: Path, check: FileCheck) -> CompletedSource:
+    """As `completed_checkpoint`, once `check` has seen what is the base's."""
+    completed = completed_checkpoint(base, checkpoint)
+    files = completed.source.files.items()
+    check.only({name for name, path in files if path.is_relative_to(base)}).finish(_silent)
+    return completed
 
 
 @contextmanager
@@ -137,7 +191,8 @@ def small_files(
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         opened = stack.enter_context(shelf.opened(model))
         if isinstance(model, CustomizedModel):
-            files = combined_files(stack.enter_context(shelf.opened(base)), opened)
+            combine = combined_files if is_adapter(model) else completed_files
+            files = combine(stack.enter_context(shelf.opened(base)), opened)
         else:
             files = files_of(opened, *CARRIED)
         for name, path in files.items():

@@ -76,7 +76,7 @@ def read_base_card(directory: Path, checkpoint: Checkpoint) -> BaseModelCard:
         vocabulary_size=_whole((config, text), "vocab_size"),
         license=_license(directory),
         generation=json_object(generation) if generation else {},
-        chat_template=_has_chat_template(files),
+        chat_template=has_chat_template(files),
     )
 
 
@@ -94,14 +94,19 @@ def _license(directory: Path) -> str | None:
     return stated if isinstance(stated, str) and _WORD.fullmatch(stated) else None
 
 
-def _has_chat_template(files: Mapping[str, Path]) -> bool:
+def has_chat_template(files: Mapping[str, Path]) -> bool:
+    """Whether one of a model's files, by name, is or holds a chat template."""
     if any(role_of(name) is Role.CHAT_TEMPLATE for name in files):
         return True
     path = files.get("tokenizer_config.json")
     return path is not None and bool(json_object(path).get("chat_template"))
 
 
-def training_facts(directory: Path, adapter_config: Mapping[str, Any]) -> ModelCard:
+FULL = {"method": "full fine-tuning"}
+"""The settings of a training that changed the model's own weights."""
+
+
+def training_facts(directory: Path, settings: Mapping[str, Any]) -> ModelCard:
     """The card that the files in a training's output directory give.
 
     These are `trainer_state.json`, `train_results.json`, `eval_results.json` and
@@ -109,7 +114,7 @@ def training_facts(directory: Path, adapter_config: Mapping[str, Any]) -> ModelC
 
     Args:
         directory: The directory.
-        adapter_config: The contents of its `adapter_config.json`.
+        settings: Of the method: `peft_settings` of an adapter, or `FULL`.
 
     Raises:
         MalformedError: One of the JSON files does not parse.
@@ -129,7 +134,7 @@ def training_facts(directory: Path, adapter_config: Mapping[str, Any]) -> ModelC
         key: state[key] for key in ("max_steps", "num_train_epochs") if key in state
     }
     training = TrainingConfiguration(
-        peft=peft_settings(adapter_config),
+        peft=settings,
         arguments=training_arguments(lengths),
         datasets=_datasets(directory),
     )

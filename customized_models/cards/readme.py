@@ -20,7 +20,7 @@ import attrs
 from ..errors import MalformedError, UnsafeFileError, shown
 from ..files.documents import from_document, to_document
 from ..files.reading import opened, read_at
-from ..models import BaseModel, CompleteModel, CustomizedModel, ModelCard
+from ..models import BaseModel, CompleteModel, CustomizedModel, ModelCard, is_adapter
 from ..naming import is_hub_id
 
 MAX_README = 4 << 20  # bytes; cards with thousands of benchmark results have about one million
@@ -128,7 +128,8 @@ def _storable(value: Any, depth: int) -> Any:
 def render_customized(model: CustomizedModel, base: BaseModel) -> str:
     """The `README.md` of a customized model."""
     facts = {"name": model.name, "base": base.name, "train_name": model.train_name}
-    return _render("adapter", facts, base, model.card)
+    relation = "adapter" if is_adapter(model) else "finetune"
+    return _render(relation, facts, base, model.card)
 
 
 def render_complete(model: CompleteModel, base: BaseModel) -> str:

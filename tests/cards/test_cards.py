@@ -163,7 +163,9 @@ def test_a_finished_directory_tells_its_training(tmp_path: Path) -> None:
     (tmp_path / "all_results.json").write_text('{"eval_loss": 2.0, "eval_f1": 0.25, "epoch": 2.0}')
     (tmp_path / "README.md").write_text("---\ndatasets: [org/data, own, ../etc]\n---\n")
 
-    card = training_facts(tmp_path, {"peft_type": "LORA", "r": 4, "use_rslora": True})
+    card = training_facts(
+        tmp_path, peft_settings({"peft_type": "LORA", "r": 4, "use_rslora": True})
+    )
 
     assert card.training == TrainingConfiguration(
         peft={"method": "LoRA, rsLoRA", "peft_type": "LORA", "r": 4, "use_rslora": True},
@@ -182,13 +184,16 @@ def test_a_finished_directory_tells_its_training(tmp_path: Path) -> None:
 
 
 def test_a_directory_that_says_nothing_has_an_empty_evaluation(tmp_path: Path) -> None:
-    card = training_facts(tmp_path, {"peft_type": "IA3"})
+    card = training_facts(tmp_path, peft_settings({"peft_type": "IA3"}))
     assert card == ModelCard(TrainingConfiguration({"method": "IA3", "peft_type": "IA3"}))
 
 
 def test_a_pickle_beside_the_adapter_is_never_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "training_args.bin")  # opening it would block for ever
-    assert training_facts(tmp_path, {"peft_type": "LORA"}).evaluation == EvaluationSummary()
+    assert (
+        training_facts(tmp_path, peft_settings({"peft_type": "LORA"})).evaluation
+        == EvaluationSummary()
+    )
 
 
 @pytest.mark.parametrize("text", ["", "[1]", '{"a": ', "[" * 100_000, '{"a": "\\ud800"}\xff'])
