@@ -31,18 +31,15 @@ from .files.copying import copy_untrusted
 from .files.digests import FileDigest, hash_file
 from .files.finite import non_finite
 from .files.model_directory import CARRIED, Role, files_of, row_of
+from .files.paths import NAMES, without_paths
 from .files.reading import json_object
 from .files.safetensors import INDEX, SINGLE, Checkpoint, TensorInfo
 from .files.writing import disk_errors
 from .jobs.isolated import run_isolated
-from .naming import is_hub_id
 
 CONFIG = "config.json"
 
 _MAX_FILES = 2000  # the largest models have some hundred shards
-_NAMES = ("_name_or_path", "name_or_path")
-"""Where a configuration states what its model was loaded from, which may be a path."""
-
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _SHARDED = {
     "pytorch_model_fsdp_0": "`accelerate merge-weights pytorch_model_fsdp_0 .` consolidates it",
@@ -100,8 +97,8 @@ def take_in(source: Path, destination: Path) -> TrainedCheckpoint:
             name: copy_untrusted(_file(source, name), destination, name) for name in _names(source)
         }
         config = json_object(destination / CONFIG, limit=row_of(CONFIG).limit)
-        stated = next((config[key] for key in _NAMES if config.get(key)), None)
-        config = _without_paths(config)
+        stated = next((config[key] for key in NAMES if config.get(key)), None)
+        config = without_paths(config)
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         (destination / CONFIG).write_text(text)
         content[CONFIG] = hash_file(destination / CONFIG)
@@ -139,12 +136,6 @@ def _file(source: Path, name: str) -> Path:
     """The file of that name; in a Hub cache it is a link."""
     refuse_stray_link(source, name)
     return (source / name).resolve() if (source / name).is_symlink() else source / name
-
-
-def _without_paths(config: dict[str, Any]) -> dict[str, Any]:
-    """`config`, and what is nested in it, stating no path that its model was loaded from."""
-    kept = {k: v for k, v in config.items() if k not in _NAMES or is_hub_id(str(v))}
-    return {k: _without_paths(v) if isinstance(v, dict) else v for k, v in kept.items()}
 
 
 def _check(weights: Checkpoint, config: Mapping[str, Any]) -> None:

@@ -61,11 +61,15 @@ class TrainingConfiguration(Value):
         arguments: The Trainer's arguments that affect the result; never paths, tokens or host
             names.
         datasets: Names.
+        base_digest: The base model's when the training began, if it was known then.
+        base_commit: The commit that the base was loaded from, if that was from the Hub.
     """
 
     peft: Mapping[str, Any] = field(factory=dict)
     arguments: Mapping[str, Any] = field(factory=dict)
     datasets: tuple[str, ...] = field(default=(), converter=_datasets)
+    base_digest: str | None = None
+    base_commit: str | None = None
 
 
 @frozen(field_transformer=checked)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from attrs import evolve, fields, frozen
 
 from . import checkpoints
-from .adapters.intake import check_fits, take_in
+from .adapters import intake
 from .arguments import identifier, name_of
 from .base_models import verified_path
 from .cards.reading import FULL, peft_settings, training_facts
@@ -103,7 +103,7 @@ _MEASURED = {field.name for field in fields(EvaluationSummary)}
 
 
 @frozen
-class _Taken:
+class Taken:
     """What a training saved, as a checked copy.
 
     Attributes:
@@ -124,7 +124,12 @@ class _Taken:
     is_of: Callable[[Path], bool] | None = None
 
 
-def _taken(source: Path, staging: Path) -> _Taken:
+def take_in(source: Path, staging: Path) -> Taken:
+    """Copy what a training saved into the empty directory `staging`, and check it.
+
+    Raises:
+        MalformedError, UnsafeFileError, UnsupportedError, NonFiniteError: It is not sound.
+    """
     if checkpoints.is_checkpoint(source):
         trained = checkpoints.take_in(source, staging)
         facts = training_facts(source, FULL)
@@ -135,23 +140,24 @@ def _taken(source: Path, staging: Path) -> _Taken:
         def is_of(base: Path) -> bool:
             return checkpoints.has_tokenizer_of(base, staging)
 
-        return _Taken("checkpoint", trained.content, trained.stated_base, facts, fits, is_of)
-    taken = take_in(source, staging)
+        return Taken("checkpoint", trained.content, trained.stated_base, facts, fits, is_of)
+    taken = intake.take_in(source, staging)
     facts = training_facts(source, peft_settings(taken.adapter.config))
 
     def fits_adapter(base: Path) -> None:
-        check_fits(taken.adapter, Checkpoint.open(base))
+        intake.check_fits(taken.adapter, Checkpoint.open(base))
 
-    return _Taken("adapter", taken.content, taken.stated_base, facts, fits_adapter)
+    return Taken("adapter", taken.content, taken.stated_base, facts, fits_adapter)
 
 
 def register(catalog: Catalog, shelf: Shelf, source: Path, training: Training) -> CustomizedModel:
     """See `ModelRegistry.register`."""
     with shelf.storage.staging(f"register-{uuid.uuid4().hex}") as staging:
-        taken = _taken(source, staging)
+        taken = take_in(source, staging)
         base = _base_of(catalog, training.base_model, taken)
         _log.debug("%s: %s for base model %s", source, taken.kind, base.name)
         facts = taken.facts
+        _refuse_changed_base(training.configuration, base)
         card = storable_card(
             ModelCard(
                 training.configuration or facts.training, training.evaluation or facts.evaluation
@@ -160,7 +166,7 @@ def register(catalog: Catalog, shelf: Shelf, source: Path, training: Training) -
         return _publish(catalog, shelf, staging, taken, base, training, card)
 
 
-def _base_of(catalog: Catalog, named: str | None, taken: _Taken) -> BaseModel:
+def _base_of(catalog: Catalog, named: str | None, taken: Taken) -> BaseModel:
     """The base model that is named or stated, and that what was trained fits."""
     try:
         with catalog.database.read() as connection:
@@ -177,7 +183,16 @@ def _base_of(catalog: Catalog, named: str | None, taken: _Taken) -> BaseModel:
     return base
 
 
-def _found_by_content(catalog: Catalog, taken: _Taken, is_of: Callable[[Path], bool]) -> BaseModel:
+def _refuse_changed_base(configuration: TrainingConfiguration | None, base: BaseModel) -> None:
+    began_with = configuration.base_digest if configuration else None
+    if began_with not in (None, base.digest):
+        raise BaseModelMismatch(
+            f"the training began with a base model of {began_with}, but {base.name} is "
+            f"{base.digest} now; register it with the base model that it was trained on"
+        )
+
+
+def _found_by_content(catalog: Catalog, taken: Taken, is_of: Callable[[Path], bool]) -> BaseModel:
     """The one base model whose architecture, shapes and tokenizer a full model has."""
     fitting = []
     for base in catalog.levels.listing(BaseModel):
@@ -203,7 +218,7 @@ def _publish(
     catalog: Catalog,
     shelf: Shelf,
     staging: Path,
-    taken: _Taken,
+    taken: Taken,
     base: BaseModel,
     training: Training,
     card: ModelCard,
@@ -248,7 +263,7 @@ def _announce(
     base: BaseModel,
     training: Training,
     digest: str,
-    taken: _Taken,
+    taken: Taken,
     card: ModelCard,
 ) -> tuple[CustomizedModel, bool]:
     """The model of this training, and whether it is new: then it is announced.

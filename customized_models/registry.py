@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast, get_args
 
 from attrs import evolve
 
-from . import arguments
+from . import arguments, hub
 from .backends import check_environment
 from .base_models import Location, hash_base_model
 from .cards.reading import read_base_card
@@ -32,6 +32,7 @@ from .errors import (
 )
 from .files.reading import existing_directory
 from .files.safetensors import Checkpoint
+from .hub import HubCommit
 from .jobs.job import Job
 from .jobs.queue import JobQueue
 from .models import (
@@ -50,6 +51,7 @@ from .models import (
     TrainingConfiguration,
 )
 from .naming import TECHNICAL_NAME, checked_name, train_name_of
+from .outbox import Outbox
 from .processes import cores, refuse_windows
 from .registering import Training, register
 from .shelf import GRACE_SECONDS, Litter, Shelf
@@ -165,30 +167,45 @@ class ModelRegistry:
     def add_base_model(
         self,
         technical_name: str,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | None = None,
         *,
         model_name: str | None = None,
         deployment_template: DeploymentTemplate | None = None,
+        download: bool = False,
+        revision: str | None = None,
     ) -> BaseModel:
         """Add the pretrained model in the directory `path`: referenced and hashed, never copied.
 
-        Adding the same again gives the one that is there.
+        Adding the same again gives the one that is there. `path` may be a Hub id, of which the
+        cache of huggingface_hub has the files; with `download`, they are fetched into it. A Hub id
+        alone, as `technical_name`, is given a technical name made of it.
 
         Args:
             technical_name: Short and unique, lower-case letters, digits, `.` and `-`, at most 24.
-            path: Its directory.
-            model_name: Unique; a Hub id where it has one; the directory's name if None.
+            path: Its directory, or its Hub id.
+            model_name: Unique; a Hub id where it has one; that of the Hub or the directory's name
+                if None.
             deployment_template: For tools that need one; a known one stays if None.
+            download: Whether the network may be used.
+            revision: A commit, branch or tag of the Hub's; None for the newest.
 
         Raises:
             InvalidNameError: The technical name does not fit.
             AlreadyExistsError: A name is taken by another base model; it says what differs.
-            BaseModelMissingError, MalformedError, UnsafeFileError: The directory is no model.
+            BaseModelMissingError, MalformedError, UnsafeFileError: The directory is no model, or
+                the cache does not have it and it may not be fetched.
+            HubError: The Hub failed.
             StorageError, DatabaseError: A disk or the database failed.
         """
+        if path is None:
+            path = arguments.text("technical_name", technical_name)
+            technical_name = hub.technical_name_of(path)
         checked_name("technical name", technical_name, TECHNICAL_NAME)
         if model_name is not None:
             _checked_model_name(model_name)
+        found = hub.base_directory(path, revision, download=arguments.truth("download", download))
+        if found is not None:
+            path, model_name = found, model_name or str(path)
         location = _hashed(path)
         directory = Path(location.path)
         template = _template(deployment_template)
@@ -302,6 +319,87 @@ class ModelRegistry:
         wanted = Training.given(train_name, base_model, training_id, training, evaluation)
         source = existing_directory(arguments.path("directory", directory))
         return register(self.catalog, self.shelf, source, wanted)
+
+    # The Hub
+
+    def push_to_hub(
+        self,
+        model: CustomizedModel | CompleteModel | str,
+        repository: str,
+        *,
+        private: bool = True,
+        revision: str | None = None,
+        token: str | None = None,
+        endpoint: str | None = None,
+    ) -> HubCommit:
+        """Push a model to the Hub, with its card and its record, in one commit.
+
+        Every byte is compared with what was recorded before. Nothing that is pushed states a path
+        of this host. The same call again uploads what an interrupted one has not, and nothing if
+        all is there. Weights of another model in the repository are removed.
+
+        Args:
+            model: By itself or by its name.
+            repository: Its id on the Hub, `owner/name`; made if it is not there.
+            private: Whether a new repository is private.
+            revision: The branch; None for the main one.
+            token: None for the one that huggingface_hub knows.
+            endpoint: The Hub's address; None for that of huggingface_hub (`HF_ENDPOINT`).
+
+        Raises:
+            NotFoundError: It has been deleted.
+            IntegrityError: It is damaged here.
+            InvalidNameError: `repository` is no Hub id.
+            HubError: The Hub does not answer or refuses.
+        """
+        stored = self.catalog.levels.meant("model", model, CustomizedModel, CompleteModel)
+        where = _hub(endpoint, token)
+        pushed = hub.push(
+            self.catalog, self.shelf, where, stored, repository, private=private, revision=revision
+        )
+        _log.info("%s is at %s", stored.name, pushed.url)
+        return pushed
+
+    def from_hub(
+        self,
+        repository: str,
+        *,
+        revision: str | None = None,
+        train_name: str | None = None,
+        base_model: BaseModel | str | None = None,
+        token: str | None = None,
+        endpoint: str | None = None,
+    ) -> CustomizedModel | CompleteModel:
+        """Bring a model from the Hub into the registry. An interrupted download is resumed.
+
+        What `push_to_hub` has pushed comes back as the same model: under its name, with its digest,
+        ids and card, every file compared with the record. If its base model is not here, it is
+        known from then on without a place, which `relocate_base_model` tells. Anything else is
+        registered as by `register`: an adapter, or a full model.
+
+        Args:
+            repository: Its id on the Hub.
+            revision: A commit, branch or tag; None for the newest.
+            train_name: For what was not pushed by this library; the repository's name if None.
+            base_model: As for `register`, likewise.
+            token: None for the one that huggingface_hub knows.
+            endpoint: The Hub's address; None for that of huggingface_hub (`HF_ENDPOINT`).
+
+        Raises:
+            HubError: The Hub does not answer, does not have it, or refuses.
+            IntegrityError: It is not as it was pushed.
+            AlreadyExistsError: Its name stands for another model here.
+            BaseModelMismatch: Its base's name stands for another base model here.
+            InvalidNameError: `repository` is no Hub id.
+        And as `register`.
+        """
+        name = arguments.text("repository", repository)
+        with hub.fetched(_hub(endpoint, token), name, revision, self.root / ".hub") as directory:
+            if hub.was_pushed(directory):
+                return hub.take_back(self.catalog, self.shelf, directory)
+            return self.register(
+                directory, train_name=train_name or name.rpartition("/")[2], base_model=base_model
+            )
 
     # What there is
 
@@ -501,6 +599,8 @@ class ModelRegistry:
     def recover(self) -> list[str]:
         """Finish or undo what killed processes left half-way, here and at deployment tools.
 
+        What trainings have left because it could not be registered is registered now.
+
         It happens by itself for stored models when a registry is first used. Nothing that a living
         process is about is touched.
 
@@ -511,6 +611,7 @@ class ModelRegistry:
             StorageError, DatabaseError, DeploymentError: It cannot be done now; the rest was.
         """
         done = [*self.shelf.recover(), *recover_deployments(self.catalog, self.shelf)]
+        done += Outbox(self.root).recover(self.catalog, self.shelf)
         for one in done:
             _log.info("recovery: %s", one)
         return done
@@ -569,6 +670,13 @@ def _storage(root: Path, given: object) -> Storage:
     if isinstance(given, type) or not all(callable(getattr(given, m, None)) for m in methods):
         raise arguments.refused("storage", given, f"an object with {', '.join(methods)}, or a URL")
     return cast(Storage, given)
+
+
+def _hub(endpoint: object, token: object) -> hub.Hub:
+    return hub.Hub(
+        None if endpoint is None else arguments.text("endpoint", endpoint),
+        None if token is None else arguments.text("token", token),
+    )
 
 
 def _at_least_one(max_running: object) -> int:
