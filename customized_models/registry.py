@@ -290,7 +290,10 @@ class ModelRegistry:
         training: TrainingConfiguration | Mapping[str, Any] | None = None,
         evaluation: EvaluationSummary | Mapping[str, Any] | None = None,
     ) -> CustomizedModel:
-        """Copy a trained PEFT adapter in, with its tokenizer and chat template if it has them.
+        """Copy what a training saved in, with its tokenizer and chat template if it has them.
+
+        That is a PEFT adapter or, with a `config.json` and whole weights, a full model; what only
+        the training needs is left out.
 
         Registering the same training again, or without an id the same bytes for the same base and
         train name, returns the model that is there.
@@ -299,7 +302,8 @@ class ModelRegistry:
             directory: What the training saved.
             train_name: What you call the training. It is kept as the model's `label`; its
                 `train_name` is derived from it by `naming.train_name_of`: "My run_2" is `my-run-2`.
-            base_model: If None, exactly one base model must match what the adapter says of itself.
+            base_model: If None, exactly one base model must match what the adapter says of itself,
+                or have the architecture, shapes and tokenizer of the full model.
             training_id: Drawn if None.
             training: Also as a dict of its fields. Read from the directory's own files if None.
             evaluation: Also as a dict of its fields, or of metrics and their values. Read from the
@@ -309,10 +313,12 @@ class ModelRegistry:
             InvalidArgumentError: An argument is of another type, or has unknown fields.
             InvalidNameError: The train name has nothing to make a name of.
             NotFoundError: There is no such base model.
-            BaseModelMismatch: The adapter's tensors do not fit the base, or no base matches.
+            BaseModelMismatch: The tensors do not fit the base, the base has changed since the
+                training began, or no base matches.
             BaseModelMissingError: The base is gone.
             AlreadyExistsError: The training id or its name stands for something else.
-            MalformedError, UnsafeFileError, UnsupportedAdapterError: Not a sound adapter.
+            MalformedError, UnsafeFileError, UnsupportedError: Not a sound adapter or model.
+            NonFiniteError: The full model has NaN or infinity.
             StorageError, DatabaseError: A disk or the database failed; the same call again finds
                 out whether it was registered where `outcome_unknown` is true.
         """

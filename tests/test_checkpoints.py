@@ -29,6 +29,7 @@ from customized_models import (
     UnsupportedError,
 )
 from customized_models.checkpoints import convert_pickled
+from customized_models.deploying.artifacts import RegistryArtifact
 from customized_models.testing import tiny_llama
 
 EXAMPLES = [{"input_ids": [1, 5 + i, 7, 9, 2], "labels": [1, 5 + i, 7, 9, 2]} for i in range(8)]
@@ -131,6 +132,26 @@ def test_it_goes_live_itself_and_as_a_complete_model_with_the_same_answer(
         answer = httpx.post(f"{live.endpoint}/completions", json=body, timeout=60)
         answers.append(answer.json()["choices"][0]["text"])
     assert answers[0] == answers[1]
+
+
+def test_its_directory_is_given_to_tools_once_nothing_is_lacking(
+    registry: ModelRegistry, checkpoint: Path, tiny_base: Path
+) -> None:
+    def artifact(model: CustomizedModel) -> RegistryArtifact:
+        given = (registry.catalog, registry.shelf, model, "live", "no_quantization")
+        return RegistryArtifact(*given, lambda key: None)
+
+    lacking = registry.register(checkpoint, train_name="lacking")
+    with (
+        pytest.raises(UnsupportedError, match=r"tokenizer\.json.*Merger"),
+        artifact(lacking).directory(),
+    ):
+        pass
+    AutoTokenizer.from_pretrained(tiny_base).save_pretrained(checkpoint)
+    whole = registry.register(checkpoint, train_name="whole")
+    with artifact(whole).directory() as directory:
+        assert (directory / "model.safetensors").is_file()
+        assert (directory / "tokenizer.json").is_file()
 
 
 def test_its_own_tokenizer_is_kept_whole(
