@@ -11,6 +11,7 @@ import numbers
 import os
 import uuid
 from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
@@ -51,8 +52,13 @@ def instance(argument: str, value: object, kind: type[T], meant: str | None = No
 
 
 def text(argument: str, value: object) -> str:
-    """One text."""
-    return instance(argument, value, str, "text")
+    """One text, which UTF-8 can hold: no half of a surrogate pair."""
+    known = instance(argument, value, str, "text")
+    try:
+        known.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidArgumentError(f"{argument} takes text that UTF-8 can hold") from error
+    return known
 
 
 def texts(argument: str, value: object) -> tuple[str, ...]:
@@ -78,12 +84,32 @@ def number(argument: str, value: object) -> float:
     return float(value)
 
 
+def finite(argument: str, value: object) -> float:
+    """A number that is neither NaN nor infinite."""
+    given = number(argument, value)
+    if not math.isfinite(given):
+        raise InvalidArgumentError(f"{argument} takes a finite number, not NaN or infinity")
+    return given
+
+
 def seconds(argument: str, value: object) -> float:
     """A span of time."""
     span = number(argument, value)
     if math.isnan(span) or span < 0:
         raise InvalidArgumentError(f"{argument} takes seconds, 0 or more")
     return span
+
+
+def past(argument: str, value: object) -> datetime:
+    """A time that is not in the future, in UTC. One without a time zone is refused."""
+    given = instance(argument, value, datetime, "a datetime with a time zone")
+    if given.tzinfo is None:
+        raise InvalidArgumentError(
+            f"{argument} takes a datetime with a time zone, such as datetime.now(timezone.utc)"
+        )
+    if given > datetime.now(UTC):
+        raise InvalidArgumentError(f"{argument} takes a time that is not in the future")
+    return given.astimezone(UTC)
 
 
 def truth(argument: str, value: object) -> bool:
@@ -150,7 +176,7 @@ def mapping(argument: str, value: object) -> dict[str, Any]:
 def name_of(argument: str, value: object, *kinds: type[Any]) -> str:
     """The name of what is meant: a value of one of these classes, or its name as text."""
     if isinstance(value, str):
-        return value
+        return text(argument, value)
     if not isinstance(value, kinds):
         classes = ", ".join(kind.__name__ for kind in kinds)
         raise refused(argument, value, f"a {classes.replace(', ', ' or ')}, or its name as text")

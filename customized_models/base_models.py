@@ -12,14 +12,16 @@ from .errors import (
     BaseModelMismatch,
     BaseModelMissingError,
     CustomizedModelsError,
-    UnsafeFileError,
+    UnsupportedBaseError,
     listed,
     shown,
 )
 from .files.checking import Found, Identity, hashing
 from .files.digests import BLAKE3, FileDigest, digest_of, hash_file
 from .files.documents import to_document
-from .files.model_directory import CARRIED, files_of
+from .files.links import linked_file
+from .files.model_directory import Role, carried_files, checked_size, files_of, role_of
+from .files.reading import opened
 from .files.safetensors import INDEX, Checkpoint
 from .files.streams import parallel_files
 from .models import Progress
@@ -72,28 +74,52 @@ class Location:
 def hash_base_model(directory: Path, progress: Progress) -> Location:
     """Hash the content files of the base model in `directory`.
 
-    Links are followed only within a Hub cache, from its snapshots to its blobs.
+    Links are followed only to a Hub cache's blobs, and to files of the same name.
 
     Raises:
         BaseModelMissingError: There is no such directory.
         BaseModelMismatch: A file changed while it was read.
         MalformedError: The directory has no readable checkpoint.
-        UnsafeFileError: A link leads elsewhere.
+        UnsafeFileError, UnsupportedBaseError: As `check_files`.
         StorageError: A file cannot be read.
     """
     if not directory.is_dir():
         raise BaseModelMissingError(f"there is no directory {shown(directory)}")
     directory = directory.resolve()
-    names = [*Checkpoint.open(directory).shards, *files_of(directory, *CARRIED)]
+    weights = Checkpoint.open(directory)
+    names = [*weights.shards, *check_files(directory, weights)]
     if (directory / INDEX).is_file():
         names.append(INDEX)
     for name in names:
-        refuse_stray_link(directory, name)
+        linked_file(directory, name, trusted=True)
     total = sum((directory / name).stat().st_size for name in names)
     algorithms = dict.fromkeys(sorted(names), BLAKE3)
     with hashing(directory, algorithms, parallel_files()) as finish:
         found = finish(lambda done: progress("hashing the base model", min(done, total), total))
     return Location(str(directory), {name: _known(directory / name, found[name]) for name in found})
+
+
+def check_files(directory: Path, weights: Checkpoint) -> dict[str, Path]:
+    """What is carried from a base model beside its weights, looked at before anything is read.
+
+    Raises:
+        MalformedError: A file is missing: a link leads nowhere.
+        UnsafeFileError: A link leads elsewhere, or a file is not regular, or too large for what it
+            is.
+        UnsupportedBaseError: The directory has an adapter, which transformers would load as well.
+        StorageError: The directory cannot be read.
+    """
+    if "adapter_config.json" in files_of(directory, Role.ADAPTER):
+        raise UnsupportedBaseError(
+            "the directory has an adapter_config.json: transformers would load that adapter with "
+            "the model; move the adapter's files elsewhere, or merge it first"
+        )
+    files = carried_files(directory, weights.shards)
+    for name in files:
+        with opened(linked_file(directory, name, trusted=True)) as fd:
+            if role_of(name) is not Role.UNKNOWN:  # of which nobody knows how large it may be
+                checked_size(name, os.fstat(fd).st_size)
+    return files
 
 
 def verified_path(location: Location) -> Path:
@@ -130,24 +156,9 @@ def _known(path: Path, found: Found) -> KnownFile:
     return KnownFile(found.digest, found.identity.mtime_ns, found.identity.inode)
 
 
-def refuse_stray_link(directory: Path, name: str) -> None:
-    """Refuse a link, unless it leads from a Hub cache's snapshot to the cache's blobs.
-
-    These are in `<repository>/blobs`, or shared by the whole cache in `blobs` beside it.
-
-    Raises:
-        UnsafeFileError: The link leads elsewhere.
-    """
-    path = directory / name
-    if not path.is_symlink():
-        return
-    repository = directory.parent.parent
-    target = path.resolve()
-    blobs = (repository / "blobs", repository.parent / "blobs")
-    if directory.parent.name != "snapshots" or not any(target.is_relative_to(b) for b in blobs):
-        raise UnsafeFileError(f"{shown(name)} is a link out of the model's directory or Hub cache")
-
-
 def same_path(stated: object, location: str) -> bool:
     """Whether the path that an adapter states leads to `location`."""
-    return isinstance(stated, str) and bool(stated) and os.path.realpath(stated) == location
+    try:
+        return isinstance(stated, str) and bool(stated) and os.path.realpath(stated) == location
+    except (OSError, ValueError):  # no file can have this path
+        return False

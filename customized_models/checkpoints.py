@@ -15,9 +15,8 @@ from typing import Any
 
 from attrs import field, frozen
 
-from .adapters.intake import CONFIG as ADAPTER_CONFIG
-from .adapters.intake import layer_of
-from .base_models import refuse_stray_link
+from .adapters.settings import CONFIG as ADAPTER_CONFIG
+from .adapters.tensor_names import layer_of
 from .errors import (
     BaseModelMismatch,
     MalformedError,
@@ -30,17 +29,18 @@ from .errors import (
 from .files.copying import copy_untrusted
 from .files.digests import FileDigest, hash_file
 from .files.finite import non_finite
+from .files.links import linked_file
 from .files.model_directory import CARRIED, Role, files_of, row_of
 from .files.paths import NAMES, without_paths
 from .files.reading import json_object
 from .files.safetensors import INDEX, SINGLE, Checkpoint, TensorInfo
 from .files.writing import disk_errors
-from .jobs.isolated import run_isolated
+from .pickled import FULL_INDEX, FULL_PICKLED
 
 CONFIG = "config.json"
 
+_TAKEN = CARRIED - {Role.RECORD}
 _MAX_FILES = 2000  # the largest models have some hundred shards
-_PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _SHARDED = {
     "pytorch_model_fsdp_0": "`accelerate merge-weights pytorch_model_fsdp_0 .` consolidates it",
     "latest": "`python zero_to_fp32.py . . --safe_serialization` consolidates it",
@@ -52,7 +52,7 @@ def is_checkpoint(directory: Path) -> bool:
     """Whether a directory that a training saved is a full model's, and not an adapter's."""
     if os.path.lexists(directory / ADAPTER_CONFIG) or not os.path.lexists(directory / CONFIG):
         return False
-    names = (SINGLE, INDEX, *_PICKLED, *_SHARDED)
+    names = (SINGLE, INDEX, FULL_PICKLED, FULL_INDEX, *_SHARDED)
     return any(os.path.lexists(directory / name) for name in names)
 
 
@@ -92,9 +92,11 @@ def take_in(source: Path, destination: Path) -> TrainedCheckpoint:
         StorageError: The disk failed.
     """
     _refuse_other_weights(source)
+    source = source.resolve()
     with disk_errors(f"the checkpoint in {shown(source)} cannot be copied"):
         content = {
-            name: copy_untrusted(_file(source, name), destination, name) for name in _names(source)
+            name: copy_untrusted(linked_file(source, name), destination, name)
+            for name in _names(source)
         }
         config = json_object(destination / CONFIG, limit=row_of(CONFIG).limit)
         stated = next((config[key] for key in NAMES if config.get(key)), None)
@@ -115,8 +117,8 @@ def _refuse_other_weights(source: Path) -> None:
             raise UnsupportedError(f"the checkpoint in {shown(source)} is sharded; {way_out}")
     raise UnsupportedError(
         f"{shown(source)} has pickled weights, which can run code when they are read; "
-        f"customized_models.checkpoints.convert_pickled(directory, new_directory) makes "
-        f"safetensors of them, and reads nothing but tensors"
+        f"customized_models.importing.convert_pickle writes a copy with safetensors weights, and "
+        f"reads nothing but tensors"
     )
 
 
@@ -124,18 +126,12 @@ def _names(source: Path) -> list[str]:
     """The files that are taken: weights, and what a model directory carries beside them."""
     shards = Checkpoint.open(source).shards
     index = [INDEX] if SINGLE not in shards else []
-    names = [*shards, *index, *files_of(source, *CARRIED)]
+    names = [*shards, *index, *(files_of(source, *_TAKEN).keys() - shards.keys())]
     if len(names) > _MAX_FILES:
         raise MalformedError(
             f"{shown(source)} has {len(names)} files; a checkpoint has at most {_MAX_FILES}"
         )
     return names
-
-
-def _file(source: Path, name: str) -> Path:
-    """The file of that name; in a Hub cache it is a link."""
-    refuse_stray_link(source, name)
-    return (source / name).resolve() if (source / name).is_symlink() else source / name
 
 
 def _check(weights: Checkpoint, config: Mapping[str, Any]) -> None:
@@ -256,91 +252,3 @@ def _tokens(path: Path) -> dict[str, int]:
     for added in document.get("added_tokens") or ():
         tokens[str(added.get("content"))] = added.get("id")
     return tokens
-
-
-# Pickled weights
-
-
-def convert_pickled(source: Path | str, destination: Path | str) -> Path:
-    """Copy a full model whose weights are pickled, with safetensors in their place.
-
-    A pickle can run code when it is read. torch reads these with `weights_only=True`, which takes
-    tensors and nothing else, in a process of its own.
-
-    Args:
-        source: A directory with `pytorch_model.bin`, or its shards and their index.
-        destination: A new directory, or an empty one.
-
-    Returns:
-        `destination`.
-
-    Raises:
-        MalformedError: The weights are missing, are not tensors by name, or hold something else
-            than tensors.
-        StorageError: The disk failed.
-    """
-    target = Path(destination)
-    target.mkdir(parents=True, exist_ok=True)
-    if any(target.iterdir()):
-        raise MalformedError(f"{shown(target)} is not empty")
-    run_isolated(_convert, Path(source).resolve(), target.resolve())
-    return target
-
-
-def _convert(source: Path, target: Path) -> None:
-    """The part of `convert_pickled` in a process of its own."""
-    shards = _pickled_shards(source)
-    names = files_of(source, *CARRIED, Role.RECORD, Role.CARD)
-    with disk_errors(f"{shown(source)} cannot be converted"):
-        for name in names:
-            copy_untrusted(_file(source, name), target, name)
-        weight_map: dict[str, str] = {}
-        for number, pickled in enumerate(shards, start=1):
-            file = SINGLE if len(shards) == 1 else _shard_name(number, len(shards))
-            for tensor in _convert_file(_file(source, pickled), target / file):
-                weight_map[tensor] = file
-        if len(shards) > 1:
-            document = {"metadata": {}, "weight_map": weight_map}
-            (target / INDEX).write_text(json.dumps(document, indent=2, sort_keys=True) + "\n")
-    Checkpoint.open(target)
-
-
-def _shard_name(number: int, count: int) -> str:
-    """As transformers calls them."""
-    return f"model-{number:05}-of-{count:05}.safetensors"
-
-
-def _pickled_shards(source: Path) -> list[str]:
-    single, index = _PICKLED
-    if os.path.lexists(source / single):
-        return [single]
-    weight_map = json_object(_file(source, index)).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise MalformedError(f"{index} has no weight_map")
-    shards = sorted(set(map(str, weight_map.values())))
-    for file in shards:
-        if file != os.path.basename(file):
-            raise MalformedError(f"{index} names {shown(file)}, which is no plain file name")
-    return shards
-
-
-def _convert_file(pickled: Path, target: Path) -> list[str]:
-    """One file of tensors; the names of those in it."""
-    import torch
-    from safetensors.torch import save_file
-
-    try:
-        state = torch.load(pickled, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # it raises of all kinds at what is no pickle of tensors
-        raise MalformedError(
-            f"{shown(pickled.name)} holds more than tensors: {shown(error)}"
-        ) from (error)
-    if not isinstance(state, dict) or not all(
-        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in state.items()
-    ):
-        raise MalformedError(f"{shown(pickled.name)} does not hold tensors by name")
-    # Tied tensors share their memory, which the format does not have.
-    save_file(
-        {n: t.detach().clone().contiguous() for n, t in state.items()}, target, {"format": "pt"}
-    )
-    return [*state]

@@ -60,7 +60,10 @@ from typing import Any
 
 def shown(value: object, limit: int = 200) -> str:
     """`value` for a message: printable, quoted, shortened to at most `limit` characters."""
-    text = value if isinstance(value, str) else str(value)
+    try:
+        text = value if isinstance(value, str) else str(value)
+    except (ValueError, RecursionError):  # a number of thousands of digits, lists in lists
+        text = f"<{type(value).__name__}>"
     text = text if len(text) <= limit else text[: limit - 3] + "..."
     return ascii(text)
 
@@ -213,7 +216,7 @@ class UnchangedTargetsError(MergeError):
 
 
 class NonFiniteError(MergeError):
-    """A merged tensor contains NaN or infinity."""
+    """A tensor of an adapter or of what is merged contains NaN or infinity."""
 
 
 class NotReproducible(MergeError):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import evolve, frozen
 
-from .cards.hub_card import hub_card
+from .cards.readme import render_complete, render_customized
 from .errors import (
     AlreadyExistsError,
     BaseModelMismatch,
@@ -222,8 +222,14 @@ def _pushed_files(
     pushed: Any = evolve(model, digest=manifest.digest)
     record = {"model": to_document(pushed), "base": to_document(base)}
     evolve(manifest, record=record).write(scratch)
-    write_file(scratch / README, hub_card(pushed, base).encode())
+    write_file(scratch / README, _card(pushed, base).encode())
     return {**files, MANIFEST: scratch / MANIFEST, README: scratch / README}
+
+
+def _card(model: Stored, base: BaseModel) -> str:
+    if isinstance(model, CompleteModel):
+        return render_complete(model, base)
+    return render_customized(model, base)
 
 
 def _rewritten(scratch: Path, name: str, document: Mapping[str, Any]) -> tuple[Path, FileDigest]:
@@ -321,7 +327,7 @@ def take_back(catalog: Catalog, shelf: Shelf, directory: Path) -> Stored:
         if wrong := {name for name, _ in content.items() ^ manifest.content.items()}:
             raise IntegrityError(f"{model.name} is not as it was pushed: {listed(wrong)} differ")
         manifest.write(to)
-        write_file(to / README, hub_card(model, base).encode())
+        write_file(to / README, _card(model, base).encode())
         with catalog.lease() as lease:
             with catalog.database.write() as connection:
                 catalog.levels.restore(connection, base, path=None, files="{}")

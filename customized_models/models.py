@@ -102,10 +102,13 @@ class ModelCard(Value):
     Attributes:
         training: How the adapter was trained.
         evaluation: What was measured.
+        notes: What was found in the adapter's files, or changed in the copy of them: a sentence
+            each.
     """
 
     training: TrainingConfiguration = field(factory=TrainingConfiguration)
     evaluation: EvaluationSummary = field(factory=EvaluationSummary)
+    notes: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:
@@ -230,6 +233,7 @@ class BaseModel(Value):
         created: When it was added, in UTC.
         card: What its files say about it.
         deployment_template: For tools that need one, such as Ollama.
+        trust_remote_code: Whether transformers may run code that came with it.
     """
 
     technical_name: str
@@ -238,6 +242,7 @@ class BaseModel(Value):
     created: datetime = field(repr=False)
     card: BaseModelCard = field(hash=False)
     deployment_template: DeploymentTemplate | None = field(default=None, repr=False)
+    trust_remote_code: bool = field(default=False, repr=False)
 
     @property
     def name(self) -> str:
@@ -478,8 +483,8 @@ class JobRecord(Value):
 
     Attributes:
         id: Its id.
-        kind: "save" or "deploy".
-        name: Of the model that it makes.
+        kind: "save", "deploy" or "export".
+        name: Of the model or file that it makes.
         state: "lost" if its worker ended without recording how.
         progress: How far it has come.
         created: When it was submitted, in UTC.

@@ -10,6 +10,7 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,9 +18,11 @@ from attrs import evolve, fields, frozen
 
 from . import checkpoints
 from .adapters import intake
-from .arguments import identifier, name_of
+from .adapters.finite import refuse_non_finite
+from .adapters.fitting import check_fits
+from .arguments import identifier, name_of, past
 from .base_models import verified_path
-from .cards.reading import FULL, peft_settings, training_facts
+from .cards.reading import training_facts
 from .cards.readme import render_customized, storable_card
 from .errors import (
     AlreadyExistsError,
@@ -32,6 +35,8 @@ from .errors import (
 from .files.digests import FileDigest
 from .files.documents import to_document
 from .files.manifest import README, Manifest
+from .files.model_directory import CARRIED, files_of
+from .files.remote_code import check_remote_code
 from .files.safetensors import Checkpoint
 from .files.writing import disk_errors, write_file
 from .models import BaseModel, CustomizedModel, EvaluationSummary, ModelCard, TrainingConfiguration
@@ -61,6 +66,7 @@ class Training:
         id: Of the training; None for the one that has registered the same, or else a new one.
         configuration: Read from the adapter's directory if None.
         evaluation: Read from the adapter's directory if None.
+        created: When it was trained, in UTC; None for now.
     """
 
     label: str
@@ -69,6 +75,7 @@ class Training:
     id: uuid.UUID | None
     configuration: TrainingConfiguration | None
     evaluation: EvaluationSummary | None
+    created: datetime | None
 
     @classmethod
     def given(
@@ -78,6 +85,7 @@ class Training:
         training_id: object,
         training: object = None,
         evaluation: object = None,
+        created: object = None,
     ) -> Training:
         """As a caller means it.
 
@@ -95,6 +103,7 @@ class Training:
             None if training_id is None else identifier("training_id", training_id),
             None if training is None else value_of("training", training, TrainingConfiguration),
             None if evaluation is None else value_of("evaluation", evaluation, EvaluationSummary),
+            None if created is None else past("created", created),
         )
 
 
@@ -114,6 +123,7 @@ class Taken:
         check_base: Raises `BaseModelMismatch` unless it fits the base in a directory.
         is_of: Whether the tokenizer is that of the base in a directory; None where a base is
             only found by what is stated.
+        notes: What was found odd, for the card.
     """
 
     kind: Literal["adapter", "checkpoint"]
@@ -122,6 +132,7 @@ class Taken:
     facts: ModelCard
     check_base: Callable[[Path], None]
     is_of: Callable[[Path], bool] | None = None
+    notes: tuple[str, ...] = ()
 
 
 def take_in(source: Path, staging: Path) -> Taken:
@@ -132,7 +143,7 @@ def take_in(source: Path, staging: Path) -> Taken:
     """
     if checkpoints.is_checkpoint(source):
         trained = checkpoints.take_in(source, staging)
-        facts = training_facts(source, FULL)
+        facts = training_facts(source, None)
 
         def fits(base: Path) -> None:
             checkpoints.refuse_unless_fits(trained, Checkpoint.open(base))
@@ -142,28 +153,63 @@ def take_in(source: Path, staging: Path) -> Taken:
 
         return Taken("checkpoint", trained.content, trained.stated_base, facts, fits, is_of)
     taken = intake.take_in(source, staging)
-    facts = training_facts(source, peft_settings(taken.adapter.config))
+    facts = training_facts(source, taken.adapter.config)
 
     def fits_adapter(base: Path) -> None:
-        intake.check_fits(taken.adapter, Checkpoint.open(base))
+        check_fits(taken.adapter, Checkpoint.open(base))
 
-    return Taken("adapter", taken.content, taken.stated_base, facts, fits_adapter)
+    refuse_non_finite(taken.adapter)
+    return Taken(
+        "adapter", taken.content, taken.stated_base, facts, fits_adapter, notes=taken.notes
+    )
+
+
+@frozen
+class Examined:
+    """A checked copy of what a training saved, and what it would be registered with.
+
+    Attributes:
+        taken: The copy.
+        base: Its base model.
+        card: What is known of its training.
+    """
+
+    taken: Taken
+    base: BaseModel
+    card: ModelCard
+
+    @property
+    def manifest(self) -> Manifest:
+        """Its manifest, as yet without a record. Its digest is the model's."""
+        return Manifest("customized", self.taken.content, {"base": self.base.digest}, {}, {})
 
 
 def register(catalog: Catalog, shelf: Shelf, source: Path, training: Training) -> CustomizedModel:
     """See `ModelRegistry.register`."""
     with shelf.storage.staging(f"register-{uuid.uuid4().hex}") as staging:
-        taken = take_in(source, staging)
-        base = _base_of(catalog, training.base_model, taken)
-        _log.debug("%s: %s for base model %s", source, taken.kind, base.name)
-        facts = taken.facts
-        _refuse_changed_base(training.configuration, base)
-        card = storable_card(
-            ModelCard(
-                training.configuration or facts.training, training.evaluation or facts.evaluation
-            )
+        examined = examine(catalog, source, staging, training)
+        return _publish(catalog, shelf, staging, examined, training)
+
+
+def examine(catalog: Catalog, source: Path, staging: Path, training: Training) -> Examined:
+    """Copy a model into the empty directory `staging`, and make every check of `register`.
+
+    Nothing is written elsewhere. Raises what `ModelRegistry.register` raises.
+    """
+    taken = take_in(source, staging)
+    facts = taken.facts
+    base = _base_of(catalog, training.base_model, taken)
+    _log.debug("%s: %s for base model %s", source, taken.kind, base.name)
+    _refuse_changed_base(training.configuration, base)
+    check_remote_code(files_of(staging, *CARRIED), trusted=base.trust_remote_code)
+    card = storable_card(
+        ModelCard(
+            training.configuration or facts.training,
+            training.evaluation or facts.evaluation,
+            taken.notes,
         )
-        return _publish(catalog, shelf, staging, taken, base, training, card)
+    )
+    return Examined(taken, base, card)
 
 
 def _base_of(catalog: Catalog, named: str | None, taken: Taken) -> BaseModel:
@@ -218,27 +264,15 @@ def _publish(
     catalog: Catalog,
     shelf: Shelf,
     staging: Path,
-    taken: Taken,
-    base: BaseModel,
+    examined: Examined,
     training: Training,
-    card: ModelCard,
 ) -> CustomizedModel:
-    manifest = Manifest("customized", taken.content, {"base": base.digest}, {}, {})
+    base, manifest = examined.base, examined.manifest
     while True:
         with catalog.lease() as lease:
             try:
                 with catalog.database.write() as connection:
-                    model, is_new = _announce(
-                        connection,
-                        catalog,
-                        shelf,
-                        lease,
-                        base,
-                        training,
-                        manifest.digest,
-                        taken,
-                        card,
-                    )
+                    model, is_new = _announce(connection, catalog, shelf, lease, examined, training)
             except InUseError:  # by a process that registers or deletes the same, or has done so
                 if not shelf.recover():
                     time.sleep(_WAIT_SECONDS)
@@ -260,11 +294,8 @@ def _announce(
     catalog: Catalog,
     shelf: Shelf,
     lease: Lease,
-    base: BaseModel,
+    examined: Examined,
     training: Training,
-    digest: str,
-    taken: Taken,
-    card: ModelCard,
 ) -> tuple[CustomizedModel, bool]:
     """The model of this training, and whether it is new: then it is announced.
 
@@ -272,6 +303,7 @@ def _announce(
         AlreadyExistsError: The training id or its name stands for something else.
         InUseError: Another process is about the same.
     """
+    base, digest = examined.base, examined.manifest.digest
     known = _registered(connection, catalog, base, training, digest)
     if known is not None:
         return known, False
@@ -280,6 +312,7 @@ def _announce(
         train_name=training.train_name,
         base_model=base.name,
         training_id=training.id,
+        created=training.created,
     )
     model = CustomizedModel(
         name=reserved.name,
@@ -288,8 +321,8 @@ def _announce(
         training_id=reserved.training_id,
         created=reserved.created,
         digest=digest,
-        kind=taken.kind,
-        card=card,
+        kind=examined.taken.kind,
+        card=examined.card,
         label=training.label,
     )
     shelf.announce(connection, model, lease)

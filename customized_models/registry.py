@@ -11,26 +11,30 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast, get_args
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast, get_args, overload
 
 from attrs import evolve
 
 from . import arguments, hub
-from .backends import check_environment
-from .base_models import Location, hash_base_model
+from .backends import check_environment, moved_endpoint
+from .base_models import Location, check_files, hash_base_model
 from .cards.reading import read_base_card
 from .catalog.listing import Listing
 from .deploying.recovery import recover_deployments
 from .errors import (
     BaseModelMissingError,
     CustomizedModelsError,
+    InUseError,
     InvalidArgumentError,
     InvalidNameError,
     NotFoundError,
     NotLocalError,
+    listed,
     shown,
 )
+from .files.links import hub_id
 from .files.reading import existing_directory
+from .files.remote_code import check_remote_code
 from .files.safetensors import Checkpoint
 from .hub import HubCommit
 from .jobs.job import Job
@@ -47,6 +51,7 @@ from .models import (
     JobState,
     LiveModel,
     LiveState,
+    ModelCard,
     ThirdPartyModel,
     TrainingConfiguration,
 )
@@ -72,6 +77,8 @@ Model = TypeVar(
     | ThirdPartyModel
     | DeploymentEnvironment,
 )
+
+Evaluated = TypeVar("Evaluated", CustomizedModel, CompleteModel)
 
 WithBytes: TypeAlias = BaseModel | CustomizedModel | CompleteModel
 
@@ -171,6 +178,7 @@ class ModelRegistry:
         *,
         model_name: str | None = None,
         deployment_template: DeploymentTemplate | None = None,
+        trust_remote_code: bool = False,
         download: bool = False,
         revision: str | None = None,
     ) -> BaseModel:
@@ -183,9 +191,11 @@ class ModelRegistry:
         Args:
             technical_name: Short and unique, lower-case letters, digits, `.` and `-`, at most 24.
             path: Its directory, or its Hub id.
-            model_name: Unique; a Hub id where it has one; that of the Hub or the directory's name
-                if None.
+            model_name: Unique; a Hub id where it has one. If None, that of the Hub cache that the
+                directory is in, or else the directory's name.
             deployment_template: For tools that need one; a known one stays if None.
+            trust_remote_code: Let transformers run the code that came with the model, where it
+                does not know the model itself; complete models have that code too.
             download: Whether the network may be used.
             revision: A commit, branch or tag of the Hub's; None for the newest.
 
@@ -195,6 +205,7 @@ class ModelRegistry:
             BaseModelMissingError, MalformedError, UnsafeFileError: The directory is no model, or
                 the cache does not have it and it may not be fetched.
             HubError: The Hub failed.
+            UnsupportedBaseError: It has code of its own that is not trusted, or an adapter.
             StorageError, DatabaseError: A disk or the database failed.
         """
         if path is None:
@@ -203,19 +214,26 @@ class ModelRegistry:
         checked_name("technical name", technical_name, TECHNICAL_NAME)
         if model_name is not None:
             _checked_model_name(model_name)
-        found = hub.base_directory(path, revision, download=arguments.truth("download", download))
-        if found is not None:
-            path, model_name = found, model_name or str(path)
-        location = _hashed(path)
-        directory = Path(location.path)
         template = _template(deployment_template)
+        arguments.instance("trust_remote_code", trust_remote_code, bool)
+        fetched = hub.base_directory(path, revision, download=arguments.truth("download", download))
+        directory = fetched or existing_directory(
+            arguments.path("path", path), BaseModelMissingError
+        )
+        directory = directory.resolve()
+        weights = Checkpoint.open(directory)
+        check_remote_code(check_files(directory, weights), trusted=trust_remote_code)
+        card = read_base_card(directory, weights)
+        location = hash_base_model(directory, _silent)
+        name = (hub_id(directory) or directory.name) if model_name is None else model_name
         base = BaseModel(
             technical_name=technical_name,
-            model_name=_checked_model_name(directory.name) if model_name is None else model_name,
+            model_name=_checked_model_name(name),
             digest=location.digest,
             created=datetime.now(UTC),
-            card=read_base_card(directory, Checkpoint.open(directory)),
+            card=card,
             deployment_template=template,
+            trust_remote_code=trust_remote_code,
         )
         added = self.catalog.bases.add(base, location)
         _log.info("base model %s: %s, %s", added.name, added.digest, location.path)
@@ -289,6 +307,7 @@ class ModelRegistry:
         training_id: uuid.UUID | str | None = None,
         training: TrainingConfiguration | Mapping[str, Any] | None = None,
         evaluation: EvaluationSummary | Mapping[str, Any] | None = None,
+        created: datetime | None = None,
     ) -> CustomizedModel:
         """Copy what a training saved in, with its tokenizer and chat template if it has them.
 
@@ -308,6 +327,8 @@ class ModelRegistry:
             training: Also as a dict of its fields. Read from the directory's own files if None.
             evaluation: Also as a dict of its fields, or of metrics and their values. Read from the
                 directory's own files if None.
+            created: When it was trained, for the date in its name; now if None. A name that is
+                reserved keeps its date.
 
         Raises:
             InvalidArgumentError: An argument is of another type, or has unknown fields.
@@ -318,13 +339,44 @@ class ModelRegistry:
             BaseModelMissingError: The base is gone.
             AlreadyExistsError: The training id or its name stands for something else.
             MalformedError, UnsafeFileError, UnsupportedError: Not a sound adapter or model.
-            NonFiniteError: The full model has NaN or infinity.
+            NonFiniteError: It has NaN or infinity.
             StorageError, DatabaseError: A disk or the database failed; the same call again finds
                 out whether it was registered where `outcome_unknown` is true.
         """
-        wanted = Training.given(train_name, base_model, training_id, training, evaluation)
+        wanted = Training.given(train_name, base_model, training_id, training, evaluation, created)
         source = existing_directory(arguments.path("directory", directory))
         return register(self.catalog, self.shelf, source, wanted)
+
+    @overload
+    def add_evaluation(self, model: Evaluated, metrics: Mapping[str, float]) -> Evaluated: ...
+    @overload
+    def add_evaluation(
+        self, model: str, metrics: Mapping[str, float]
+    ) -> CustomizedModel | CompleteModel: ...
+    def add_evaluation(
+        self, model: CustomizedModel | CompleteModel | str, metrics: Mapping[str, float]
+    ) -> CustomizedModel | CompleteModel:
+        """Add what was measured of a model to its card; returns the model with its new card.
+
+        Its bytes, its digest and its name stay. Models that were made from it keep their cards.
+
+        Args:
+            model: What was measured.
+            metrics: Finite numbers by name, such as `{"eval_accuracy": 0.9}`. Those of names that
+                the card has already take their place.
+
+        Raises:
+            InvalidArgumentError: An argument is of another type.
+            NotFoundError: The model has been deleted.
+        """
+        new = {
+            name: arguments.finite(f"metrics[{name!r}]", value)
+            for name, value in arguments.mapping("metrics", metrics).items()
+        }
+        known = self.catalog.levels.meant("model", model, CustomizedModel, CompleteModel)
+        changed = self.shelf.change_card(known, lambda card: _with_metrics(card, new))
+        _log.info("%s: measured %s", changed.name, ", ".join(new))
+        return changed
 
     # The Hub
 
@@ -506,6 +558,41 @@ class ModelRegistry:
         added = self.catalog.levels.add_once(given)
         _log.info("environment %s: %s", added.name, added.backend)
         return added
+
+    def update_environment(self, environment: DeploymentEnvironment) -> DeploymentEnvironment:
+        """Change what is recorded of an environment, such as the address of a server that moved.
+
+        The endpoints of the models that are live there, and of what third parties see of them,
+        follow. Nothing is asked of the server: `Deployer.status` does that.
+
+        Args:
+            environment: As it is to be; the one of its name is replaced.
+
+        Raises:
+            NotFoundError: No environment has that name.
+            InUseError: It has another backend, and models are still deployed there.
+            InvalidOptionError: No such backend, or it refuses the settings.
+        """
+        given: DeploymentEnvironment = value_of("environment", environment, DeploymentEnvironment)
+        check_environment(given)
+        levels = self.catalog.levels
+        with self.catalog.database.write() as connection:
+            old = levels.in_transaction(connection, DeploymentEnvironment, given.name)
+            deployed = levels.deployed_at(connection, given.name)
+            if deployed and old.backend != given.backend:
+                raise InUseError(
+                    f"{given.name} still serves {listed(live.name for live in deployed)} with the "
+                    f"backend {shown(old.backend)}; undeploy what is there, with forget=True if "
+                    f"the server is gone"
+                )
+            levels.put(connection, given)
+            for live in deployed:
+                endpoint = moved_endpoint(live.served.endpoint, old, given)
+                followed = evolve(live, served=evolve(live.served, endpoint=endpoint))
+                levels.put(connection, followed)
+                levels.follow(connection, followed)
+        _log.info("environment %s changed", given.name)
+        return given
 
     def add_third_party(self, live: LiveModel | str) -> ThirdPartyModel:
         """Offer a live model to other services: endpoint, API style and the name to call.
@@ -696,6 +783,11 @@ def _template(given: object) -> DeploymentTemplate | None:
     if given is None:
         return None
     return cast(DeploymentTemplate, value_of("deployment_template", given, DeploymentTemplate))
+
+
+def _with_metrics(card: ModelCard, new: Mapping[str, float]) -> ModelCard:
+    metrics = {**card.evaluation.metrics, **new}
+    return evolve(card, evaluation=evolve(card.evaluation, metrics=metrics))
 
 
 def _filter(label: object) -> str | None:

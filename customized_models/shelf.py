@@ -15,9 +15,10 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from .base_models import verified_path
+from .cards.readme import render_complete, render_customized, storable_card
 from .errors import (
     AlreadyExistsError,
     CustomizedModelsError,
@@ -31,11 +32,11 @@ from .errors import (
     shown,
 )
 from .files.checking import FileCheck
-from .files.documents import from_document
-from .files.manifest import MANIFEST, Manifest
-from .files.reading import MAX_JSON, strict_json
+from .files.documents import from_document, to_document
+from .files.manifest import MANIFEST, README, Manifest
+from .files.reading import MAX_JSON, python_json
 from .files.writing import disk_errors
-from .models import BaseModel, CompleteModel, CustomizedModel, Progress
+from .models import BaseModel, CompleteModel, CustomizedModel, ModelCard, Progress
 from .storage import Storage
 from .values import Value, checked
 
@@ -50,6 +51,7 @@ Stored: TypeAlias = "CustomizedModel | CompleteModel"
 Finish: TypeAlias = Callable[[Progress], None]
 """Waits until all that was read is hashed; raises if a byte is not what was recorded."""
 
+CACHE_BYTES = 20 * 10**9  # a model of 8 billion parameters in all four modes has about 34
 GRACE_SECONDS = 7 * 24 * 3600.0  # as long as an abandoned staging directory is kept
 
 
@@ -221,7 +223,7 @@ class Shelf:
         else:
             with self.storage.open(model.key, file) as opened:
                 data = opened.read(MAX_JSON)
-        document = strict_json(data, file)
+        document = python_json(data, file)
         if not isinstance(document, dict):
             raise MalformedError(f"{shown(file)} holds no JSON object")
         return document
@@ -234,6 +236,40 @@ class Shelf:
         """
         with self.checkout(model) as directory:
             _manifest_of(model, directory).verify(directory)
+
+    def change_card(
+        self, model: Stored, change: Callable[[ModelCard], ModelCard]
+    ) -> CustomizedModel | CompleteModel:
+        """Put another card in place of a model's: in its row, its manifest's record, its README.
+
+        Raises:
+            NotFoundError: It has been deleted.
+            MalformedError: The card has what JSON does not have, or too much.
+        """
+        catalog, kind = self._catalog, type(model)
+        with catalog.hold(model, f"a change of its card in process {os.getpid()}"):
+            with catalog.database.write() as connection:
+                known = catalog.levels.in_transaction(connection, kind, model.name)
+                changed = evolve(known, card=storable_card(change(known.card)))
+                catalog.levels.put(connection, changed)
+            while True:
+                self._write_card(changed)
+                written, changed = changed, catalog.levels.get(kind, model.name)
+                if changed == written:  # or else another process has changed it meanwhile
+                    return changed
+
+    def _write_card(self, model: Stored) -> None:
+        """Let the files that tell of a model tell what its row does. The manifest counts."""
+        with self.storage.open(model.key, MANIFEST) as file:
+            manifest = Manifest.parse(file.read(MAX_JSON))
+        base = from_document(BaseModel, manifest.record["base"])
+        record = {**manifest.record, "model": to_document(model)}
+        if isinstance(model, CustomizedModel):
+            text = render_customized(model, base)
+        else:
+            text = render_complete(model, base)
+        self.storage.rewrite(model.key, MANIFEST, evolve(manifest, record=record).to_bytes())
+        self.storage.rewrite(model.key, README, text.encode())
 
     # Deleting
 
@@ -367,18 +403,33 @@ class Shelf:
             pass  # a storage sweeps abandoned directories when it makes one
         return found
 
-    def drop_unused(self, prefix: str, *, even_held_by: str | None = None) -> None:
-        """Remove the stored keys with that prefix that no live model and no process needs.
+    def trim(self, prefix: str, keep: int = CACHE_BYTES) -> None:
+        """Keep those stored keys with that prefix that were used last, as many as fit; no others.
+
+        What a row names or somebody holds stays, and does not count.
 
         Args:
             prefix: Of files that can be made again, such as `gguf/`.
-            even_held_by: An owner of leases that needs none of them any more.
+            keep: Bytes of unused ones that may stay.
         """
-        for key in self.storage.keys(prefix):
-            if even_held_by is not None:
-                with self._catalog.database.write() as connection:
-                    self._catalog.leases.end(connection, even_held_by, key)
-            self._remove_unused(key)
+        with self._catalog.database.read() as connection:
+            known = self._catalog.litter.known_keys(connection)
+        unused = [key for key in self.storage.keys(prefix) if key not in known]
+        for _, key in sorted((self._catalog.litter.age(key), key) for key in unused):
+            size = self._size(key)
+            if size is None or size > keep:
+                self._remove_unused(key)
+            else:
+                keep -= size
+
+    def _size(self, key: str) -> int | None:
+        """Bytes of the content of a key; None if its manifest is damaged, or just removed."""
+        try:
+            with self.storage.open(key, MANIFEST) as file:
+                content = Manifest.parse(file.read(MAX_JSON)).content
+        except (NotFoundError, MalformedError, IntegrityError):
+            return None
+        return sum(digest.size for digest in content.values())
 
     def _remove_unused(self, key: str) -> bool:
         """Remove a key that no row names and nobody holds; False if it is needed after all."""

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from attrs import frozen
 
 from .adapters.intake import Adapter
-from .cards.reading import has_chat_template
+from .combining import combined_files, completed_files
 from .files.checking import FileCheck
-from .files.model_directory import CARRIED, Role, files_of, role_of
-from .files.reading import json_object
+from .files.model_directory import carried_files
 from .files.safetensors import Checkpoint, ModelSource
 from .merging import open_merge
 from .merging.copying import CheckpointCopy
@@ -31,37 +29,6 @@ from .shelf import Finish, Shelf
 
 if TYPE_CHECKING:
     from .merging import MergeExecution
-
-_OF_TOKENIZER = (Role.VOCABULARY, Role.TOKENIZER)
-
-
-def combined_files(base: Path, adapter: Path) -> dict[str, Path]:
-    """The small files of `base` merged with `adapter`.
-
-    Configurations are the base's. The tokenizer is taken whole from the adapter if it has a
-    vocabulary, with its processor; files of two tokenizers are never mixed. So is the chat
-    template if the adapter has one.
-    """
-    own = files_of(adapter, Role.CHAT_TEMPLATE)
-    if files_of(adapter, Role.VOCABULARY):
-        own |= files_of(adapter, *_OF_TOKENIZER, Role.PROCESSOR)
-    return _with_base(base, own)
-
-
-def completed_files(base: Path, checkpoint: Path) -> dict[str, Path]:
-    """The small files of a full model, and from its `base` what it lacks.
-
-    As in `combined_files`, files of two tokenizers are never mixed.
-    """
-    return _with_base(base, files_of(checkpoint, *CARRIED))
-
-
-def _with_base(base: Path, own: dict[str, Path]) -> dict[str, Path]:
-    files = files_of(base, *CARRIED)
-    replaced = {Role.CHAT_TEMPLATE} if has_chat_template(own) else set()
-    if any(role_of(name) is Role.VOCABULARY for name in own):
-        replaced |= {*_OF_TOKENIZER}
-    return {name: path for name, path in files.items() if role_of(name) not in replaced} | own
 
 
 @frozen
@@ -85,10 +52,19 @@ class MergedSource(CompletedSource):
 
     merge: MergeExecution
     adapter: Adapter
+    trust_remote_code: bool = False
+
+    def open_again(self) -> MergeExecution:
+        """The same merge, of files that are opened anew."""
+        base = Checkpoint.open(self.layout.directory)
+        adapter = Adapter.open(self.adapter.directory)
+        return open_merge(base, adapter, trust_remote_code=self.trust_remote_code)
 
 
 @contextmanager
-def merge_of(base: Path, adapter: Path) -> Iterator[MergedSource]:
+def merge_of(
+    base: Path, adapter: Path, *, trust_remote_code: bool = False
+) -> Iterator[MergedSource]:
     """The merge of the adapter in one directory into the base in another, while the block lasts.
 
     Raises:
@@ -96,9 +72,10 @@ def merge_of(base: Path, adapter: Path) -> Iterator[MergedSource]:
             exactly; the message says why.
     """
     layout, opened = Checkpoint.open(base), Adapter.open(adapter)
-    merge = open_merge(layout, opened)
-    with _configured(combined_files(base, adapter), merge.config) as files:
-        yield MergedSource(ModelSource(files, merge), layout, merge, opened)
+    merge = open_merge(layout, opened, trust_remote_code=trust_remote_code)
+    with tempfile.TemporaryDirectory() as scratch:
+        files = combined_files(layout, opened.directory, merge.config, Path(scratch))
+        yield MergedSource(ModelSource(files, merge), layout, merge, opened, trust_remote_code)
 
 
 @contextmanager
@@ -123,41 +100,26 @@ def proven_merge(
         shelf.checked(customized) as (directory, adapter_check),
     ):
         if is_trained_checkpoint(customized):
-            yield _completed(base_directory, directory, check), adapter_check
+            with completed_checkpoint(base_directory, directory) as completed:
+                files = completed.source.files.items()
+                taken = {name for name, path in files if path.is_relative_to(base_directory)}
+                check.only(taken).finish(_silent)
+                yield completed, adapter_check
             return
         adapter_check.finish(_silent)
-        with merge_of(base_directory, directory) as merged:
+        with merge_of(
+            base_directory, directory, trust_remote_code=base.trust_remote_code
+        ) as merged:
             yield merged, check
 
 
-def completed_checkpoint(base: Path, checkpoint: Path) -> CompletedSource:
+@contextmanager
+def completed_checkpoint(base: Path, checkpoint: Path) -> Iterator[CompletedSource]:
     """A full model in one directory, with what it lacks from its base in another."""
     copy = CheckpointCopy(Checkpoint.open(checkpoint))
-    source = ModelSource(completed_files(base, checkpoint), copy)
-    return CompletedSource(source, copy.checkpoint, copy)
-
-
-def _completed(base: Path, checkpoint: Path, check: FileCheck) -> CompletedSource:
-    """As `completed_checkpoint`, once `check` has seen what is the base's."""
-    completed = completed_checkpoint(base, checkpoint)
-    files = completed.source.files.items()
-    check.only({name for name, path in files if path.is_relative_to(base)}).finish(_silent)
-    return completed
-
-
-@contextmanager
-def _configured(files: dict[str, Path], changes: Mapping[str, Any]) -> Iterator[dict[str, Path]]:
-    """`files` with a `config.json` that has these values in place of its own; None removes one."""
-    if not changes:
-        yield files
-        return
-    with tempfile.TemporaryDirectory() as directory:
-        changed = Path(directory, "config.json")
-        document = {**json_object(files["config.json"]), **changes}
-        removed = {key for key in changes if changes[key] is None}
-        document = {key: value for key, value in document.items() if key not in removed}
-        changed.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n")
-        yield files | {"config.json": changed}
+    with tempfile.TemporaryDirectory() as scratch:
+        files = completed_files(Checkpoint.open(base), checkpoint, Path(scratch))
+        yield CompletedSource(ModelSource(files, copy), copy.checkpoint, copy)
 
 
 @contextmanager
@@ -175,7 +137,8 @@ def model_source(
             yield merged.source, finish
     else:
         with shelf.proven(model) as (directory, finish):
-            yield ModelSource(files_of(directory, *CARRIED), Checkpoint.open(directory)), finish
+            weights = Checkpoint.open(directory)
+            yield ModelSource(carried_files(directory, weights.shards), weights), finish
 
 
 @contextmanager
@@ -188,13 +151,18 @@ def small_files(
         The directory, and its files by name; both are there while the block lasts.
     """
     with ExitStack() as stack:
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        directory, scratch = (
+            Path(stack.enter_context(tempfile.TemporaryDirectory())) for _ in range(2)
+        )
         opened = stack.enter_context(shelf.opened(model))
         if isinstance(model, CustomizedModel):
-            combine = combined_files if is_adapter(model) else completed_files
-            files = combine(stack.enter_context(shelf.opened(base)), opened)
+            beneath = Checkpoint.open(stack.enter_context(shelf.opened(base)))
+            if is_adapter(model):
+                files = combined_files(beneath, opened, {}, scratch)
+            else:
+                files = completed_files(beneath, opened, scratch)
         else:
-            files = files_of(opened, *CARRIED)
+            files = carried_files(opened, Checkpoint.open(opened).shards)
         for name, path in files.items():
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, directory / name)

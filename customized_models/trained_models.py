@@ -13,7 +13,7 @@ from attrs import frozen
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from .adapters.intake import CONFIG
+from .adapters.settings import CONFIG
 from .cards.reading import FULL, peft_settings
 from .errors import UnsupportedAdapterError, listed
 from .files.reading import json_object

@@ -11,6 +11,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +19,16 @@ from attrs import evolve, frozen
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .arguments import instance, texts, truth
-from .cards.reading import evaluation_summary, training_arguments
-from .errors import AlreadyExistsError, RegistrationError, StorageError, UnsupportedError, shown
+from .cards.checkpoints import best_step, state_at
+from .cards.reading import evaluation_summary, metrics_of, training_arguments
+from .errors import (
+    AlreadyExistsError,
+    NotFoundError,
+    RegistrationError,
+    StorageError,
+    UnsupportedError,
+    shown,
+)
 from .models import BaseModel, CustomizedModel, EvaluationSummary, TrainingConfiguration
 from .outbox import Outbox
 from .registering import Training
@@ -118,9 +127,13 @@ class RegisterCallback(TrainerCallback):
     That is the adapter of a `PeftModel`, or a full model of transformers. The name is reserved when
     the training begins, so that a name that is taken is an error at the start and not at the end;
     so is a base model that is gone. When the training ends, what is in memory is registered with
-    the tokenizer; this is the best checkpoint if the Trainer has loaded it. A failed training and a
-    trial of a hyperparameter search register nothing. Evaluations after the training are not in the
+    the tokenizer. This is the best checkpoint if the Trainer has loaded it, and the card has the
+    steps, losses and metrics of that one. What `trainer.evaluate()` measures later is added to the
     card.
+
+    Nothing is registered of a training that fails, of a trial of `hyperparameter_search`, and of a
+    training that a callback has stopped before its end, as a pruned trial is; one that
+    `EarlyStoppingCallback` has stopped is registered. `register_from_trainer` registers any.
 
     A callback is for one training. If registering fails at the end, the training goes on: the error
     is logged and is the attribute `error`, and what was trained is kept in the registry's
@@ -165,10 +178,6 @@ class RegisterCallback(TrainerCallback):
         self.model: CustomizedModel | None = None
         self.error: RegistrationError | None = None
         self._registration: _Registration | None = None
-
-    def discard(self) -> None:
-        """Register nothing of the training that is under way, such as a trial that is pruned."""
-        self._registration = None
 
     def on_train_begin(
         self,
@@ -220,19 +229,41 @@ class RegisterCallback(TrainerCallback):
         registration, self._registration = self._registration, None
         if registration is None:
             return
+        if control.should_training_stop and _is_cut_short(state):
+            _log.warning(
+                "%s is not registered: a callback has stopped its training at step %d of %d; "
+                "register_from_trainer registers it all the same",
+                registration.name,
+                state.global_step,
+                state.max_steps,
+            )
+            return
         try:
             self.model = _registered(
                 registration,
                 TrainedModel.of(kwargs["model"]),
                 Path(str(args.output_dir)),
                 kwargs.get("processing_class"),
-                evaluation_summary(vars(state)),
+                evaluation_summary(_state_of_model(args, state)),
             )
         except RegistrationError as error:
             if self.strict:
                 raise
             self.error = error
             _log.error("%s", error)
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Add what is measured after the training to the card of what was registered."""
+        measured = metrics_of(kwargs.get("metrics") or {})
+        if self.model is not None and measured:
+            with suppress(NotFoundError):  # it has been deleted since
+                self.model = self.registry.add_evaluation(self.model, measured)
 
 
 def register_from_model(
@@ -319,7 +350,7 @@ def register_from_trainer(
         base_model=base_model,
         training_id=training_id,
         training=_configuration(trainer.args, texts("datasets", datasets)),
-        evaluation=evaluation_summary(vars(trainer.state)),
+        evaluation=evaluation_summary(_state_of_model(trainer.args, trainer.state)),
         processing_class=trainer.processing_class,
         accelerator=trainer.accelerator,
     )
@@ -366,6 +397,18 @@ def _registry(given: ModelRegistry | str | os.PathLike[str]) -> ModelRegistry:
 def _configuration(args: TrainingArguments, datasets: Sequence[str]) -> TrainingConfiguration:
     arguments: dict[str, Any] = args.to_dict()  # type: ignore[no-untyped-call]  # theirs
     return TrainingConfiguration(arguments=training_arguments(arguments), datasets=tuple(datasets))
+
+
+def _state_of_model(args: TrainingArguments, state: TrainerState) -> Mapping[str, Any]:
+    """What was logged of the weights that the Trainer has loaded at the end."""
+    best = best_step(vars(state)) if args.load_best_model_at_end else None
+    return vars(state) if best is None else state_at(vars(state), best)
+
+
+def _is_cut_short(state: TrainerState) -> bool:
+    """Whether a training that was stopped had steps left, and was not stopped for its metric."""
+    patient = "early_stopping_patience_counter" in str(state.stateful_callbacks)
+    return state.global_step < state.max_steps and not patient
 
 
 def _refuse_sharded(args: TrainingArguments) -> None:

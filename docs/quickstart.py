@@ -22,7 +22,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.parse
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,6 +46,7 @@ from customized_models import (
     Merger,
     ModelRegistry,
 )
+from customized_models.backends.ollama import environment_from_host
 from customized_models.training import RegisterCallback
 
 MODEL_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -107,7 +107,7 @@ def journey(registry: ModelRegistry, scratch: Path) -> None:
     registry.add_environment(DeploymentEnvironment("here", backend="llama_cpp"))
     environments = ["here"]
     if host := os.environ.get("OLLAMA_HOST"):
-        environments.append(registry.add_environment(ollama_environment(host)).name)
+        environments.append(registry.add_environment(environment_from_host(host)).name)
     answers = []
     for environment in environments:
         with step(f"Deploy to {environment!r}, ask, and undeploy"):
@@ -239,13 +239,6 @@ def ask(live: LiveModel) -> str:
     request |= {"stream": False, "options": {"temperature": 0, "num_predict": 40}}
     response = httpx.post(f"{live.endpoint}/api/chat", json=request, timeout=300)
     return str(response.raise_for_status().json()["message"]["content"])
-
-
-def ollama_environment(host: str) -> DeploymentEnvironment:
-    """The server that Ollama's own client would call: `127.0.0.1:11434`, `http://box:11434`."""
-    url = urllib.parse.urlsplit(host if "://" in host else f"//{host}")
-    address = (url.hostname or "127.0.0.1").replace("0.0.0.0", "127.0.0.1")
-    return DeploymentEnvironment("ollama", "ollama", address, url.port or 11434)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from customized_models import (
     BaseModel,
     CompleteModel,
     CustomizedModel,
+    CustomizedModelsError,
     DeploymentEnvironment,
     DeploymentTemplate,
     InvalidArgumentError,
@@ -50,6 +51,7 @@ SAMPLES: dict[str, Any] = {
 NAME = frozenset({"text"})  # of what is not there: another error
 OPTIONAL = frozenset({"None"})
 PATH = frozenset({"text", "path"})
+INTEGER = frozenset({"int"})
 
 
 @frozen
@@ -130,6 +132,12 @@ def registry_calls() -> Iterator[Call]:
     yield Call("register", "training_id", register(training_id=None), OPTIONAL | {"uuid"})
     yield Call("register", "training", register(training=None), OPTIONAL)
     yield Call("register", "evaluation", register(evaluation=None), OPTIONAL)
+    yield Call("register", "created", register(created=None), OPTIONAL)
+    yield Call("add_evaluation", "model", lambda r, v: r.add_evaluation(v, {}), NAME)
+    yield Call("add_evaluation", "metrics", lambda r, v: r.add_evaluation("x", v))
+    yield Call(
+        "add_evaluation", "metrics['a']", lambda r, v: r.add_evaluation("x", {"a": v}), INTEGER
+    )
     yield Call("get", "kind", lambda r, v: r.get(v, "x"))
     yield Call("get", "name", lambda r, v: r.get(BaseModel, v), NAME)
     for method in ("customized_models", "complete_models", "live_models"):
@@ -212,6 +220,14 @@ def test_a_wrong_type_is_an_error_that_names_what_to_pass(call: Call, known: Kno
         assert call.argument in message
         assert " takes " in message
         assert SECRET not in message
+
+
+@pytest.mark.parametrize(
+    "call", [c for c in (*registry_calls(), *other_calls()) if "text" in c.takes], ids=str
+)
+def test_text_that_utf8_cannot_hold_is_an_error_of_ours(call: Call, known: Known) -> None:
+    with pytest.raises(CustomizedModelsError):
+        list(call.call(known, "half a pair: \ud800"))
 
 
 # What is meant is taken

@@ -22,14 +22,13 @@ from customized_models import (
     DeploymentEnvironment,
     DeploymentTemplate,
     IntegrityError,
-    MalformedError,
     Merger,
     ModelRegistry,
     NonFiniteError,
     UnsupportedError,
 )
-from customized_models.checkpoints import convert_pickled
 from customized_models.deploying.artifacts import RegistryArtifact
+from customized_models.importing import convert_pickle
 from customized_models.testing import tiny_llama
 
 EXAMPLES = [{"input_ids": [1, 5 + i, 7, 9, 2], "labels": [1, 5 + i, 7, 9, 2]} for i in range(8)]
@@ -241,10 +240,10 @@ def test_pickled_weights_are_taken_by_an_explicit_conversion(
     tensors = load_file(checkpoint / "model.safetensors")
     (checkpoint / "model.safetensors").unlink()
     torch.save(tensors, checkpoint / "pytorch_model.bin")
-    with pytest.raises(UnsupportedError, match="convert_pickled"):
+    with pytest.raises(UnsupportedError, match="convert_pickle"):
         registry.register(checkpoint, train_name="full")
 
-    converted = convert_pickled(checkpoint, tmp_path / "converted")
+    converted = convert_pickle(checkpoint, tmp_path / "converted")
     model = registry.register(converted, train_name="full")
     assert model.card.evaluation.steps == 2
     with registry.checkout(model) as directory:
@@ -264,7 +263,7 @@ def test_pickled_shards_are_converted_one_by_one(checkpoint: Path, tmp_path: Pat
     index = {"metadata": {}, "weight_map": files}
     (checkpoint / "pytorch_model.bin.index.json").write_text(json.dumps(index))
 
-    converted = convert_pickled(checkpoint, tmp_path / "converted")
+    converted = convert_pickle(checkpoint, tmp_path / "converted")
     opened = AutoModelForCausalLM.from_pretrained(converted, dtype="auto").state_dict()
     assert all(opened[name].equal(tensors[name]) for name in tensors)
 
@@ -282,8 +281,8 @@ class Trap:
 def test_a_pickle_that_would_run_code_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     (checkpoint / "model.safetensors").unlink()
     torch.save({"weight": Trap(tmp_path / "ran")}, checkpoint / "pytorch_model.bin")
-    with pytest.raises(MalformedError, match="more than tensors"):
-        convert_pickled(checkpoint, tmp_path / "converted")
+    with pytest.raises(UnsupportedError, match="more than tensors"):
+        convert_pickle(checkpoint, tmp_path / "converted")
     assert not (tmp_path / "ran").exists()
 
 

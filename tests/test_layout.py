@@ -26,6 +26,7 @@ THEIRS = {
     "_exit",  # os
     "_parameters", "_modules", "_buffers",  # torch.nn.Module
     "_weight_conversions", "_keys_to_ignore_on_save", "_model_mapping", "_get_dtype_plan",
+    "_from_config",
 }  # fmt: skip
 """Private names of other packages that are used here."""
 

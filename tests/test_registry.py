@@ -10,12 +10,15 @@ import shutil
 import subprocess
 import sys
 import uuid
-from datetime import UTC, datetime
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 
 import attrs
 import pytest
+import torch
 from huggingface_hub import ModelCard as HubCard
+from safetensors.torch import load_file, save_file
 
 from customized_models import (
     AlreadyExistsError,
@@ -29,13 +32,16 @@ from customized_models import (
     DeploymentTemplate,
     IntegrityError,
     InUseError,
+    InvalidArgumentError,
     InvalidNameError,
     InvalidOptionError,
     ModelRegistry,
+    NonFiniteError,
     NotFoundError,
     NotLocalError,
     UnsafeFileError,
 )
+from customized_models.cards.readme import parse_card
 from customized_models.testing import MemoryStorage, tiny_llama, tiny_lora
 
 TRAINING = uuid.UUID("a1b2c3d4-0000-4000-8000-000000000000")
@@ -108,8 +114,8 @@ def test_a_base_model_with_a_link_out_of_its_directory_is_refused(
 ) -> None:
     directory = tmp_path / "base"
     shutil.copytree(tiny_base, directory)
-    shutil.move(directory / "config.json", tmp_path / "config.json")
-    (directory / "config.json").symlink_to(tmp_path / "config.json")
+    shutil.move(directory / "config.json", tmp_path / "elsewhere.json")
+    (directory / "config.json").symlink_to(tmp_path / "elsewhere.json")
 
     with pytest.raises(UnsafeFileError, match=r"config\.json"):
         ModelRegistry(tmp_path / "models").add_base_model("linked", directory)
@@ -266,6 +272,79 @@ def test_a_reserved_name_keeps_its_date(registry: ModelRegistry, tiny_adapter: P
     )
     customized = registry.register(tiny_adapter, train_name="support", training_id=TRAINING)
     assert customized.name == name
+
+
+def test_a_model_may_be_dated_when_it_was_trained(
+    registry: ModelRegistry, tiny_adapter: Path
+) -> None:
+    trained = datetime(2025, 12, 31, 23, 30, tzinfo=timezone(timedelta(hours=-2)))  # 2026 in UTC
+    model = registry.register(tiny_adapter, train_name="old", created=trained)
+
+    assert model.created == trained
+    assert model.name.startswith("llama-tiny_old_20260101_")
+    assert registry.register(tiny_adapter, train_name="old") == model
+
+
+@pytest.mark.parametrize(
+    "created", [datetime(2026, 1, 1), datetime(9999, 1, 1, tzinfo=UTC)], ids=["naive", "future"]
+)
+def test_a_date_without_a_zone_or_in_the_future_is_refused(
+    registry: ModelRegistry, tiny_adapter: Path, created: datetime
+) -> None:
+    with pytest.raises(InvalidArgumentError, match="created takes"):
+        registry.register(tiny_adapter, train_name="x", created=created)
+
+
+def test_an_evaluation_is_added_to_the_card_and_to_every_file_that_tells_of_it(
+    registry: ModelRegistry, tiny_adapter: Path
+) -> None:
+    first = {"eval_loss": 2.0, "eval_f1": 0.5}
+    model = registry.register(tiny_adapter, train_name="support", evaluation=first)
+
+    with registry.checkout(model) as directory:  # which others may have open meanwhile
+        changed = registry.add_evaluation(model, {"eval_loss": 1.5, "mmlu": 1})
+        assert parse_card(directory / "README.md") == changed.card
+
+    assert changed.card.evaluation.metrics == {"eval_loss": 1.5, "eval_f1": 0.5, "mmlu": 1.0}
+    assert (changed.name, changed.digest) == (model.name, model.digest)
+    assert registry.get(CustomizedModel, model.name) == changed
+    registry.verify(changed)
+    lost = ModelRegistry(registry.root, database=f"sqlite:///{registry.root / 'new.db'}")
+    lost.reindex()
+    assert list(lost.customized_models()) == [changed]
+    registry.delete(model)  # as it was known before
+    with pytest.raises(NotFoundError):
+        registry.add_evaluation(changed, {"late": 1.0})
+
+
+def test_evaluations_added_at_once_are_all_kept(
+    registry: ModelRegistry, tiny_adapter: Path
+) -> None:
+    model = registry.register(tiny_adapter, train_name="support")
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda n: registry.add_evaluation(model.name, {f"m{n}": n}), range(8)))
+
+    card = registry.get(CustomizedModel, model.name).card
+    assert card.evaluation.metrics == {f"m{n}": n for n in range(8)}
+    with registry.checkout(model) as directory:
+        assert parse_card(directory / "README.md") == card
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_an_adapter_that_has_diverged_is_refused(
+    registry: ModelRegistry, tiny_adapter: Path, tmp_path: Path, dtype: str, value: float
+) -> None:
+    diverged = Path(shutil.copytree(tiny_adapter, tmp_path / "diverged"))
+    weights = diverged / "adapter_model.safetensors"
+    tensors = {name: t.to(getattr(torch, dtype)) for name, t in load_file(weights).items()}
+    last = sorted(tensors)[-1]
+    tensors[last][-1, -1] = value
+    save_file(tensors, weights, {"format": "pt"})
+
+    with pytest.raises(NonFiniteError, match=re.escape(last)):
+        registry.register(diverged, train_name="diverged")
+    assert list(registry.customized_models()) == []
 
 
 @pytest.mark.parametrize(

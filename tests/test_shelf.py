@@ -26,6 +26,8 @@ from customized_models import (
 )
 from customized_models.catalog.database import Database
 from customized_models.catalog.levels import Levels
+from customized_models.files.digests import SHA256, hash_file
+from customized_models.files.manifest import Manifest
 
 TRAINING = uuid.UUID("a1b2c3d4-0000-4000-8000-000000000000")
 
@@ -288,6 +290,33 @@ def test_litter_that_is_found_again_later_has_its_time_of_grace_anew(
     (registry.root / "complete" / "orphan").mkdir(parents=True)
     (found,) = registry.gc(grace_seconds=60)
     assert not found.removed
+
+
+def test_of_files_that_can_be_made_again_those_used_last_are_kept_as_many_as_fit(
+    registry: ModelRegistry, customized: CustomizedModel
+) -> None:
+    storage, shelf = LocalStorage(registry.root), registry.shelf
+    for number in range(4):
+        with storage.staging("cached") as directory:
+            (directory / "model.gguf").write_bytes(b"1234567890")
+            content = {"model.gguf": hash_file(directory / "model.gguf", SHA256)}
+            Manifest("gguf", content, {}, {"number": number}, {}).write(directory)
+            storage.publish(directory, f"gguf/{number}")
+        shelf.trim("gguf/")  # it is unused from now on
+    with storage.staging("damaged") as directory:
+        (directory / "manifest.json").write_bytes(b"{")
+        storage.publish(directory, "gguf/damaged")
+
+    with registry.catalog.lease() as lease:
+        with registry.catalog.database.write() as connection:
+            lease.take(connection, ["gguf/0"], "a deployment")
+        shelf.trim("gguf/", 25)
+        assert list(storage.keys("gguf/")) == ["gguf/0", "gguf/2", "gguf/3"]
+    with registry.catalog.database.write() as connection:
+        registry.catalog.litter.forget(connection, "gguf/0")  # as when a deployment uses it
+    shelf.trim("gguf/", 15)
+    assert list(storage.keys("gguf/")) == ["gguf/0"]
+    assert stored(registry) == [customized.key, "gguf/0"]
 
 
 def test_a_name_is_taken_while_it_is_published(

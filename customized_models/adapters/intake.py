@@ -6,48 +6,38 @@ pattern for a very long time is refused before PEFT reads the adapter.
 
 from __future__ import annotations
 
-import json
-import math
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
-from ..errors import (
-    BaseModelMismatch,
-    MalformedError,
-    UnsupportedAdapterError,
-    listed,
-    shown,
-)
+from ..errors import MalformedError, UnsafeFileError, UnsupportedAdapterError, listed, shown
+from ..files.copying import copy_untrusted
 from ..files.digests import FileDigest, hash_file
+from ..files.links import linked_file
 from ..files.model_directory import CARRIED, Role, checked_size, files_of, row_of
 from ..files.reading import json_object, opened
-from ..files.safetensors import Checkpoint, TensorInfo, read_header
+from ..files.safetensors import TensorInfo, header_bytes, is_zero, read_header
 from ..files.streams import FileWriter, copy_range
 from ..files.writing import disk_errors
-from ..naming import is_hub_id
-from .patterns import check_pattern
-from .peft_types import NAME_SETS, AdapterType, adapter_type
+from .patterns import check_patterns
+from .peft_types import adapter_type
+from .settings import CONFIG, canonical, check_settings
+from .tensor_names import is_factor, module_of, plain_names
 
-CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-PREFIX = "base_model.model."  # what PEFT puts before the names of a model's modules
-_TAKEN = (Role.ADAPTER, *CARRIED)
+
+_PICKLED = ("adapter_model.bin", "adapter_model.pt")
+_TAKEN = ({Role.ADAPTER} | CARRIED) - {Role.RECORD}
 
 _MAX_HEADER = 32 << 20  # bytes: one adapted expert by expert has about 100,000 tensors
 _MAX_FILES = 1000  # an adapter has a dozen
+_MAX_BESIDE = 1 << 30  # bytes beside the weights: a tokenizer has some megabytes
 
-_REGEX_FIELDS = ("target_modules", "exclude_modules", "layers_pattern")
-_DTYPES = ("F16", "BF16", "F32")
+_DTYPES = ("F16", "BF16", "F32", "F64")
 _INDEX_DTYPES = ("I64", "I32", "I16", "U8", "BOOL")
-_MAX_RANK = 1 << 16  # no model has layers as wide: a larger rank only asks for memory
-_LOADS_CODE = ("megatron_config", "adapters", "tokenizer_kwargs")
-_PATH_FIELD = re.compile(r".*(_path|_file|_dir|_directory|_or_id)", re.ASCII)
-_HERE_BY_DEFAULT = {"megatron_core": "megatron.core"}
 
 
 @frozen
@@ -59,20 +49,21 @@ class Intake:
         content: Size and digest of each of its files, by name.
         stated_base: `base_model_name_or_path` of the original, which the copy has only if it is a
             Hub id.
+        notes: What was changed in the copy, and what was found that its owner may want to know.
     """
 
     adapter: Adapter
     content: Mapping[str, FileDigest]
     stated_base: object
+    notes: tuple[str, ...]
 
 
 def take_in(source: Path, destination: Path) -> Intake:
     """Copy an adapter's files into the empty directory `destination`, and check them.
 
     Each file of `source` is read once. Weights in other formats and files that only the training
-    needs are left out. The configuration is rewritten so that equal adapters have equal bytes: its
-    keys are sorted, and so are lists that PEFT treats as sets; `base_model_name_or_path` is null
-    unless it is a Hub id.
+    needs are left out. The configuration is rewritten so that equal adapters have equal bytes; see
+    `canonical`. Tensors get the names that PEFT gives them; see `plain_names`.
 
     Args:
         source: The directory that a training saved.
@@ -81,57 +72,78 @@ def take_in(source: Path, destination: Path) -> Intake:
     Raises:
         MalformedError: A required file is missing, the configuration or the weights' header does
             not parse, or a file changed while it was copied.
-        UnsafeFileError: A file is a link, pipe or device, or is too large.
-        UnsupportedAdapterError: The weights are pickled, or the configuration could run code.
+        UnsafeFileError: A file is a link out of a Hub cache, a pipe or a device, or is too large.
+        UnsupportedAdapterError: The weights are pickled, or the configuration could run code or has
+            a pattern that takes long to match.
         StorageError: The disk failed.
     """
-    if not os.path.lexists(source / WEIGHTS) and (source / "adapter_model.bin").exists():
-        raise UnsupportedAdapterError(
-            f"adapter_model.bin is a pickle, which can run code when it is read; save the adapter "
-            f"as {WEIGHTS}: load it where you trust it, then "
-            f"PeftModel.save_pretrained(..., safe_serialization=True)"
-        )
+    _refuse_pickled(source)
     with disk_errors(f"the adapter in {shown(source)} cannot be copied"):
-        names = [*dict.fromkeys((CONFIG, WEIGHTS, *files_of(source, *_TAKEN)))]
-        if len(names) > _MAX_FILES:
-            raise MalformedError(
-                f"{shown(source)} has {len(names)} files; an adapter has at most {_MAX_FILES}"
-            )
-        content = {name: _copy_file(source, destination, name) for name in names}
-        config = json_object(destination / CONFIG)
-        (destination / CONFIG).write_bytes(_canonical(config))
+        files = _checked_files(source.resolve())
+        content = {name: copy_untrusted(file, destination, name) for name, file in files.items()}
+        config = json_object(destination / CONFIG, limit=row_of(CONFIG).limit)
+        (destination / CONFIG).write_bytes(canonical(config))
         content[CONFIG] = hash_file(destination / CONFIG)
-    return Intake(Adapter.open(destination), content, config.get("base_model_name_or_path"))
+        renamed, notes = _with_plain_names(destination, config)
+        content |= renamed
+    adapter = Adapter.open(destination)
+    check_patterns(adapter.config, adapter.modules)
+    notes += _untrained(adapter)
+    return Intake(adapter, content, config.get("base_model_name_or_path"), tuple(notes))
 
 
-def _copy_file(source: Path, destination: Path, name: str) -> FileDigest:
-    (destination / name).parent.mkdir(parents=True, exist_ok=True)
-    with opened(source / name, os.O_NOFOLLOW) as fd, FileWriter(destination / name) as writer:
-        before = os.fstat(fd)
-        checked_size(name, before.st_size)
-        if name == WEIGHTS:
-            read_header(source / name, limit=_MAX_HEADER)  # a sparse file would take long to copy
-        copy_range(fd, 0, before.st_size, writer, shown(name))
+def _refuse_pickled(source: Path) -> None:
+    pickled = [name for name in _PICKLED if os.path.lexists(source / name)]
+    if pickled and not os.path.lexists(source / WEIGHTS):
+        raise UnsupportedAdapterError(
+            f"{pickled[0]} is a pickle, which can run code when it is read. "
+            f"customized_models.importing.convert_pickle writes a copy of the directory with "
+            f"{WEIGHTS}, and reads nothing but tensors out of it; "
+            f"PeftModel.save_pretrained(..., safe_serialization=True) saves it so at once"
+        )
+
+
+def _checked_files(source: Path) -> dict[str, Path]:
+    """What is taken, by its path in the directory, with links followed; nothing is read of it."""
+    names = [*dict.fromkeys((CONFIG, WEIGHTS, *files_of(source, *_TAKEN)))]
+    if len(names) > _MAX_FILES:
+        raise MalformedError(
+            f"{shown(source)} has {len(names)} files, and is no adapter's; copy those that PEFT "
+            f"and the tokenizer saved to a directory of their own"
+        )
+    files, beside = {name: linked_file(source, name) for name in names}, 0
+    for name, file in files.items():
+        with opened(file, os.O_NOFOLLOW) as fd:
+            size = checked_size(name, os.fstat(fd).st_size)
+        beside += size if name != WEIGHTS else 0
+    if beside > _MAX_BESIDE:
+        raise UnsafeFileError(
+            f"{shown(source)} has {beside} bytes beside the adapter's weights, more than "
+            f"{_MAX_BESIDE}; move what does not belong to the adapter elsewhere"
+        )
+    read_header(files[WEIGHTS], limit=_MAX_HEADER)  # a sparse file would take long to copy
+    return files
+
+
+def _with_plain_names(
+    directory: Path, config: Mapping[str, Any]
+) -> tuple[dict[str, FileDigest], list[str]]:
+    """Give the tensors of the copy their plain names; returns what was written, and notes."""
+    path = directory / WEIGHTS
+    header = read_header(path, limit=_MAX_HEADER)
+    prefixed = not adapter_type(config).unmergeable
+    names, notes = plain_names(header.tensors.keys(), prefixed=prefixed)
+    if not notes:
+        return {}, []
+    old = path.rename(directory / f".{WEIGHTS}")
+    infos = [evolve(info, name=names[name]) for name, info in header.tensors.items()]
+    with opened(old) as fd, FileWriter(path) as writer:
+        writer.write(header_bytes(infos, header.metadata))
+        count = os.fstat(fd).st_size - header.data_start
+        copy_range(fd, header.data_start, count, writer, WEIGHTS)
         digest = writer.finish()
-        after = os.fstat(fd)
-    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-        raise MalformedError(f"{shown(name)} changed while it was copied")
-    return digest
-
-
-def _canonical(config: dict[str, Any]) -> bytes:
-    base = config.get("base_model_name_or_path")
-    portable = isinstance(base, str) and is_hub_id(base) and not os.path.exists(base)
-    config = config | {"base_model_name_or_path": base if portable else None}
-    for key in NAME_SETS:
-        value = config.get(key)
-        if isinstance(value, list) and all(isinstance(item, str) for item in value):
-            config[key] = sorted(set(value))
-    try:
-        text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False)
-    except (ValueError, RecursionError) as error:
-        raise MalformedError(f"{CONFIG} has a number that is not finite") from error
-    return text.encode() + b"\n"
+    old.unlink()
+    return {WEIGHTS: digest}, notes
 
 
 @frozen
@@ -154,198 +166,50 @@ class Adapter:
 
         Raises:
             MalformedError: A value has the wrong type or is out of range, or there are no weights.
-            UnsupportedAdapterError: The configuration could run code, open other files or match a
-                pattern for very long, or a tensor has an unusual dtype.
+            UnsupportedAdapterError: The configuration could run code or open other files, or a
+                tensor has an unusual dtype.
         """
         config = json_object(directory / CONFIG, limit=row_of(CONFIG).limit)
-        _check_config(config)
+        check_settings(config)
         tensors = read_header(directory / WEIGHTS, limit=_MAX_HEADER).tensors
         if not tensors:
-            raise MalformedError(f"{WEIGHTS} has no tensors")
+            raise MalformedError(f"{WEIGHTS} has no tensors; save the adapter again")
         if empty := {name for name, info in tensors.items() if not info.size}:
-            raise MalformedError(f"{WEIGHTS} has tensors without elements: {listed(empty)}")
+            raise MalformedError(
+                f"{WEIGHTS} has tensors without elements: {listed(empty)}. DeepSpeed ZeRO-3 saves "
+                f"weights that it has not gathered like this: save the adapter through the Trainer "
+                f"or accelerate with stage3_gather_16bit_weights_on_model_save, or gather the "
+                f"checkpoint with its zero_to_fp32.py"
+            )
         dtypes = _DTYPES + (_INDEX_DTYPES if adapter_type(config).saves_indices else ())
         if odd := {name for name, info in tensors.items() if info.dtype not in dtypes}:
             raise UnsupportedAdapterError(
-                f"{WEIGHTS} has tensors with a dtype other than {', '.join(dtypes)}: {listed(odd)}"
+                f"{WEIGHTS} has tensors with a dtype other than {', '.join(dtypes)}: "
+                f"{listed(odd)}; cast the adapter with model.float() before it is saved"
             )
         return cls(directory.resolve(), config, tensors)
 
+    @property
+    def modules(self) -> set[str]:
+        """The modules that its tensors are for, by the names in them."""
+        return {module_of(name) for name in self.tensors}
 
-def _check_config(config: Mapping[str, Any]) -> None:
-    if not re.fullmatch(r"[A-Z0-9_]{1,40}", str(config.get("peft_type")), re.ASCII):
-        raise MalformedError(
-            f"peft_type {shown(config.get('peft_type'))} is not the name of a PEFT type"
-        )
-    kind = adapter_type(config)
-    if "r" in config and (kind.requires_rank or config["r"] is not None):
-        _check_rank("r", config["r"], 1 if kind.requires_rank else 0)
-    if "lora_alpha" in config and (kind.requires_rank or config["lora_alpha"] is not None):
-        _check_number("lora_alpha", config["lora_alpha"])
-    _check_pattern_values(config, kind)
-    for key in NAME_SETS + _REGEX_FIELDS:
-        _check_names(key, config.get(key))
-    _refuse_outside(config, CONFIG)
+    def zero_modules(self) -> set[str]:
+        """Those of `modules` that a LoRA leaves as they are, because a factor of theirs is zero.
 
+        Every factor is read, up to its first value that is not zero.
+        """
+        factors = [name for name in self.tensors if is_factor(name)]
+        return {module_of(name) for name in factors if self.is_zero(name)}
 
-def _check_pattern_values(config: Mapping[str, Any], kind: AdapterType) -> None:
-    """Check `rank_pattern` and `alpha_pattern`: values by patterns of module names."""
-    for key in ("rank_pattern", "alpha_pattern"):
-        patterns = {} if config.get(key) is None else config[key]
-        if not isinstance(patterns, dict):
-            raise MalformedError(f"{key} is not a JSON object")
-        for pattern, value in patterns.items():
-            check_pattern(key, pattern)
-            if key == "alpha_pattern":
-                _check_number(f"{key} value", value)
-            elif kind.rank_masks:
-                _check_masks(f"{key} value", value)
-            else:
-                _check_rank(f"{key} value", value)
+    def is_zero(self, name: str) -> bool:
+        """Whether all values of a tensor are zero."""
+        info = self.tensors[name]
+        return is_zero(self.directory / info.file, info)
 
 
-def _check_rank(what: str, value: object, lowest: int = 1) -> None:
-    if type(value) is not int or not lowest <= value <= _MAX_RANK:
-        raise MalformedError(
-            f"{what} {shown(value)} is not a whole number from {lowest} to {_MAX_RANK}"
-        )
-
-
-def _check_masks(what: str, value: object) -> None:
-    """Which of a module's ranks are left."""
-    if not isinstance(value, list) or not all(isinstance(item, bool) for item in value):
-        raise MalformedError(f"{what} {shown(value)} is not a list of true and false")
-
-
-def _check_number(what: str, value: object) -> None:
-    if type(value) not in (int, float) or not math.isfinite(value):  # type: ignore[arg-type]
-        raise MalformedError(f"{what} {shown(value)} is not a finite number")
-
-
-def _check_names(key: str, value: object) -> None:
-    """None, a list of names, or, where PEFT takes one, a regular expression."""
-    if value is None:
-        return
-    if isinstance(value, str) and key in _REGEX_FIELDS:
-        check_pattern(key, value)
-        return
-    if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
-        raise MalformedError(f"{key} is not a list of names: {shown(value)}")
-    for item in value:
-        check_pattern(key, item)
-
-
-def _refuse_outside(config: Mapping[str, Any], where: str) -> None:
-    """Refuse what makes PEFT import a module or open another file."""
-    for key, value in config.items():
-        if not value or key == "base_model_name_or_path" or value == _HERE_BY_DEFAULT.get(key):
-            continue
-        if key == "auto_mapping" and _is_transformers_class(value):
-            continue
-        outside = key in (*_LOADS_CODE, *_HERE_BY_DEFAULT, "auto_mapping")
-        if outside or (_PATH_FIELD.fullmatch(key) and isinstance(value, str)):
-            raise UnsupportedAdapterError(
-                f"{shown(key)} in {where} makes PEFT run code or open files outside the adapter: "
-                f"{shown(value)}"
-            )
-        if isinstance(value, dict):
-            _refuse_outside(value, f"{shown(key)} in {where}")
-
-
-def _is_transformers_class(mapping: object) -> bool:
-    """PEFT writes down the base's class for an adapter without a task type."""
-    if not isinstance(mapping, dict) or mapping.keys() != {"base_model_class", "parent_library"}:
-        return False
-    library = mapping["parent_library"]
-    return isinstance(library, str) and bool(
-        re.fullmatch(r"transformers\.models(\.[a-z0-9_]+)+", library, re.ASCII)
-    )
-
-
-# Whether it fits a base
-
-_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|layer|block)\.(\d+)\.")
-
-
-def check_fits(adapter: Adapter, base: Checkpoint) -> None:
-    """Check by names and shapes in the headers that the adapter may have been trained on `base`.
-
-    Where `base` has a weight with the name of an adapted module, the shapes must agree. Other
-    modules are not checked as long as some are found, because transformers renames and fuses the
-    tensors of some architectures while it loads them. The merge plan checks those.
-
-    Raises:
-        BaseModelMismatch: Shapes differ, the base has too few layers, or no module is found.
-    """
-    here, weights = {name: [info] for name, info in base.infos.items()}, _by_tail(base)
-    modules = {name.split(".")[-2] for name in base.infos if "." in name}
-    layers = max((layer_of(name) for name in base.infos), default=-1)
-    wrong, found = set(), False
-    for name, info in adapter.tensors.items():
-        path = name.removeprefix(PREFIX)
-        if layer_of(path) > layers:
-            wrong.add(name)
-            continue
-        targets = _targets(path, here) or _targets(_tail(path), weights)
-        if not targets:  # renamed while it is loaded, or a tied head without a tensor
-            alike = modules.intersection(path.split("."))
-            found = found or "experts" in alike or bool(alike and layer_of(path) < 0)
-            found = found or path.startswith("lm_head.")
-            continue
-        found = True
-        if not any(_same_shape(path, info, target, adapter) for target in targets):
-            wrong.add(name)
-    elsewhere = adapter_type(adapter.config).shared or adapter.config.get("target_parameters")
-    if wrong or not (found or elsewhere):
-        reason = f"{listed(wrong)} do not fit" if wrong else "none belongs to a module of it"
-        raise BaseModelMismatch(
-            f"the adapter was not trained on this base model, as its tensors show: {reason}; "
-            f"register it with the base model that it was trained on"
-        )
-
-
-def layer_of(name: str) -> int:
-    """The layer's number in a tensor's or module's name; -1 if there is none."""
-    match = _LAYER.search(name)
-    return int(match[1]) if match and len(match[1]) < 10 else (10**9 if match else -1)
-
-
-def _tail(name: str) -> str:
-    """From the layer's number on: what stays when a model is nested in another."""
-    match = _LAYER.search(name)
-    return name[match.start(1) :] if match else name
-
-
-def _by_tail(base: Checkpoint) -> dict[str, list[TensorInfo]]:
-    """The base's tensors by tail. A language model and a vision tower may share one."""
-    result: dict[str, list[TensorInfo]] = {}
-    for name, info in base.infos.items():
-        result.setdefault(_tail(name), []).append(info)
-    return result
-
-
-def _targets(path: str, infos: Mapping[str, list[TensorInfo]]) -> list[TensorInfo]:
-    """The tensor of that name, or the weight of the nearest module around it."""
-    if path in infos:
-        return infos[path]
-    while "." in path:
-        path = path.rpartition(".")[0]
-        if f"{path}.weight" in infos:
-            return infos[f"{path}.weight"]
-    return []
-
-
-def _same_shape(path: str, info: TensorInfo, target: TensorInfo, adapter: Adapter) -> bool:
-    """Whether a LoRA factor or a full copy fits its target; other kinds are not checked."""
-    if _tail(path) == _tail(target.name):
-        resizable = layer_of(path) < 0 and len(info.shape) == 2  # embeddings, for added tokens
-        return info.shape[resizable:] == target.shape[resizable:]
-    blocks = adapter.config.get("use_bdlora")
-    if len(target.shape) != 2 or len(info.shape) != 2 or blocks:
-        return True
-    out, into = target.shape[::-1] if adapter.config.get("fan_in_fan_out") else target.shape
-    if path.endswith(".lora_A.weight"):
-        return info.shape[1] == into
-    if path.endswith(".lora_B.weight"):
-        return info.shape[0] == out
-    return True
+def _untrained(adapter: Adapter) -> list[str]:
+    """A note on modules that the training left at zero, such as those its data never reached."""
+    zero, every = adapter.zero_modules(), adapter.modules
+    what = f"{len(zero)} of {len(every)} modules are untrained, their LoRA is zero: {listed(zero)}."
+    return [what] if zero else []

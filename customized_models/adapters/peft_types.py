@@ -18,6 +18,9 @@ from attrs import field, frozen
 Config: TypeAlias = Mapping[str, Any]
 """The JSON object of an `adapter_config.json`."""
 
+KNOWN_PEFT = (0, 21)
+"""The last version of PEFT whose options are all in this table."""
+
 COMMON_OPTIONS = frozenset(
     {
         "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "exclude_modules",
@@ -38,25 +41,31 @@ BASE_DEPENDENT_STARTS = ("pissa", "olora", "orthogonal", "mica")
 """Those that start from the base's weights, in the same way each time."""
 
 _LORA_OPTIONS = (
-    "ensure_weight_tying", "eva_config", "init_lora_weights", "kasa_config", "lora_alpha",
-    "lora_bias", "lora_dropout", "megatron_core", "monteclora_config", "qalora_group_size",
-    "runtime_config", "target_parameters", "trainable_token_indices", "use_bdlora", "use_dora",
-    "use_rslora", "velora_config",
+    "corda_config", "ensure_weight_tying", "eva_config", "init_lora_weights", "kasa_config",
+    "loftq_config", "lora_alpha", "lora_bias", "lora_dropout", "lora_ga_config", "megatron_core",
+    "monteclora_config", "qalora_group_size", "runtime_config", "target_parameters",
+    "trainable_token_indices", "use_bdlora", "use_dora", "use_rslora", "velora_config",
 )  # fmt: skip
 _LORA_REFUSED = {
     "alora_invocation_tokens": "an activated LoRA acts on some tokens only, so it cannot be "
     "expressed as a change of weights",
     "arrow_config": "a router chooses among adapters for every token, so it cannot be expressed "
     "as a change of weights",
-    "corda_config": "CorDA replaces the base's weights when it starts; convert it to plain LoRA",
     "layer_replication": "PEFT merges replicated layers into one another, which is wrong",
-    "loftq_config": "LoftQ replaces the base's weights when it starts; convert it to plain LoRA",
-    "lora_ga_config": "LoRA-GA replaces the base's weights when it starts; convert it to plain "
-    "LoRA",
     "megatron_config": "Megatron's layers are not those of the base's files",
     "use_qalora": "QALoRA has no exact merge: PEFT refuses it",
 }
+_LORA_STARTS = {
+    "corda_config": "corda",
+    "eva_config": "eva",
+    "loftq_config": "loftq",
+    "lora_ga_config": "lora_ga",
+}
+"""Options that PEFT only looks at where the LoRA starts in that way; it leaves them filled."""
+
 _LORA_BASE_DEPENDENT = ("kasa_config", "monteclora_config", "use_bdlora", "velora_config")
+
+_SWITCHES = frozenset({"ensure_weight_tying", "fan_in_fan_out", "inference_mode", "lora_bias"})
 
 _PROMPT = "it is put before the input, so it cannot be expressed as a change of weights"
 _PROMPT_OPTIONS = ("num_virtual_tokens",)
@@ -139,6 +148,25 @@ class AdapterType:
     merge_arguments: Mapping[str, Any] = field(
         factory=lambda: {"safe_merge": False, "adapter_names": None}, kw_only=True
     )
+
+    @property
+    def pattern_options(self) -> frozenset[str]:
+        """Options that have values by regular expressions of module names."""
+        known = self.supported_options - {"layers_pattern"}
+        return frozenset(key for key in known if key.endswith("_pattern"))
+
+    @property
+    def switches(self) -> frozenset[str]:
+        """Options that are true or false."""
+        known = self.supported_options.union(self.refused)
+        named = {key for key in known if key.startswith("use_")} - {"use_bdlora"}
+        return frozenset(named.union(known & _SWITCHES))
+
+    def inert_options(self, config: Config) -> frozenset[str]:
+        """Options that PEFT does not look at in this configuration, whatever they are set to."""
+        start = config.get("init_lora_weights")
+        idle = {key for key, needed in _LORA_STARTS.items() if start != needed}
+        return frozenset(idle & config.keys() & self.supported_options)
 
     @property
     def supported_options(self) -> frozenset[str]:

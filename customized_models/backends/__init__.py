@@ -3,7 +3,7 @@
 from ..gguf import GGUFFile
 from ..models import Progress, Quantization
 from .connection import Secrets, environment_variable
-from .opening import BackendFactory, Tools, check_environment, open_backend
+from .opening import BackendFactory, Tools, check_environment, moved_endpoint, open_backend
 from .protocol import (
     AdapterBesideBase,
     Addressed,
@@ -40,5 +40,6 @@ __all__ = [
     "checked_options",
     "chosen_served_name",
     "environment_variable",
+    "moved_endpoint",
     "open_backend",
 ]

@@ -32,7 +32,7 @@ from ..errors import (
     UnsupportedError,
     shown,
 )
-from ..files.model_directory import CARRIED, files_of
+from ..files.model_directory import carried_files
 from ..files.safetensors import Checkpoint, ModelSource
 from ..gguf.adapter import plan_adapter
 from ..models import DeploymentEnvironment, Progress, Served, Status
@@ -137,7 +137,8 @@ class LlamaServer:
     def push(self, plan: Plan, progress: Progress) -> Served:
         """See `Backend.push`. Details: `version`, how its files' names begin; and `base`."""
         router, version = self._router(), plan.details["version"]
-        served = Served(version, f"{self.url}/v1", "openai", "", dict(plan.details))
+        endpoint, details = f"{self.url}/v1", dict(plan.details)
+        served = Served(version, endpoint, "openai", "", details, copied=True)
         try:
             if plan.options.beside_base:
                 served = self._put_beside_base(plan, served, progress)
@@ -176,7 +177,8 @@ class LlamaServer:
         if not self._directory.holds(base_name, base.digest):
             self._directory.put_file(base_name, base.path, base.digest, progress)
         with plan.artifact.adapter() as beside, self._directory.unfinished() as path:
-            source = ModelSource(files_of(beside.base, *CARRIED), Checkpoint.open(beside.base))
+            base_weights = Checkpoint.open(beside.base)
+            source = ModelSource(carried_files(beside.base, base_weights.shards), base_weights)
             adapter = Adapter.open(beside.adapter)
             file = plan_adapter(source, adapter, name=plan.artifact.name).write(path, progress)
             self._directory.publish(path, f"{served.name}.lora")

@@ -189,9 +189,11 @@ class Ollama:
         """See `Unloading`."""
         server, digest = self._server(), served.details.get("manifest")
         version, name = Name.of(served.details["version"]), Name.of(served.name)
-        if digest is None or digest_of(server, version) != digest:
-            return ""  # its answers, if there are any, are nobody's to wait for
+        if digest is None:
+            return ""  # of a push that was killed, and had no other name
         take_name(server, name, version, digest)
+        if digest_of(server, version) != digest:
+            return ""  # its answers, if there are any, are nobody's to wait for
         if unload_model(server, (version, name), digest, seconds):
             return ""
         return (
@@ -201,10 +203,8 @@ class Ollama:
 
     def undeploy(self, served: Served) -> None:
         """See `Backend.undeploy`: what has the recorded digest goes, all else stays."""
-        server, version = self._server(), Name.of(served.details["version"])
-        if "manifest" in served.details:  # else of a push that was killed, and had no other name
-            take_name(server, Name.of(served.name), version, served.details["manifest"])
-        remove_versions(server, version)
+        self.unload(served, 0)
+        remove_versions(self._server(), Name.of(served.details["version"]))
 
     @property
     def url(self) -> str:

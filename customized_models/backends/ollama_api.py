@@ -24,7 +24,6 @@ from .http import JSONServer
 T = TypeVar("T")
 
 CREATE_SECONDS = 900.0  # the server reads the file, and some versions copy it
-_AGAIN_SECONDS = 30.0  # for how long a creation is looked for whose answer was lost
 _POLL_SECONDS = 0.1
 _TRIES = 5  # of what may fail while other processes are at work
 
@@ -182,7 +181,8 @@ def is_made_of(told: Mapping[str, Any], digest: str) -> bool:
 def upload_file(server: JSONServer, file: GGUFFile, progress: Progress) -> None:
     """Send a file, unless the server has it: a server that does would not read it.
 
-    If the connection is lost, the server is asked until it answers, and the file is sent once more.
+    If the connection is lost, the server is asked until it answers, for as long as the environment
+    has patience, and the file is sent once more.
     """
     blob = f"/api/blobs/{file.digest}"
     if server.has(blob):
@@ -190,7 +190,7 @@ def upload_file(server: JSONServer, file: GGUFFile, progress: Progress) -> None:
     try:
         server.upload(blob, file, progress)
     except ServerUnreachableError:
-        if not _comes_back(lambda: server.has(blob)):
+        if not _comes_back(server, lambda: server.has(blob)):
             server.upload(blob, file, progress)
 
 
@@ -240,12 +240,12 @@ def _appears(server: JSONServer, name: Name, file: GGUFFile) -> bool:
             return None
         return is_made_of(show_model(server, name), file.digest)
 
-    return bool(_comes_back(made))
+    return bool(_comes_back(server, made))
 
 
-def _comes_back(ask: Callable[[], bool | None]) -> bool | None:
+def _comes_back(server: JSONServer, ask: Callable[[], bool | None]) -> bool | None:
     """The first answer that is not None, of a server that may be restarting; None if none comes."""
-    until = time.monotonic() + _AGAIN_SECONDS
+    until = time.monotonic() + server.connection.timeout
     while time.monotonic() < until:
         with suppress(DeploymentError):
             if (answer := ask()) is not None:
@@ -268,7 +268,7 @@ def delete_model(server: JSONServer, name: Name, digest: str | None = None) -> N
         found = digest_of(server, name)
         if found is None or found != (digest or found):
             return
-        server.delete("/api/delete", {"model": str(name)})
+        again(lambda: server.delete("/api/delete", {"model": str(name)}))
     raise ServerAnswerError(f"Ollama at {server.url} does not delete {shown(name)}")
 
 

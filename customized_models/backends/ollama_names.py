@@ -98,6 +98,7 @@ def _claimed(
         What is to be called right before the change; it raises if that comes too late.
     """
     until = time.monotonic() + _PATIENCE
+    _forget_killed(server, name, version)
     while time.monotonic() < until:
         claim = name.with_tag(f"{version.tag}-claim-{uuid.uuid4().hex[:8]}")
         since = time.monotonic()
@@ -113,6 +114,13 @@ def _claimed(
     raise ServerAnswerError(
         f"others keep changing what {shown(name)} stands for at Ollama at {server.url}; try again"
     )
+
+
+def _forget_killed(server: JSONServer, name: Name, version: Name) -> None:
+    """Remove claims for the same version, of which nobody else gives it a name now."""
+    for listed in map(Name.of, listed_models(server)):
+        if listed.model == name.model and listed.tag.startswith(f"{version.tag}-claim-"):
+            delete_model(server, listed)
 
 
 def _is_left_alone(server: JSONServer, claim: Name, until: float) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from difflib import get_close_matches
 from importlib.metadata import entry_points
 from typing import TypeAlias
@@ -15,7 +16,7 @@ from .connection import Secrets, environment_variable
 from .llama_cpp import LlamaCpp
 from .llama_server import LlamaServer
 from .ollama import Ollama
-from .protocol import Backend
+from .protocol import Addressed, Backend
 from .vllm import VLLM
 
 ENTRY_POINTS = "customized_models.backends"
@@ -70,6 +71,30 @@ def open_backend(environment: DeploymentEnvironment, tools: Tools | None = None)
         f"known are {names}, what installed packages add to {ENTRY_POINTS}, and what "
         f"Deployer(registry, backends=...) is given"
     )
+
+
+def moved_endpoint(
+    endpoint: str,
+    old: DeploymentEnvironment,
+    new: DeploymentEnvironment,
+    tools: Tools | None = None,
+) -> str:
+    """Where a model is called whose server was at `old` and is at `new` now."""
+    before, after = _address(old, tools), _address(new, tools)
+    if before is None or after is None or not f"{endpoint}/".startswith(f"{before}/"):
+        return endpoint
+    return after + endpoint.removeprefix(before)
+
+
+def _address(environment: DeploymentEnvironment, tools: Tools | None) -> str | None:
+    """What endpoints there begin with; None if they are the backend's own matter."""
+    if environment.address is None:
+        return None
+    with suppress(InvalidOptionError):  # a backend that is not installed any more, or not here
+        backend = open_backend(environment, tools)
+        if isinstance(backend, Addressed):
+            return backend.url
+    return environment.url
 
 
 def check_environment(environment: DeploymentEnvironment) -> None:

@@ -97,12 +97,18 @@ def output_of_start(
                     output = (output + piece)[-_KEPT:]
             raise DeploymentError(f"the server was not ready within {seconds:g} seconds")
         except BaseException:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            # The server is no child of ours: that it is gone, and its port with it, shows here.
-            until = time.monotonic() + _GRACE
-            while time.monotonic() < until and selector.select(_GRACE):
-                if not os.read(process.stdout.fileno(), _KEPT):
-                    break
+            _kill_session(process)
             raise
+
+
+def _kill_session(leader: subprocess.Popen[bytes]) -> None:
+    """Kill a process and all that it has started, and wait until they are gone."""
+    with suppress(ProcessLookupError):
+        os.killpg(leader.pid, signal.SIGKILL)
+        leader.wait()
+        # The others are no children of ours, and may have closed the output already.
+        until = time.monotonic() + _GRACE
+        while time.monotonic() < until:
+            os.killpg(leader.pid, 0)
+            time.sleep(0.02)
+    leader.wait()

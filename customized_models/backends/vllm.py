@@ -15,8 +15,9 @@ from typing import Any
 
 from attrs import evolve, frozen
 
-from ..adapters.intake import CONFIG, WEIGHTS
+from ..adapters.intake import WEIGHTS
 from ..adapters.plain_lora import largest_rank, refuse_unless_plain
+from ..adapters.settings import CONFIG
 from ..base_models import hash_base_model
 from ..deploying.templates.chat_template import ChatTemplate
 from ..deploying.templates.conversations import Conversation

@@ -19,13 +19,16 @@ from attrs import evolve
 
 from ..adapters.peft_types import NAME_SETS, adapter_type
 from ..errors import MalformedError, shown
+from ..files.links import linked_file
 from ..files.manifest import README
-from ..files.model_directory import CARRIED, Role, files_of, role_of
-from ..files.reading import MAX_JSON, json_object, plain_text
+from ..files.model_directory import Role, carried_files, role_of, row_of
+from ..files.reading import json_object, plain_text
 from ..files.safetensors import INDEX, Checkpoint
 from ..models import BaseModelCard, EvaluationSummary, ModelCard, TrainingConfiguration
 from ..naming import is_hub_id
-from .readme import MAX_README, readme_header, storable_card
+from .checkpoints import checkpoint_step, state_of_adapter
+from .readme import MAX_README, readme_header, storable, storable_card
+from .tool_settings import ToolSettings, tool_settings
 
 TRAINER_ARGUMENTS = {
     "learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size",
@@ -36,9 +39,12 @@ TRAINER_ARGUMENTS = {
     "eval_strategy", "eval_steps", "save_strategy", "load_best_model_at_end",
     "metric_for_best_model", "greater_is_better", "torch_compile", "use_liger_kernel",
     "max_length", "packing", "completion_only_loss", "assistant_only_loss", "beta",
-    "loss_type",
+    "loss_type", "stage",
 }  # fmt: skip
 """Arguments of transformers' Trainer, and of TRL's trainers, that affect the result."""
+
+MAX_ENTRIES = 200
+"""Of a setting in a card; AdaLoRA's ranks by module, for one, have many more."""
 
 _VARIANTS = {"use_dora": "DoRA", "use_rslora": "rsLoRA", "use_qalora": "QALoRA"}
 _NOT_METRICS = frozenset({"step", "epoch", "loss", "learning_rate", "grad_norm", "total_flos"})
@@ -53,31 +59,40 @@ def read_base_card(directory: Path, checkpoint: Checkpoint) -> BaseModelCard:
     The license is None unless the header of `README.md` is readable and states a single identifier.
 
     Raises:
-        MalformedError: A configuration does not parse, or states no architecture.
+        MalformedError: A configuration does not parse, or names neither architecture nor type.
     """
     config = json_object(directory / "config.json")
     text = config.get("text_config")
     text = text if isinstance(text, dict) else {}
-    architectures = config.get("architectures")
-    if not isinstance(architectures, list) or not architectures:
-        raise MalformedError("config.json does not name an architecture")
-    files = files_of(directory, *CARRIED)
+    files = carried_files(directory, checkpoint.shards)
     generation = files.get("generation_config.json")
     sizes: Counter[str] = Counter()
     for info in checkpoint.infos.values():
         sizes[info.dtype] += math.prod(info.shape)
     content = {*checkpoint.shards, *files} | ({INDEX} if (directory / INDEX).is_file() else set())
     return BaseModelCard(
-        architecture=str(architectures[0]),
+        architecture=_architecture(config),
         parameters=sizes.total(),
         dtype=max(sizes, key=lambda dtype: (sizes[dtype], dtype), default=""),
         size=sum((directory / name).stat().st_size for name in content),
         context_length=_whole((config, text), "max_position_embeddings", "n_positions"),
         vocabulary_size=_whole((config, text), "vocab_size"),
         license=_license(directory),
-        generation=json_object(generation) if generation else {},
-        chat_template=has_chat_template(files),
+        generation=storable(json_object(generation)) if generation else {},
+        chat_template=_has_chat_template(files),
     )
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    """The class that `config.json` names, or else the type of model, which transformers goes by."""
+    stated = config.get("architectures")
+    named = stated[0] if isinstance(stated, list) and stated else config.get("model_type")
+    if not isinstance(named, str):
+        raise MalformedError(
+            "config.json names neither architectures nor a model_type; is this the directory of a "
+            "model that transformers opens?"
+        )
+    return named
 
 
 def _whole(configs: Iterable[Mapping[str, Any]], *keys: str) -> int | None:
@@ -86,16 +101,15 @@ def _whole(configs: Iterable[Mapping[str, Any]], *keys: str) -> int | None:
 
 
 def _license(directory: Path) -> str | None:
-    readme = Path(os.path.realpath(directory / README))  # in a Hub cache it is a link
     try:
+        readme = linked_file(directory, README, trusted=True)
         stated = readme_header(plain_text(readme, MAX_README)).get("license")
     except MalformedError:
         return None
     return stated if isinstance(stated, str) and _WORD.fullmatch(stated) else None
 
 
-def has_chat_template(files: Mapping[str, Path]) -> bool:
-    """Whether one of a model's files, by name, is or holds a chat template."""
+def _has_chat_template(files: Mapping[str, Path]) -> bool:
     if any(role_of(name) is Role.CHAT_TEMPLATE for name in files):
         return True
     path = files.get("tokenizer_config.json")
@@ -106,39 +120,60 @@ FULL = {"method": "full fine-tuning"}
 """The settings of a training that changed the model's own weights."""
 
 
-def training_facts(directory: Path, settings: Mapping[str, Any]) -> ModelCard:
+def training_facts(directory: Path, adapter_config: Mapping[str, Any] | None) -> ModelCard:
     """The card that the files in a training's output directory give.
 
-    These are `trainer_state.json`, `train_results.json`, `eval_results.json` and
-    `all_results.json`, of which later ones win, and the header of `README.md` for the datasets.
+    These are `trainer_state.json`, here or in the last checkpoint, as far as it is of these weights
+    (`checkpoints.state_of_adapter`); `train_results.json`, `eval_results.json` and
+    `all_results.json`, of which later ones win; the settings of axolotl, LLaMA-Factory and
+    ms-swift, here or beside the checkpoint; and the header of `README.md` for the datasets.
 
     Args:
         directory: The directory.
-        settings: Of the method: `peft_settings` of an adapter, or `FULL`.
+        adapter_config: The contents of its `adapter_config.json`; None for a full model.
 
     Raises:
         MalformedError: One of the JSON files does not parse.
         UnsafeFileError: One of them is a link or a pipe, or is too large.
     """
-    state = _log_file(directory / "trainer_state.json")
+    directory = directory.resolve()
+    state = state_of_adapter(directory, trainer_state)
+    settings = _tool_settings(directory)
     evaluation = evaluation_summary(state)
     for name in _RESULTS:
-        results = _log_file(directory / name)
+        results = _log_file(directory, name)
         epochs = (
-            evaluation.epochs if evaluation.epochs is not None else _finite(results.get("epoch"))
+            evaluation.epochs
+            if state or evaluation.epochs is not None
+            else _finite(results.get("epoch"))
         )
         evaluation = evolve(
-            evaluation, metrics={**evaluation.metrics, **_metrics(results)}, epochs=epochs
+            evaluation, metrics={**evaluation.metrics, **metrics_of(results)}, epochs=epochs
         )
-    lengths: dict[str, Any] = {
-        key: state[key] for key in ("max_steps", "num_train_epochs") if key in state
-    }
+    lengths = {key: state[key] for key in ("max_steps", "num_train_epochs") if key in state}
     training = TrainingConfiguration(
-        peft=settings,
-        arguments=training_arguments(lengths),
-        datasets=_datasets(directory),
+        peft=FULL if adapter_config is None else peft_settings(adapter_config),
+        arguments=training_arguments({**settings.arguments, **lengths}),
+        datasets=_datasets(directory) or tuple(filter(_is_name, settings.datasets)),
     )
     return storable_card(ModelCard(training, evaluation))
+
+
+def trainer_state(directory: Path) -> dict[str, Any]:
+    """The contents of the `trainer_state.json` in a directory; empty if there is none.
+
+    Raises:
+        MalformedError: It does not parse.
+        UnsafeFileError: It is a link or a pipe, or is too large.
+    """
+    return _log_file(directory.resolve(), "trainer_state.json")
+
+
+def _tool_settings(directory: Path) -> ToolSettings:
+    found = tool_settings(directory)
+    if not found.tool and checkpoint_step(directory) is not None:
+        return tool_settings(directory.parent)
+    return found
 
 
 def peft_settings(adapter_config: Mapping[str, Any]) -> dict[str, Any]:
@@ -157,20 +192,29 @@ def peft_settings(adapter_config: Mapping[str, Any]) -> dict[str, Any]:
         if key in NAME_SETS and isinstance(value, list):
             value = sorted(map(str, value))
         if value not in (None, False, [], {}, ""):
-            settings[key] = value
+            settings[key] = _brief(value)
     return settings
+
+
+def _brief(value: Any) -> Any:
+    """A setting, or how much of it there is if that would fill a card."""
+    many = isinstance(value, list | dict) and len(value) > MAX_ENTRIES
+    return f"{len(value)} entries" if many else value
 
 
 def training_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The values in the Trainer's `args.to_dict()` that affect the result.
 
-    Only numbers, booleans and single words are kept; never a path, a token or a host name.
+    Only numbers, booleans, single words and lists of these are kept; never a path, a token or a
+    host name.
     """
     kept = {key: arguments[key] for key in sorted(TRAINER_ARGUMENTS & arguments.keys())}
     return {key: value for key, value in kept.items() if _is_plain(value)}
 
 
 def _is_plain(value: object) -> bool:
+    if isinstance(value, list):  # TRL's `loss_type`
+        return bool(value) and all(_is_plain(v) and not isinstance(v, list) for v in value)
     if isinstance(value, str):
         return _WORD.fullmatch(value) is not None
     return isinstance(value, bool) or _finite(value) is not None
@@ -182,7 +226,7 @@ def evaluation_summary(state: Mapping[str, Any]) -> EvaluationSummary:
     entries = [e for e in history if isinstance(e, dict)] if isinstance(history, list) else []
     metrics: dict[str, float] = {}
     for entry in entries:
-        metrics |= _metrics(entry)
+        metrics |= metrics_of(entry)
     losses = [entry["loss"] for entry in entries if "loss" in entry]
     steps = state.get("global_step")
     return EvaluationSummary(
@@ -196,7 +240,8 @@ def evaluation_summary(state: Mapping[str, Any]) -> EvaluationSummary:
     )
 
 
-def _metrics(entry: Mapping[str, Any]) -> dict[str, float]:
+def metrics_of(entry: Mapping[str, Any]) -> dict[str, float]:
+    """The finite numbers in an entry of a Trainer's log that measure the model."""
     measured = {
         key: _finite(value)
         for key, value in entry.items()
@@ -214,25 +259,30 @@ def _finite(value: object) -> float | None:
         return None
 
 
-def _log_file(path: Path) -> dict[str, Any]:
+def _log_file(directory: Path, name: str) -> dict[str, Any]:
     """The JSON object in a file of the Trainer's, which may have NaN; here that is null."""
-    if not os.path.lexists(path):
+    if not os.path.lexists(directory / name):
         return {}
-    text = plain_text(path, MAX_JSON)
+    text = plain_text(linked_file(directory, name), row_of(name).limit)
     try:
         document = json.loads(text, parse_constant=lambda _: None)
     except (ValueError, RecursionError) as error:
-        raise MalformedError(f"{path.name} is not JSON: {shown(error)}") from error
+        raise MalformedError(f"{name} is not JSON: {shown(error)}") from error
     if not isinstance(document, dict):
-        raise MalformedError(f"{path.name} is not a JSON object")
+        raise MalformedError(f"{name} is not a JSON object")
     return document
 
 
 def _datasets(directory: Path) -> tuple[str, ...]:
     try:
-        stated = readme_header(plain_text(directory / README, MAX_README)).get("datasets")
+        readme = linked_file(directory, README)
+        stated = readme_header(plain_text(readme, MAX_README)).get("datasets")
     except MalformedError:
         return ()
     every = stated if isinstance(stated, list) else [stated]
     names = [name for name in every if isinstance(name, str)]
-    return tuple(name for name in names if is_hub_id(name) or _WORD.fullmatch(name))
+    return tuple(filter(_is_name, names))
+
+
+def _is_name(dataset: str) -> bool:
+    return is_hub_id(dataset) or _WORD.fullmatch(dataset) is not None

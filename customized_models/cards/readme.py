@@ -9,42 +9,27 @@ from __future__ import annotations
 import html
 import json
 import math
-import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import attrs
 
-from ..errors import MalformedError, UnsafeFileError, shown
+from ..errors import MalformedError, shown
 from ..files.documents import from_document, to_document
-from ..files.reading import opened, read_at
+from ..files.reading import plain_text
 from ..models import BaseModel, CompleteModel, CustomizedModel, ModelCard, is_adapter
 from ..naming import is_hub_id
 
 MAX_README = 4 << 20  # bytes; cards with thousands of benchmark results have about one million
 MAX_DEPTH = 24  # levels of mappings and lists in a README's header
+MAX_VALUES = 5000  # in a card: a metric for each of a thousand classes, several times over
+MAX_TEXT = 1 << 20  # characters in a card
+_MAX_EVENTS = 50_000  # of YAML, which takes about 10 microseconds each; a card of ours has 15,000
 
 _HEADER = re.compile(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", re.DOTALL)
 _MARKS = re.compile(r"[\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])")  # within a word, _ marks nothing
-
-
-def plain_text(path: Path, limit: int) -> str:
-    """The text of a UTF-8 file.
-
-    Raises:
-        MalformedError: missing, or not UTF-8.
-        UnsafeFileError: a link, no regular file, or more than `limit` bytes.
-    """
-    with opened(path, os.O_NOFOLLOW) as fd:
-        size = os.fstat(fd).st_size
-        if size > limit:
-            raise UnsafeFileError(f"{path.name} has {size} bytes, more than {limit}")
-        try:
-            return read_at(fd, 0, size, path.name).decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise MalformedError(f"{path.name} is not UTF-8") from error
 
 
 def readme_header(text: str) -> dict[str, Any]:
@@ -55,32 +40,39 @@ def readme_header(text: str) -> dict[str, Any]:
     Raises:
         MalformedError: It does not parse.
     """
+    block = _HEADER.match(text)
+    return {} if block is None else yaml_mapping(block[1], "the header of README.md")
+
+
+def yaml_mapping(text: str, what: str) -> dict[str, Any]:
+    """The mapping that a YAML text is, read as `readme_header` reads.
+
+    Raises:
+        MalformedError: It does not parse; `what` names it.
+    """
     import yaml
 
-    block = _HEADER.match(text)
-    if block is None:
-        return {}
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
-        bounded = _is_bounded(yaml.parse(block[1], Loader=loader))
-        header = yaml.load(block[1], Loader=loader) if bounded else None
-    except (yaml.YAMLError, ValueError, OverflowError) as error:
-        raise MalformedError(f"the header of README.md is not YAML: {shown(error)}") from error
+        bounded = _is_bounded(yaml.parse(text, Loader=loader))
+        mapping = yaml.load(text, Loader=loader) if bounded else None
+    except Exception as error:  # PyYAML raises of all kinds at odd values
+        raise MalformedError(f"{what} is not YAML: {shown(error)}") from error
     if not bounded:
-        raise MalformedError("the header of README.md has aliases, or is nested too deeply")
-    if not isinstance(header, dict):
-        raise MalformedError("the header of README.md is not a mapping")
-    return header
+        raise MalformedError(f"{what} has aliases, or is too large or too deep")
+    if not isinstance(mapping, dict):
+        raise MalformedError(f"{what} is not a mapping")
+    return mapping
 
 
 def _is_bounded(events: Iterable[Any]) -> bool:
     import yaml
 
     depth = 0
-    for event in events:
+    for count, event in enumerate(events):
         depth += isinstance(event, yaml.CollectionStartEvent)
         depth -= isinstance(event, yaml.CollectionEndEvent)
-        if isinstance(event, yaml.AliasEvent) or depth > MAX_DEPTH:
+        if isinstance(event, yaml.AliasEvent) or depth > MAX_DEPTH or count > _MAX_EVENTS:
             return False
     return True
 
@@ -91,9 +83,33 @@ def storable_card(card: ModelCard) -> ModelCard:
     Law: `storable_card(storable_card(c)) == storable_card(c)`.
 
     Raises:
-        MalformedError: A value is not JSON, is nested too deeply, or cannot be encoded as UTF-8.
+        MalformedError: A value is not JSON, is nested too deeply or cannot be encoded as UTF-8, or
+            there are more than `MAX_VALUES` values or `MAX_TEXT` characters.
     """
-    return from_document(ModelCard, _storable(attrs.asdict(card), depth=1))
+    return from_document(ModelCard, storable(attrs.asdict(card)))
+
+
+def storable(value: Any) -> Any:
+    """Data as JSON and YAML can hold it, of a size that a card may have; raises likewise."""
+    plain = _storable(value, depth=1)
+    values, characters = _size(plain)
+    if values > MAX_VALUES or characters > MAX_TEXT:
+        raise MalformedError(
+            f"a card has {values} values and {characters} characters, more than {MAX_VALUES} "
+            f"and {MAX_TEXT}; pass fewer metrics or settings"
+        )
+    return plain
+
+
+def _size(value: Any) -> tuple[int, int]:
+    """How many values are in it, and how many characters."""
+    if isinstance(value, str):
+        return 1, len(value)
+    if not isinstance(value, dict | list):
+        return 1, 0
+    inside = [*value, *value.values()] if isinstance(value, dict) else value
+    sizes = [_size(item) for item in inside]
+    return 1 + sum(count for count, _ in sizes), sum(length for _, length in sizes)
 
 
 def _storable(value: Any, depth: int) -> Any:
@@ -150,7 +166,13 @@ def _render(relation: str, facts: dict[str, str], base: BaseModel, card: ModelCa
         header["license"] = base.card.license
     if on_the_hub := [name for name in card.training.datasets if is_hub_id(name)]:
         header["datasets"] = on_the_hub
+    if (task := _task(base, card)) is not None:
+        header["pipeline_tag"] = task
+    if index := _model_index(facts["name"], task or _TASKS["CAUSAL_LM"], on_the_hub, card):
+        header["model-index"] = index
     header["tags"] = ["customized-models"]
+    notes = own.pop("notes")
+    own |= {"notes": notes} if notes else {}
     header["customized_models"] = facts | own | {"evaluation": measured}
     # PyYAML would write Unicode's own line breaks as they are, and read them back as others.
     breaks = re.search("[\x85\u2028\u2029]", json.dumps(header, ensure_ascii=False)) is not None
@@ -164,7 +186,60 @@ def _render(relation: str, facts: dict[str, str], base: BaseModel, card: ModelCa
         _table("Datasets", dict.fromkeys(own["training"]["datasets"], "")),
         _table("Evaluation", measured.pop("metrics") | measured),
     ]
+    if notes:
+        tables.append("\n".join(["## Notes\n", *(f"- {_escaped(note)}" for note in notes), ""]))
     return "\n".join([f"---\n{front}---\n", title, about, *filter(None, tables)])
+
+
+_TASKS = {
+    "CAUSAL_LM": "text-generation",
+    "SEQ_2_SEQ_LM": "text2text-generation",
+    "SEQ_CLS": "text-classification",
+    "TOKEN_CLS": "token-classification",
+    "QUESTION_ANS": "question-answering",
+    "FEATURE_EXTRACTION": "feature-extraction",
+}
+"""The Hub's name of a task, by PEFT's."""
+
+
+_ARCHITECTURES = {
+    "ForCausalLM": "text-generation",
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+}
+"""The Hub's name of a task, by how a base model's class ends."""
+
+
+def _task(base: BaseModel, card: ModelCard) -> str | None:
+    stated = _TASKS.get(str(card.training.peft.get("task_type")))
+    ends = (task for end, task in _ARCHITECTURES.items() if base.card.architecture.endswith(end))
+    return stated or next(ends, None)
+
+
+def _model_index(
+    name: str, task: str, datasets: Sequence[str], card: ModelCard
+) -> list[dict[str, Any]]:
+    """What was measured, as the Hub reads it; empty if nothing was, besides the training loss.
+
+    The Hub wants the data set to be named: where the card names several or none, it is not known.
+    """
+    from huggingface_hub import EvalResult
+    from huggingface_hub.repocard_data import eval_results_to_model_index
+
+    results = [
+        EvalResult(
+            task_type=task,
+            dataset_type=datasets[0] if len(datasets) == 1 else "unknown",
+            dataset_name=datasets[0] if len(datasets) == 1 else "not stated",
+            metric_type=metric.removeprefix("eval_") or metric,
+            metric_name=metric,
+            metric_value=value,
+        )
+        for metric, value in storable_card(card).evaluation.metrics.items()
+        if not metric.startswith("train_")
+    ]
+    return eval_results_to_model_index(name, results) if results else []
 
 
 def _table(title: str, values: Mapping[str, Any]) -> str:
@@ -192,4 +267,5 @@ def parse_card(source: str | Path) -> ModelCard:
     own = readme_header(text).get("customized_models")
     if not isinstance(own, dict) or not {"training", "evaluation"} <= own.keys():
         raise MalformedError("the header of README.md does not have a card that this library wrote")
-    return from_document(ModelCard, {key: own[key] for key in ("training", "evaluation")})
+    fields = {field.name for field in attrs.fields(ModelCard)}
+    return from_document(ModelCard, {key: own[key] for key in own.keys() & fields})

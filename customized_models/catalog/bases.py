@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from attrs import evolve
@@ -18,6 +19,7 @@ from ..errors import (
 )
 from ..files.digests import canonical_json
 from ..files.documents import from_document, to_document
+from ..files.links import hub_id
 from ..models import BaseModel
 from .database import Database
 from .rows import (
@@ -101,6 +103,7 @@ class Bases:
             row
             for row in rows
             if stated in (row["name"], row["model_name"])
+            or (isinstance(stated, str) and hub_id(Path(stated)) == row["model_name"])
             or (row["path"] and same_path(stated, row["path"]))
         ]
         if len(matching) != 1:

@@ -277,13 +277,27 @@ class Levels:
         if row is not None and row["operation"] == operation:
             remove_row(connection, TABLES[type(value)], value.name)
 
-    def live_at(self, connection: Connection, environment: str) -> list[LiveModel]:
-        """The live models that have a served name at an environment, or are about to have it."""
+    def called(
+        self, connection: Connection, served_name: str, environment: str, *, stage: str
+    ) -> LiveModel | None:
+        """The live model that has a served name at an environment, or that is about to have it.
+
+        `stage`: "visible" or "pending".
+        """
+        table = TABLES[LiveModel]
+        query = select(table).where(
+            table.c.environment == environment, table.c.state == "live", table.c.stage == stage
+        )
+        every = [value_of(LiveModel, row) for row in connection.execute(query).mappings()]
+        return next((live for live in every if live.served.name == served_name), None)
+
+    def deployed_at(self, connection: Connection, environment: str) -> list[LiveModel]:
+        """The visible live models that are at an environment."""
         table = TABLES[LiveModel]
         query = select(table).where(
             table.c.environment == environment,
-            table.c.state == "live",
-            table.c.stage.in_(("visible", "pending")),
+            table.c.state.in_(DEPLOYED),
+            table.c.stage == "visible",
         )
         return [value_of(LiveModel, row) for row in connection.execute(query).mappings()]
 
@@ -313,11 +327,12 @@ class Levels:
                 evolve(offered, endpoint=live.served.endpoint, environment=live.environment),
             )
 
-    def change_state(self, connection: Connection, name: str, state: Any) -> LiveModel:
-        """Give a live model another state; what it is then."""
-        live = evolve(self.in_transaction(connection, LiveModel, name), state=state)
-        update_value(connection, live, state=state)
-        return live
+    def supersede(self, connection: Connection, name: str) -> None:
+        """Say that another has the served name of a live model; no error if it is live no more."""
+        row = find_row(connection, TABLES[LiveModel], name=name, state="live")
+        if row is not None:
+            live = evolve(value_of(LiveModel, row), state="superseded")
+            update_value(connection, live, state="superseded")
 
     def note_artifact(self, connection: Connection, live: LiveModel, key: str) -> None:
         """Say which file a pending live model will be served from."""

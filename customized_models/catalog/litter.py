@@ -22,7 +22,7 @@ class LitterRows:
         customized = connection.execute(select(customized_models.c.name)).scalars()
         complete = connection.execute(select(complete_models.c.name)).scalars()
         served = connection.execute(
-            select(live_models.c.artifact).where(live_models.c.state == "live")
+            select(live_models.c.artifact).where(live_models.c.state != "undeployed")
         ).scalars()
         held = connection.execute(select(leases.c.key)).scalars()
         return {
@@ -40,6 +40,10 @@ class LitterRows:
             if seen is None:
                 connection.execute(insert(litter).values(key=key, seen=now))
         return 0.0 if seen is None else now - float(seen)
+
+    def forget(self, connection: Connection, key: str) -> None:
+        """Forget a key that is used again."""
+        connection.execute(delete(litter).where(litter.c.key == key))
 
     def forget_all_but(self, keys: Collection[str]) -> None:
         """Forget the keys that are litter no more."""

@@ -51,37 +51,52 @@ class Reservations:
         train_name: str,
         base_model: str,
         training_id: uuid.UUID | None,
+        created: datetime | None = None,
     ) -> Reservation:
         """The reservation of a training, made now or earlier.
 
         The same training id gets the same name again, whatever the date has become. One of ours is
         drawn if None: where its four characters are taken, another is.
 
+        Args:
+            connection: Of the transaction.
+            train_name: Of the training.
+            base_model: The technical name of its base.
+            training_id: Drawn if None.
+            created: The date of a name that is new, in UTC; now if None.
+
         Raises:
             NotFoundError: There is no such base model.
             AlreadyExistsError: Another training has that name, or this id trains something else.
         """
         required(connection, BaseModel, base_model)
+        created = created or datetime.now(UTC)
         if training_id is not None:
-            return _reserve(connection, train_name, base_model, training_id)
+            return _reserve(connection, train_name, base_model, training_id, created)
         for _ in range(_DRAWS):
-            drawn = _planned(train_name, base_model, uuid.uuid4())
+            drawn = _planned(train_name, base_model, uuid.uuid4(), created)
             if _is_free(connection, drawn.name):
                 return _add(connection, drawn)
-        raise AlreadyExistsError(f"no free name for {shown(train_name)} today; use another")
+        raise AlreadyExistsError(
+            f"no name for {shown(train_name)} is free on {created:%Y-%m-%d}; use another train name"
+        )
 
 
 def _reserve(
-    connection: Connection, train_name: str, base_model: str, training_id: uuid.UUID
+    connection: Connection,
+    train_name: str,
+    base_model: str,
+    training_id: uuid.UUID,
+    created: datetime,
 ) -> Reservation:
     row = find_row(connection, reservations, training_id=str(training_id))
     if row is not None:
         checked_row(reservations, row)
         if (row["base"], row["train_name"]) != (base_model, train_name):
             raise AlreadyExistsError(f"training {training_id} is {shown(row['name'])}")
-        created = datetime.fromisoformat(row["created"])
-        return Reservation(row["name"], base_model, train_name, training_id, created)
-    planned = _planned(train_name, base_model, training_id)
+        reserved = datetime.fromisoformat(row["created"])
+        return Reservation(row["name"], base_model, train_name, training_id, reserved)
+    planned = _planned(train_name, base_model, training_id, created)
     if not _is_free(connection, planned.name):
         raise AlreadyExistsError(
             f"{planned.name} is taken by another training of that day whose id also begins with "
@@ -90,8 +105,9 @@ def _reserve(
     return _add(connection, planned)
 
 
-def _planned(train_name: str, base_model: str, training_id: uuid.UUID) -> Reservation:
-    created = datetime.now(UTC)
+def _planned(
+    train_name: str, base_model: str, training_id: uuid.UUID, created: datetime
+) -> Reservation:
     name = customized_name(base_model, train_name, created, training_id)
     return Reservation(name, base_model, train_name, training_id, created)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from ..adapters.intake import CONFIG
+from ..adapters.settings import CONFIG
 from ..backends import AdapterBesideBase
 from ..errors import (
     AlreadyExistsError,

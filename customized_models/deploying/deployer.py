@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import uuid
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -20,9 +21,11 @@ from ..backends import (
     Tools,
     Unloading,
     environment_variable,
+    moved_endpoint,
     open_backend,
 )
 from ..errors import (
+    AlreadyExistsError,
     DeploymentError,
     NoEnvironmentError,
     NoTemplateError,
@@ -42,12 +45,14 @@ from ..models import (
     DeploymentEnvironment,
     DeploymentTemplate,
     LiveModel,
+    Served,
     Status,
     checked_quantization,
 )
 from ..naming import live_name
 from ..sources import small_files
 from .artifacts import RegistryArtifact
+from .exporting import ExportRequest
 from .proving import checked_proofs
 from .recovery import recover_deployments
 from .request import DeployRequest
@@ -185,6 +190,50 @@ class Deployer:
             self._tools,
         )
 
+    def export_gguf(
+        self,
+        model: CustomizedModel | CompleteModel,
+        path: str | os.PathLike[str],
+        *,
+        quantization: str = "no_quantization",
+    ) -> Job[Path]:
+        """Write the model to one GGUF file, in the background, for a tool that is given files.
+
+        It is the file that llama.cpp is deployed, with the model's chat template in it.
+
+        Args:
+            model: What to export.
+            path: Of the file, which must not be there yet.
+            quantization: As for `deploy`.
+
+        Returns:
+            A job whose result is the absolute path.
+
+        Raises:
+            NotFoundError: The model has been deleted, or the path's directory is not there.
+            UnsupportedError: Not an architecture or mode we can make.
+            AlreadyExistsError: Something is at the path.
+        """
+        target, mode = Path(path).expanduser().absolute(), checked_quantization(quantization)
+        if not target.parent.is_dir():
+            raise NotFoundError(f"there is no directory {shown(str(target.parent))}")
+        if os.path.lexists(target):
+            raise AlreadyExistsError(f"{shown(str(target))} already exists")
+        model = self._catalog.levels.get(type(model), model.name)
+        base = self._catalog.levels.get(BaseModel, model.base)
+        customized = isinstance(model, CustomizedModel)
+        with RegistryArtifact(
+            self._catalog, self._shelf, model, model.name, mode, _hold_nothing
+        ) as artifact:
+            artifact.check_gguf()
+        kind: Literal["customized", "complete"] = "customized" if customized else "complete"
+        return self._queue.submit(
+            "export",
+            lambda id: f"{live_name(model.name, id, mode)}.gguf",
+            ExportRequest(kind, model.name, str(target), mode).document,
+            (model.key, base.key) if customized else (model.key,),
+        )
+
     def _preflight(
         self,
         backend: Backend,
@@ -247,13 +296,16 @@ class Deployer:
     def status(self, live: LiveModel) -> Status:
         """What the deployment tool says of the model at this moment.
 
+        Of a superseded one: what it says of the version that `rollback` would give its name back.
+
         Raises:
             NotFoundError: It has been deleted.
         """
         live = self._catalog.levels.get(LiveModel, live.name)
         if live.state == "undeployed":
             return Status.ABSENT
-        return self._backend_of(live).status(live.served)
+        backend = self._backend_of(live)
+        return backend.status(_at_the_tool(live, backend))
 
     def undeploy(
         self, live: LiveModel, *, wait: float = UNLOAD_SECONDS, forget: bool = False
@@ -271,36 +323,34 @@ class Deployer:
 
         Raises:
             NotFoundError: It has been deleted.
+            InUseError: Another process is replacing, rolling back or undeploying it.
             ServerUnreachableError, ServerAnswerError: The tool does not answer, or with an error;
                 `forget=True` is the way out where it never will again.
             ServedModelChangedError: What is there now is not what was deployed; it is left alone.
         """
-        live = self._catalog.levels.get(LiveModel, live.name)
-        if live.state == "undeployed":
-            return live
-        note = "forgotten; what is left at its server was not looked at"
-        if not forget:
-            try:
-                note = self._take_off(live, wait)
-            except ServerUnreachableError as error:
-                error.add_note(
-                    "where the server is gone for good, undeploy(live, forget=True) is the way "
-                    "out; where it has moved, ModelRegistry.update_environment"
-                )
-                raise
-        live = evolve(live, state="undeployed", note=note)
-        self._catalog.levels.mark_undeployed(live)
-        self._shelf.drop_unused("gguf/")
+        with self._held(live, doing="the undeployment") as (live,):
+            if live.state == "undeployed":
+                return live
+            note = "forgotten; what is left at its server was not looked at"
+            if not forget:
+                try:
+                    note = self._take_off(live, wait)
+                except ServerUnreachableError as error:
+                    error.add_note(
+                        "where the server is gone for good, undeploy(live, forget=True) is the "
+                        "way out; where it has moved, ModelRegistry.update_environment"
+                    )
+                    raise
+            live = evolve(live, state="undeployed", note=note)
+            self._catalog.levels.mark_undeployed(live)
+        self._shelf.trim("gguf/")
         return live
 
     def _take_off(self, live: LiveModel, wait: float) -> str:
-        backend, note = self._backend_of(live), ""
-        if isinstance(backend, Unloading) and not backend.unload(live.served, wait):
-            note = (
-                f"an answer was still under way after {wait:g} seconds; its memory is freed once "
-                f"that is finished"
-            )
-        backend.undeploy(live.served)
+        backend = self._backend_of(live)
+        served = _at_the_tool(live, backend)
+        note = backend.unload(served, wait) if isinstance(backend, Unloading) else ""
+        backend.undeploy(served)
         return note
 
     def rollback(self, live: LiveModel) -> LiveModel:
@@ -311,6 +361,7 @@ class Deployer:
 
         Raises:
             NotFoundError: There was none before, or it has been deleted.
+            InUseError: Another process is replacing, rolling back or undeploying one of the two.
             AlreadyExistsError: The name stands for something else meanwhile.
             UnsupportedError: The backend does not keep versions.
             ServerUnreachableError, ServerAnswerError: The tool does not answer, or with an error.
@@ -320,37 +371,42 @@ class Deployer:
         if live.replaces is None:
             raise NotFoundError(f"{live.name} took its name from no other live model")
         before = levels.get(LiveModel, live.replaces)
-        if before.state != "superseded":
-            raise NotFoundError(f"{before.name}, which had the name before, is {before.state}")
-        backend = self._backend_of(live)
-        if not isinstance(backend, Promoting):
-            raise UnsupportedError(f"the backend of {live.environment} does not keep versions")
-        ours = [backend.identity(live.served)]
-        served = backend.promote(before.served, live.served.name, ours)
-        before = evolve(before, served=served, replaces=live.name)
-        with self._catalog.database.write() as connection:
-            levels.change_state(connection, live.name, "superseded")
-            levels.put(connection, evolve(before, state="live"), state="live")
-        return evolve(before, state="live")
+        with self._held(live, before, doing="the rollback") as (live, before):
+            if before.state != "superseded":
+                raise NotFoundError(f"{before.name}, which had the name before, is {before.state}")
+            backend = self._backend_of(live)
+            if not isinstance(backend, Promoting):
+                raise UnsupportedError(f"the backend of {live.environment} does not keep versions")
+            # Its own as well: of a rollback that was killed before it was recorded.
+            replaced = [backend.identity(live.served), backend.identity(before.served)]
+            served = backend.promote(before.served, live.served.name, replaced)
+            before = evolve(before, served=served, replaces=live.name, state="live")
+            with self._catalog.database.write() as connection:
+                levels.supersede(connection, live.name)
+                levels.put(connection, before, state="live")
+        return before
 
     def relocate(self, live: LiveModel, environment: str | DeploymentEnvironment) -> LiveModel:
         """Say that a live model is at another environment now, because its server has moved.
 
         Raises:
             NotFoundError: It has been deleted.
+            InUseError: Another process is replacing, rolling back or undeploying it.
             DeploymentError: It is not there.
         """
         target = self._environment(environment)
-        live = self._catalog.levels.get(LiveModel, live.name)
-        old = self._catalog.levels.get(DeploymentEnvironment, live.environment)
-        served = evolve(live.served, endpoint=_moved(live.served.endpoint, old, target))
-        status = open_backend(target, self._tools).status(served)
-        if status not in (Status.LIVE, Status.LOADED):
-            raise DeploymentError(f"{live.name} is {status.value} at {target.name}")
-        moved = evolve(live, environment=target.name, served=served)
-        with self._catalog.database.write() as connection:
-            self._catalog.levels.put(connection, moved, environment=target.name)
-            self._catalog.levels.follow(connection, moved)
+        with self._held(live, doing="the relocation") as (live,):
+            old = self._catalog.levels.get(DeploymentEnvironment, live.environment)
+            endpoint = moved_endpoint(live.served.endpoint, old, target, self._tools)
+            served = evolve(live.served, endpoint=endpoint)
+            moved = evolve(live, environment=target.name, served=served)
+            backend = open_backend(target, self._tools)
+            status = backend.status(_at_the_tool(moved, backend))
+            if status not in (Status.LIVE, Status.LOADED):
+                raise DeploymentError(f"{live.name} is {status.value} at {target.name}")
+            with self._catalog.database.write() as connection:
+                self._catalog.levels.put(connection, moved, environment=target.name)
+                self._catalog.levels.follow(connection, moved)
         return moved
 
     def environments(self) -> list[EnvironmentReport]:
@@ -390,6 +446,22 @@ class Deployer:
         """As `undeploy`, without keeping the event loop from other work meanwhile."""
         return await asyncio.to_thread(self.undeploy, live, wait=wait, forget=forget)
 
+    @contextmanager
+    def _held(self, *models: LiveModel, doing: str) -> Iterator[list[LiveModel]]:
+        """The models as they are recorded; nobody else changes them while the block lasts."""
+        with self._catalog.lease() as lease:
+            with self._catalog.database.write() as connection:
+                found = [
+                    self._catalog.levels.in_transaction(connection, LiveModel, model.name)
+                    for model in models
+                ]
+                for model in found:
+                    self._catalog.leases.refuse_if_held(connection, model.key)
+                lease.take(
+                    connection, [model.key for model in found], f"{doing} of {models[0].name}"
+                )
+            yield found
+
     def _backend_of(self, live: LiveModel) -> Backend:
         environment = self._catalog.levels.get(DeploymentEnvironment, live.environment)
         return open_backend(environment, self._tools)
@@ -414,10 +486,11 @@ class Deployer:
         return names or "none; ModelRegistry.add_environment(DeploymentEnvironment(...)) adds one"
 
 
-def _moved(endpoint: str, old: DeploymentEnvironment, new: DeploymentEnvironment) -> str:
-    if old.address is None or new.address is None:
-        return endpoint
-    return endpoint.replace(old.url, new.url, 1)
+def _at_the_tool(live: LiveModel, backend: Backend) -> Served:
+    """What a live model is called there: its name stands for another once it is superseded."""
+    if live.state == "superseded" and isinstance(backend, Promoting):
+        return backend.version(live.served)
+    return live.served
 
 
 def _hold_nothing(key: str) -> None:

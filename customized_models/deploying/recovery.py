@@ -43,7 +43,7 @@ def recover_deployments(
             except DeploymentError as error:
                 failed.append(error)
     if done:
-        shelf.drop_unused("gguf/")
+        shelf.trim("gguf/")
     if failed:
         raise failed[0]
     return done
@@ -64,6 +64,8 @@ def _recover(
         else:
             backend = open_backend(environment, tools)
             if isinstance(backend, Promoting) and _has_its_name(backend.status(live.served)):
+                # Once more, for what a process that was killed in doing so has left beside it.
+                backend.promote(live.served, live.served.name, [backend.identity(live.served)])
                 _finish(catalog, live, change, lease)
                 return [f"finished the deployment of {live.name} at {live.environment}"]
             backend.undeploy(_as_far_as_it_came(shelf, live.served, change.artifact))
@@ -82,7 +84,7 @@ def _has_its_name(status: Status) -> bool:
 def _finish(catalog: Catalog, live: LiveModel, change: Unfinished, lease: Lease) -> None:
     with catalog.database.write() as connection:
         if live.replaces is not None:
-            catalog.levels.change_state(connection, live.replaces, "superseded")
+            catalog.levels.supersede(connection, live.replaces)
         catalog.levels.make_visible(connection, live, lease.owner, artifact=change.artifact)
         catalog.jobs.finish_for(connection, live.name, "succeeded")
         lease.end(connection)

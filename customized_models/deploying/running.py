@@ -8,7 +8,7 @@ it before is kept beside it.
 from __future__ import annotations
 
 import uuid
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from attrs import evolve
 
 from ..backends import Backend, Plan, Probe, Probing, Promoting, Tools, open_backend
-from ..errors import AlreadyExistsError, DatabaseError, shown
+from ..errors import AlreadyExistsError, DatabaseError, StorageError, shown
 from ..files.documents import from_document
 from ..jobs.work import Work
 from ..models import BaseModel, DeploymentEnvironment, LiveModel, Proof, Served, is_adapter
@@ -47,13 +47,15 @@ def run_deploy(work: Work, tools: Tools) -> None:
     except BaseException:
         deployment.take_back()
         raise
+    with suppress(StorageError, DatabaseError):  # it is live; the next one trims as well
+        work.shelf.trim("gguf/")
 
 
 class _Deployment:
     """One deployment, and how far it has come.
 
     `intent`: as it is recorded; None before. `before`: the live model whose name it takes.
-    `promoted`: whether it has taken it.
+    `promoted`: whether it may have taken it. `held`: keys of the cache that are kept for it.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class _Deployment:
         self.intent: LiveModel | None = None
         self.before: LiveModel | None = None
         self.promoted = False
+        self.held: list[str] = []
 
     def run(self) -> None:
         work, request = self.work, self.request
@@ -93,45 +96,72 @@ class _Deployment:
             proofs = tuple(self._prove(artifact, served))
             require(proofs, request.accept_failed)
             if isinstance(self.backend, Promoting):
-                served = self.backend.promote(served, plan.served_name, self._replaced())
-                self.promoted = True
-            self._record(evolve(intent, served=served, proofs=proofs), artifact.key)
+                served = self._promote(self.backend, served, plan.served_name)
+            # What the tool has a copy of is free to go from the cache.
+            needed = None if served.copied else artifact.key
+            self._record(evolve(intent, served=served, proofs=proofs), needed)
 
     def take_back(self) -> None:
-        """Undo what was done for a deployment that failed; its file goes if nobody needs it."""
+        """Undo what was done for a deployment that failed; its file stays for the next attempt."""
         work = self.work
         if self.intent is not None:
-            if self.promoted and self.before and isinstance(self.backend, Promoting):
-                ours = self.backend.identity(self.intent.served)
-                self.backend.promote(self.before.served, self.before.served.name, [ours])
             if self.intent.served.digest:  # else the push has cleaned up after itself
-                self.backend.undeploy(self.intent.served)
+                self._take_off(self.intent.served)
             with work.catalog.database.write() as connection:
                 work.catalog.levels.drop(connection, self.intent, work.lease.owner)
-        work.shelf.drop_unused("gguf/", even_held_by=work.lease.owner)
+        self._let_go()
+
+    def _promote(self, backend: Promoting, served: Served, name: str) -> Served:
+        self.promoted = True
+        try:
+            return backend.promote(served, name, self._replaced())
+        except AlreadyExistsError:
+            self.promoted = False
+            raise
+
+    def _take_off(self, served: Served) -> None:
+        """Undeploy it; the name goes back to what had it before."""
+        if isinstance(self.backend, Promoting):
+            if self.promoted and self.before is not None:
+                had = self.before.served
+                either = [self.backend.identity(served), self.backend.identity(had)]
+                self.backend.promote(had, had.name, either)
+            if not self.promoted or self.before is not None:
+                # What has the name may be of the same content.
+                served = self.backend.version(served)
+        self.backend.undeploy(served)
 
     def _hold(self, key: str) -> None:
         """Keep a file of the cache for this job, and note that this deployment uses it."""
         with self.work.catalog.database.write() as connection:
             self.work.lease.take(connection, [key], f"the deployment of {self.work.name}")
+            self.work.catalog.litter.forget(connection, key)
+            self.held.append(key)
             if self.intent is not None:
                 self.work.catalog.levels.note_artifact(connection, self.intent, key)
+
+    def _let_go(self) -> None:
+        """Hold no file of the cache any more."""
+        with self.work.catalog.database.write() as connection:
+            for key in self.held:
+                self.work.catalog.leases.end(connection, self.work.lease.owner, key)
+        self.work.shelf.trim("gguf/")
 
     def _announce(self, plan: Plan, artifact: RegistryArtifact) -> LiveModel:
         """Record what is about to be created.
 
         Raises:
             AlreadyExistsError: The name is taken, and not to be replaced.
+            InUseError: What has it is being undeployed, rolled back or replaced by another.
         """
         work, levels = self.work, self.work.catalog.levels
         with work.catalog.database.write() as connection:
             work.lease.check(connection)
             self.before = self._holder(connection, plan.served_name)
-            if self.before is not None and not self.request.replace:
-                raise AlreadyExistsError(
-                    f"{self.before.name} is served as {shown(plan.served_name)} at "
-                    f"{self.environment.name}; choose another served_name, or say replace=True"
-                )
+            if self.before is not None:
+                work.catalog.leases.refuse_if_held(connection, self.before.key)
+                purpose = f"the deployment of {work.name}"
+                work.lease.take(connection, [self.before.key], purpose)
             intent = self._intended(plan, artifact)
             levels.insert_pending(connection, intent, work.lease.owner, artifact=None)
         self.intent = intent
@@ -140,9 +170,24 @@ class _Deployment:
         return intent
 
     def _holder(self, connection: Connection, served_name: str) -> LiveModel | None:
-        """Which live model of this registry has a name, or is about to have it."""
-        every = self.work.catalog.levels.live_at(connection, self.environment.name)
-        return next((live for live in every if live.served.name == served_name), None)
+        """The live model of this registry whose name is to be taken over; None if it is free.
+
+        Raises:
+            AlreadyExistsError: It is not to be replaced, or another is about to have the name.
+        """
+        called, at = self.work.catalog.levels.called, self.environment.name
+        if other := called(connection, served_name, at, stage="pending"):
+            raise AlreadyExistsError(
+                f"{other.name} is just being deployed as {shown(served_name)} at {at}; choose "
+                f"another served_name, or wait until that is done"
+            )
+        holder = called(connection, served_name, at, stage="visible")
+        if holder is not None and not self.request.replace:
+            raise AlreadyExistsError(
+                f"{holder.name} is served as {shown(served_name)} at {at}; choose another "
+                f"served_name, or say replace=True"
+            )
+        return holder
 
     def _replaced(self) -> list[str] | None:
         """The identities that may be replaced; None for whatever there is."""
@@ -210,7 +255,7 @@ class _Deployment:
             with work.catalog.database.write() as connection:
                 work.lease.check(connection)
                 if self.before is not None:
-                    levels.change_state(connection, self.before.name, "superseded")
+                    levels.supersede(connection, self.before.name)
                 levels.make_visible(connection, live, work.lease.owner, artifact=artifact)
                 work.end(connection, "succeeded")
         except DatabaseError as error:

@@ -62,13 +62,17 @@ class Manifest:
 
     def write(self, directory: Path) -> None:
         """Write `manifest.json` into `directory`, which must not have one."""
+        write_file(directory / MANIFEST, self.to_bytes())
+
+    def to_bytes(self) -> bytes:
+        """The bytes of its `manifest.json`. Law: `Manifest.parse(m.to_bytes()) == m`."""
         document = to_document(self) | {
             "format": FORMAT,
             "digest": self.digest,
             "record_digest": digest_of(self.record),
         }
         text = json.dumps(document, indent=1, sort_keys=True, allow_nan=False)
-        write_file(directory / MANIFEST, text.encode() + b"\n")
+        return text.encode() + b"\n"
 
     @classmethod
     def read(cls, directory: Path) -> Manifest:

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,30 +49,66 @@ def strict_json(data: bytes | bytearray, what: str) -> Any:
             raise ValueError(f"the number {shown(text, 40)} is out of range")
         return number
 
+    return _parsed(
+        data, what, "strict JSON", unique, parse_constant=no_constant, parse_float=finite
+    )
+
+
+def python_json(data: bytes | bytearray, what: str) -> Any:
+    """Parse JSON as Python writes and reads it, and with it transformers, PEFT and their tools.
+
+    NaN, Infinity and -Infinity are numbers, and so are those out of range. A key may stand twice
+    in an object with the same value.
+
+    Args:
+        data: UTF-8.
+        what: The name that a message has for it.
+
+    Raises:
+        MalformedError: It does not parse under these rules.
+    """
+
+    def agreeing(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs) and any(result[key] != value for key, value in pairs):
+            raise ValueError("a key stands twice in one object, with different values")
+        return result
+
+    return _parsed(data, what, "JSON", agreeing)
+
+
+def _parsed(
+    data: bytes | bytearray,
+    what: str,
+    kind: str,
+    pairs_hook: Callable[[list[tuple[str, Any]]], dict[str, Any]],
+    parse_constant: Callable[[str], Any] | None = None,
+    parse_float: Callable[[str], Any] | None = None,
+) -> Any:
     try:
         return json.loads(
             data.decode("utf-8"),
-            object_pairs_hook=unique,
-            parse_constant=no_constant,
-            parse_float=finite,
+            object_pairs_hook=pairs_hook,
+            parse_constant=parse_constant,
+            parse_float=parse_float,
         )
     except (ValueError, RecursionError) as error:
-        raise MalformedError(f"{what} is not strict JSON: {shown(error)}") from error
+        raise MalformedError(f"{what} is not {kind}: {shown(error)}") from error
 
 
 def json_object(path: Path, *, limit: int = MAX_JSON) -> dict[str, Any]:
-    """The JSON object in a file.
+    """The JSON object in a file of a model's directory, parsed by `python_json`.
 
     Args:
         path: Links are followed.
         limit: The most bytes that the file may have.
 
     Raises:
-        MalformedError: Missing, not strict JSON or not an object.
+        MalformedError: Missing, not JSON or not an object.
         UnsafeFileError: More than `limit` bytes, or no regular file.
         StorageError: It cannot be read.
     """
-    value = strict_json(content(path, limit), shown(path.name))
+    value = python_json(content(path, limit), shown(path.name))
     if not isinstance(value, dict):
         raise MalformedError(f"{shown(path.name)} holds no JSON object")
     return value

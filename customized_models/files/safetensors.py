@@ -6,9 +6,10 @@ one mapping share what an in-place operation writes.
 
 from __future__ import annotations
 
+import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -135,6 +136,35 @@ def _tensor_info(path: Path, name: str, entry: Any, data_start: int) -> TensorIn
     )
 
 
+def header_bytes(infos: Iterable[TensorInfo], metadata: Mapping[str, str]) -> bytes:
+    """A file's first bytes: the header's length in eight bytes, and JSON, padded to eight.
+
+    Args:
+        infos: The tensors in the order in which their data follow; their offsets do not matter.
+        metadata: Of the file.
+    """
+    document: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    position = 0
+    for info in infos:
+        offsets = [position, position := position + info.size]
+        document[info.name] = {"dtype": info.dtype, "shape": info.shape, "data_offsets": offsets}
+    raw = json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-len(raw) % 8)
+    return len(raw).to_bytes(8, "little") + raw
+
+
+def is_zero(path: Path, info: TensorInfo) -> bool:
+    """Whether all elements of a tensor of floating-point numbers are zero, signs aside."""
+    width, step = ITEM_SIZE[info.dtype], BLOCK - BLOCK % ITEM_SIZE[info.dtype]
+    with opened(path) as fd:
+        for start in range(info.start, info.end, step):
+            data = read_at(fd, start, min(step, info.end - start), info.file)
+            signs = data[width - 1 :: width].count(0x80)  # the bytes of minus zero: 80, others 00
+            if len(data) - data.count(0) != signs:
+                return False
+    return True
+
+
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous tensor."""
     import torch
@@ -170,7 +200,10 @@ def read_tensor(path: Path, info: TensorInfo) -> torch.Tensor:
 class Checkpoint:
     """A model directory's weights: one file, or shards under an index.
 
-    Law: the union of the shards' headers is exactly the index's weight map.
+    The shards' headers say where a tensor is, as they do to transformers; the index only which
+    files are shards.
+
+    Law: every tensor that the index names is in exactly one shard.
     """
 
     directory: Path
@@ -182,8 +215,8 @@ class Checkpoint:
         """Read every header under `directory`.
 
         Raises:
-            MalformedError: no weights, a header or index that does not parse, or an index that
-                disagrees with its shards.
+            MalformedError: No weights, a header or index that does not parse, or an index that
+                names a tensor that its shards lack.
         """
         if (directory / SINGLE).is_file():  # before the index: so does transformers
             weight_map, files = None, [SINGLE]
@@ -193,7 +226,7 @@ class Checkpoint:
                 raise MalformedError(f"{INDEX} has no weight_map")
             files = sorted(set(map(str, weight_map.values())))
         else:
-            raise MalformedError(f"no {SINGLE} or {INDEX} in the model directory")
+            raise MalformedError(_no_weights(directory))
         for file in files:
             if file != os.path.basename(file) or not file.endswith(".safetensors"):
                 raise UnsafeFileError(f"{INDEX} names {shown(file)}, which is no plain file name")
@@ -203,10 +236,11 @@ class Checkpoint:
             if twice := infos.keys() & header.tensors.keys():
                 raise MalformedError(f"tensors stand in two shards: {listed(twice)}")
             infos.update(header.tensors)
-        if weight_map is not None:
-            found = {name: info.file for name, info in infos.items()}
-            if wrong := {n for n, _ in weight_map.items() ^ found.items()}:
-                raise MalformedError(f"{INDEX} and its shards disagree on {listed(wrong)}")
+        if lost := (weight_map or {}).keys() - infos.keys():
+            raise MalformedError(
+                f"{INDEX} names tensors that none of its files has: {listed(lost)}; download or "
+                f"save the model again"
+            )
         return cls(directory, shards, infos)
 
     def read(self, name: str) -> torch.Tensor:
@@ -228,6 +262,19 @@ class Checkpoint:
                 block = torch.empty(shape, dtype=torch_dtype(info.dtype))
                 read_into(tensor_bytes(block), fd, info.start + start * row, info.file)
                 yield block
+
+
+def _no_weights(directory: Path) -> str:
+    """What is missing in a directory without weights, and the way out."""
+    missing = f"no {SINGLE} or {INDEX} in the model directory"
+    pickled = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+    if any((directory / name).exists() for name in pickled):
+        return (
+            f"{missing}, only a pytorch_model.bin: that is a pickle, which can run code when it is "
+            f"read. customized_models.importing.convert_pickle writes a copy with safetensors, and "
+            f"reads nothing but tensors out of it"
+        )
+    return missing
 
 
 @frozen

@@ -7,6 +7,7 @@ that opens the registry can watch, await or cancel it.
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Collection, Generator, Mapping
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 T_co = TypeVar("T_co", covariant=True)
 
 RESULT_TYPES: Mapping[str, type[Any]] = {"save": CompleteModel, "deploy": LiveModel}
-"""The class of what each kind of job makes."""
+"""The class of the model that each kind of job makes; an "export" gives the path of a file."""
 
 _POLL_SECONDS = 0.1
 _RUNNING = ("queued", "running")
@@ -60,7 +61,7 @@ class Job(Generic[T_co]):
 
     Attributes:
         id: Its id; `ModelRegistry.job(id)` finds it again.
-        kind: "save" or "deploy".
+        kind: "save", "deploy" or "export".
         name: Of the model that it makes.
         created: When it was submitted.
     """
@@ -218,8 +219,13 @@ class Job(Generic[T_co]):
         error = self._error(row)
         if error is not None:
             raise error
-        model: T_co = self._catalog.levels.get(RESULT_TYPES[self.kind], self.name)
-        return model
+        result: Any
+        if self.kind in RESULT_TYPES:
+            result = self._catalog.levels.get(RESULT_TYPES[self.kind], self.name)
+        else:  # an export
+            result = Path(json.loads(row["arguments"])["path"])
+        made: T_co = result
+        return made
 
     def _error(self, row: Mapping[str, Any]) -> CustomizedModelsError | None:
         match row["state"]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..catalog.catalog import Catalog
 from ..catalog.leases import Lease
+from ..deploying.exporting import run_export
 from ..deploying.running import run_deploy
 from ..errors import CustomizedModelsError, JobCancelled, JobFailed, JobLost
 from ..merging.merger import run_save
@@ -22,7 +23,7 @@ _log = logging.getLogger(__name__)
 
 REPORT_SECONDS = 0.5  # between two writes of the progress
 
-RUN: Mapping[str, Any] = {"save": run_save, "deploy": run_deploy}
+RUN: Mapping[str, Any] = {"save": run_save, "deploy": run_deploy, "export": run_export}
 """What does the work of each kind of job."""
 
 

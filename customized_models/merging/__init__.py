@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 __all__ = ["MergeExecution", "open_merge", "preload"]
 
 
-def open_merge(base: Checkpoint, adapter: Adapter) -> MergeExecution:
+def open_merge(
+    base: Checkpoint, adapter: Adapter, *, trust_remote_code: bool = False
+) -> MergeExecution:
     """Prepare the merge of `adapter` into `base`, from headers alone where PEFT allows it.
 
     Every tensor that the adapter changes will have the bits and dtype that
@@ -34,6 +36,11 @@ def open_merge(base: Checkpoint, adapter: Adapter) -> MergeExecution:
 
     Adapter types that start from the base's weights make PEFT read those now. Tied tensors that
     are both in the files, and copies of the base's tensors in the adapter, are compared.
+
+    Args:
+        base: What to merge into.
+        adapter: A checked copy.
+        trust_remote_code: Run the base's own code where transformers does not know its model.
 
     Raises:
         UnsupportedAdapterError: A type or option that cannot be merged exactly, or an adapter
@@ -53,7 +60,7 @@ def open_merge(base: Checkpoint, adapter: Adapter) -> MergeExecution:
     preload()
     from .execution import prepare_merge
 
-    return prepare_merge(base, adapter)
+    return prepare_merge(base, adapter, trust_remote_code=trust_remote_code)
 
 
 def preload() -> None:

@@ -9,10 +9,17 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..adapters.intake import PREFIX, Adapter
+from ..adapters.intake import Adapter
+from ..adapters.tensor_names import PREFIX
 from ..errors import MalformedError
 
-_HEADED = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+_HEADED = (
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "ForQuestionAnswering",
+    "ForImageClassification",
+    "ForAudioClassification",
+)
 
 
 def has_new_head(model: PreTrainedModel) -> bool:
@@ -22,12 +29,20 @@ def has_new_head(model: PreTrainedModel) -> bool:
 
 def embedding_weights(model: PreTrainedModel) -> list[str]:
     """Names of the weights of the output layer and the embedding, in this order."""
-    ends: list[Any] = [
-        model.get_output_embeddings(),  # type: ignore[no-untyped-call]
-        model.get_input_embeddings(),
-    ]
+    get_ends: list[Any] = [model.get_output_embeddings, model.get_input_embeddings]
     paths = {id(module): path for path, module in model.named_modules()}
-    return [f"{paths[id(module)]}.weight" for module in ends if id(module) in paths]
+    found = (paths.get(id(_module_or_none(get))) for get in get_ends)
+    weights = [f"{path}.weight" for path in found if path is not None]
+    known = dict(model.named_parameters(remove_duplicate=False))
+    return [name for name in weights if name in known and known[name].dim() == 2]
+
+
+def _module_or_none(get: Any) -> Any:
+    """What `get` returns; None for models of images and sounds, which have no such thing."""
+    try:
+        return get()
+    except (NotImplementedError, AttributeError):
+        return None
 
 
 def resized_vocabulary(adapter: Adapter, model: PreTrainedModel) -> int | None:

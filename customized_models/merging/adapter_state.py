@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from ..adapters.intake import PREFIX, WEIGHTS, Adapter, layer_of
+from ..adapters.intake import WEIGHTS, Adapter
+from ..adapters.tensor_names import PREFIX, layer_of
 from ..errors import UnmergedTensorsError, shown
 from ..files.safetensors import TensorInfo, read_tensor
 from .private_apis import private

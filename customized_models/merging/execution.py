@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from threading import Lock
 from typing import Any
@@ -15,24 +15,28 @@ from typing import Any
 import torch
 from attrs import evolve
 
-from ..adapters.intake import PREFIX, Adapter, check_fits
-from ..errors import MergeError, UnmergedTensorsError, listed
+from ..adapters.fitting import check_fits
+from ..adapters.intake import Adapter
+from ..adapters.tensor_names import PREFIX
+from ..errors import MergeError, UnchangedTargetsError, UnmergedTensorsError, listed
 from ..files.reading import json_object, opened, read_into
 from ..files.safetensors import Checkpoint, TensorInfo, torch_dtype
-from .groups import TensorGroup, group_tensors
+from .groups import NOTHING_CHANGES, TensorGroup, group_tensors
 from .injection import inject
 from .private_apis import installed
 from .skeleton import Skeleton, build_skeleton
-from .strategies import MergeContext, ReadNext, Strategy, choose_strategy
+from .strategies import MergeContext, ReadNext, Reference, Strategy, choose_strategy
 from .strategies.copy import Copy
 
 _OF_TEXT = frozenset({"vocab_size", "tie_word_embeddings"})
 
 
-def prepare_merge(base: Checkpoint, adapter: Adapter) -> MergeExecution:
+def prepare_merge(
+    base: Checkpoint, adapter: Adapter, *, trust_remote_code: bool = False
+) -> MergeExecution:
     """See `open_merge`, which has refused by configuration what it can."""
     check_fits(adapter, base)
-    skeleton = build_skeleton(base, adapter)
+    skeleton = build_skeleton(base, adapter, trust_remote_code=trust_remote_code)
     injected = inject(skeleton, adapter)
     injected.load()
     groups, untied = group_tensors(injected)
@@ -71,6 +75,8 @@ class MergeExecution:
             tensors come last in the last file.
         changed: Names of tensors that the adapter changes, that are dequantized, or that the base
             does not have.
+        untrained: Those of `changed` whose layers the training left at zero: they have the base's
+            values all the same.
         recipe: What the merged bits depend on.
         config: What must stand in `config.json` in place of the base's values, because the adapter
             unties the output layer, or has another vocabulary or head, or the base is quantized.
@@ -90,6 +96,7 @@ class MergeExecution:
         adapter_in_memory: bool,
     ) -> None:
         base, context = skeleton.base, MergeContext(skeleton)
+        self._saw_change = context.changed
         self._decisions = context.decisions
         self.config = config
         self.adapter_in_memory = adapter_in_memory
@@ -107,6 +114,7 @@ class MergeExecution:
         together = any(choice.strategy().cost.together for choice in several)
         self.max_parallel_files = 1 if together else None
         self.changed = frozenset(self._groups.keys() | self._copies.keys())
+        self.untrained = frozenset(n for n, group in self._groups.items() if group.untrained)
         self._unread = {*self.changed}
         self.infos: Mapping[str, TensorInfo] = _infos(skeleton, groups, copied)
         self.shards = _shards(base, self.infos)
@@ -160,7 +168,7 @@ class MergeExecution:
             read_next: Reads its bytes in the base; None opens the file for it.
 
         Raises:
-            NonFiniteError: The merged tensor holds NaN or infinity.
+            NonFiniteError: The merged tensor has NaN or infinity where the base has a number.
             UnchangedTargetsError: It, or the stack of experts it belongs to, equals the base's.
             MergeError: PEFT cannot merge these values, or changes what the adapter does not target.
             UnsupportedArchitectureError: transformers does not save what it loads.
@@ -179,9 +187,9 @@ class MergeExecution:
         return self._taken(name, self.strategy(name).reference, None)
 
     def _taken(
-        self, name: str, strategy: Strategy, read_next: ReadNext | None
+        self, name: str, strategy: Reference, read_next: ReadNext | None
     ) -> Iterator[torch.Tensor]:
-        with _reading(self._base, self._starts_from.get(name, name)) as read_file:
+        with self._reading(name) as read_file:
             yield from strategy.blocks(name, read_next or read_file)
         self._unread.discard(name)
 
@@ -193,14 +201,34 @@ class MergeExecution:
             done += block.numel()
         return elements.view(info.shape)
 
+    def check(self) -> None:
+        """Raise what would be raised if every tensor were taken.
+
+        What is added in blocks is only computed up to the first change, where it is too small to
+        overflow. All else is merged, and let go.
+        """
+        for name in dict.fromkeys(group.infos[0].name for group in self._groups.values()):
+            strategy = self.strategy(name)
+            self._threads.run_in_block_thread(strategy.check, self._reading)
+        self._refuse_no_change()
+
     def finish(self) -> None:
         """State that every tensor has been taken.
 
         Raises:
             UnmergedTensorsError: Some that change were never read.
+            UnchangedTargetsError: All of them are as they are in the base.
         """
         if self._unread:
             raise UnmergedTensorsError(f"never merged: {listed(self._unread)}", self._unread)
+        self._refuse_no_change()
+
+    def _refuse_no_change(self) -> None:
+        if not self._saw_change.is_set():
+            raise UnchangedTargetsError(NOTHING_CHANGES)
+
+    def _reading(self, name: str) -> AbstractContextManager[ReadNext]:
+        return _reading(self._base, self._starts_from.get(name, name))
 
 
 class _Choice:

@@ -10,12 +10,23 @@ from collections.abc import Iterable, Mapping
 from attrs import evolve, field, frozen
 from peft.utils import ModulesToSaveWrapper
 
-from ..errors import BaseModelMismatch, UnsupportedAdapterError, listed, shown
+from ..errors import (
+    BaseModelMismatch,
+    UnchangedTargetsError,
+    UnsupportedAdapterError,
+    listed,
+    shown,
+)
 from ..files.safetensors import TensorInfo, dtype_name
 from .conversion import Conversion
 from .injection import Injected
 from .layers import AdaptedLayer, stay_tied
 from .skeleton import Skeleton
+
+NOTHING_CHANGES = (
+    "the adapter changes nothing: what it holds is zero, as before a training, or as it is in the "
+    "base; register the checkpoint that was trained"
+)
 
 
 def group_tensors(injected: Injected) -> tuple[list[TensorGroup], dict[str, str]]:
@@ -26,13 +37,16 @@ def group_tensors(injected: Injected) -> tuple[list[TensorGroup], dict[str, str]
         it starts from.
 
     Raises:
-        UnsupportedAdapterError, UnsupportedArchitectureError, BaseModelMismatch: As `open_merge`.
+        UnsupportedAdapterError, UnsupportedArchitectureError, BaseModelMismatch,
+            UnchangedTargetsError: As `open_merge`.
     """
     skeleton = injected.skeleton
     adapted = {layer.wrapper_path: layer for layer in injected.layers()}
     untied = _untie(adapted, skeleton)
     sources = injected.sources(adapted)
-    layers = [_planned(one, sources[path], skeleton, untied) for path, one in adapted.items()]
+    layers = [_planned(one, sources[path], injected, untied) for path, one in adapted.items()]
+    if all(layer.untrained for layer in layers):
+        raise UnchangedTargetsError(NOTHING_CHANGES)
     if injected.adapter.config.get("task_type") != "FEATURE_EXTRACTION":  # which uses no head
         _refuse_incomplete(layers, skeleton)
     _refuse_two_vocabularies(layers, skeleton)
@@ -52,12 +66,19 @@ class PlannedLayer:
         sources: The parameter of the model that each of the layer's parameters has its values
             from; a head that the base lacks has none.
         outputs: The parameter that it is afterwards.
+        untrained: Whether the training left what it is merged with as it was: without effect.
     """
 
     adapted: AdaptedLayer
     adapter_tensors: tuple[str, ...]
     sources: Mapping[str, str]
     outputs: Mapping[str, str]
+    untrained: bool
+
+    @property
+    def may_stay(self) -> bool:
+        """Whether it may come out as it is in the base."""
+        return self.untrained or self.adapted.replaces_values
 
     @property
     def changed_parameters(self) -> tuple[str, ...]:
@@ -80,6 +101,11 @@ class TensorGroup:
     infos: tuple[TensorInfo, ...] = field(repr=False)
 
     @property
+    def untrained(self) -> bool:
+        """Whether the training left all of its layers as they were before."""
+        return bool(self.layers) and all(layer.untrained for layer in self.layers)
+
+    @property
     def is_one_weight(self) -> bool:
         """Whether it is one tensor of the base, which transformers loads as it is."""
         if len(self.layers) != 1 or len(self.infos) != 1 or self.conversions:
@@ -97,9 +123,10 @@ class TensorGroup:
 def _planned(
     adapted: AdaptedLayer,
     adapter_tensors: tuple[str, ...],
-    skeleton: Skeleton,
+    injected: Injected,
     untied: Mapping[str, str],
 ) -> PlannedLayer:
+    skeleton = injected.skeleton
     if not adapted.changed:
         raise UnsupportedAdapterError(
             f"the adapter trains a bias of {shown(adapted.path)}, which has none in the base"
@@ -113,7 +140,8 @@ def _planned(
         outputs = {name: skeleton.tied.get(path, path) for name, path in outputs.items()}
     for path in sources.values():
         skeleton.conversion(path)
-    return PlannedLayer(adapted, adapter_tensors, sources, outputs)
+    untrained = injected.is_untrained(adapted, adapter_tensors)
+    return PlannedLayer(adapted, adapter_tensors, sources, outputs, untrained)
 
 
 def _refuse_incomplete(layers: list[PlannedLayer], skeleton: Skeleton) -> None:

@@ -17,7 +17,9 @@ from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from peft.utils import AuxiliaryTrainingWrapper
 
 from ..adapters.intake import Adapter
+from ..adapters.patterns import check_patterns, many_expressions
 from ..adapters.peft_types import adapter_type
+from ..adapters.tensor_names import PREFIX, is_factor, module_of
 from ..errors import (
     CustomizedModelsError,
     MalformedError,
@@ -32,8 +34,9 @@ from .adapter_state import AdapterStateDict
 from .adapter_tensors import check_tensors
 from .layers import WRAPPERS, AdaptedLayer, base_of, nested_wrappers
 from .materialize import Placeholders, base_values_during_injection, has_memory, place_on_cpu
+from .model_choice import without_initialization
 from .private_apis import installed
-from .skeleton import Skeleton, without_initialization
+from .skeleton import Skeleton
 
 _NAME = "default"
 
@@ -45,10 +48,12 @@ def inject(skeleton: Skeleton, adapter: Adapter) -> Injected:
     configuration states. Others are on the CPU, because PEFT computes what they start from.
 
     Raises:
-        UnsupportedAdapterError: PEFT cannot build it, or it targets layers of an unsupported kind.
+        UnsupportedAdapterError: PEFT cannot build it, it targets layers of an unsupported kind, or
+            its patterns take long to match.
         MalformedError: It states a rank that none of its tensors can have.
     """
     kind = adapter_type(adapter.config)
+    check_patterns(adapter.config, [path for path, _ in skeleton.model.named_modules() if path])
     on_cpu = kind.reads_base(adapter.config)
     if on_cpu:
         _refuse_unheld_rank(adapter)
@@ -60,7 +65,7 @@ def inject(skeleton: Skeleton, adapter: Adapter) -> Injected:
         values: AbstractContextManager[None] = without_initialization()
         if on_cpu:
             values = base_values_during_injection(skeleton, placeholders, config, kind)
-        with torch.random.fork_rng(devices=[]), _quiet(), values:
+        with torch.random.fork_rng(devices=[]), _quiet(), many_expressions(), values:
             model = PeftModel(skeleton.model, config, _NAME)
     except CustomizedModelsError:
         raise
@@ -103,6 +108,8 @@ class Injected:
     _file: AdapterStateDict | None = field(default=None, init=False, repr=False)
     _unused: tuple[str, ...] = field(default=(), init=False, repr=False)
     _readers: dict[int, Callable[[], torch.Tensor]] = field(factory=dict, init=False, repr=False)
+    _moved: dict[str, bool] = field(factory=dict, init=False, repr=False)
+    _zero: set[str] | None = field(default=None, init=False, repr=False)
 
     @property
     def adapter_in_memory(self) -> bool:
@@ -141,6 +148,25 @@ class Injected:
         """The names in the adapter's file of what each wrapper is merged with, by its path."""
         return self._file.by_layer(paths, self._unused) if self._file else {}
 
+    def is_untrained(self, layer: AdaptedLayer, adapter_tensors: Iterable[str]) -> bool:
+        """Whether a layer is merged with what it starts from before a training, without effect.
+
+        Of a LoRA, a factor is zero. Of other types, all that starts from one number, as zeros or
+        ones, is still that.
+
+        Args:
+            layer: The layer.
+            adapter_tensors: The names in the adapter's file of what it is merged with.
+        """
+        modules = {module_of(name) for name in adapter_tensors if is_factor(name)}
+        if modules:
+            if self._zero is None:
+                self._zero = self.adapter.zero_modules()
+            return modules <= self._zero and not layer.trained_values
+        prefix = f"{PREFIX}{layer.wrapper_path}."
+        moved = [moved for name, moved in self._moved.items() if name.startswith(prefix)]
+        return bool(moved) and not any(moved)
+
     def load(self) -> None:
         """Let PEFT load the adapter's weights, if they are exactly what its layers call for.
 
@@ -160,9 +186,14 @@ class Injected:
         expected |= self._resized(expected)
         self._refuse_overwriting(expected)
         self._file = AdapterStateDict(self.adapter, self.model, _NAME)
-        self._unused = check_tensors(self.skeleton, self.adapter, expected, self._file.tensors)
+        self._unused = check_tensors(self.skeleton, self.adapter, expected, self._file)
         if self._reads_later(expected, self._file):
             return
+        starts = {
+            name: tensor.flatten()[0].clone()
+            for name, tensor in expected.items()
+            if _is_one_number(tensor)
+        }
         self._give_memory(expected)
         with _quiet():
             loaded = self.model.load_adapter(
@@ -175,6 +206,7 @@ class Injected:
         copies = self.adapter.tensors.keys() - expected.keys()
         if strayed := {*missing, *loaded.unexpected_keys} - copies:
             raise UnmergedTensorsError(f"PEFT did not load {listed(strayed)}", strayed)
+        self._moved = {name: bool((expected[name] != at).any()) for name, at in starts.items()}
 
     def _reads_later(self, expected: Mapping[str, torch.Tensor], file: AdapterStateDict) -> bool:
         """Note where the value of each parameter is, if none has memory.
@@ -233,6 +265,11 @@ class Injected:
             for name, buffer in module._buffers.items():
                 if buffer is not None and buffer.is_meta and ".modules_to_save." in path:
                     module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+def _is_one_number(tensor: torch.Tensor) -> bool:
+    """Whether all elements are there, and the same."""
+    return has_memory(tensor) and tensor.numel() > 0 and bool((tensor == tensor.flatten()[0]).all())
 
 
 @contextmanager

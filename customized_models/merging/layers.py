@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from attrs import field, frozen
+from peft.tuners.ln_tuning.layer import LNTuningLayer
 from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
@@ -44,6 +45,12 @@ class AdaptedLayer:
     module: Any = field(repr=False)
     trained_values: Mapping[str, torch.Tensor] = field(repr=False)
     readers: Mapping[str, Callable[[], torch.Tensor]] = field(factory=dict, repr=False)
+
+    @property
+    def replaces_values(self) -> bool:
+        """Whether values of the base are replaced by trained ones, instead of changed."""
+        copies = (AuxiliaryTrainingWrapper, LNTuningLayer)
+        return isinstance(self.module, copies) or not isinstance(self.module, WRAPPERS)
 
     @property
     def parameters(self) -> tuple[str, ...]:

@@ -116,9 +116,10 @@ class Merger:
     def plan(self, customized: CustomizedModel | str) -> MergePlan:
         """What `save` would change, write and need; refused where `save` would be.
 
-        Only headers are read, and tensors of the base that PEFT needs to build the layers of types
-        that start from them, or that the adapter has copies of. It runs in a process of its own,
-        because it sets globals of torch, transformers and PEFT.
+        Headers are read, the adapter, and of the base what it takes to see that every tensor
+        changes and none overflows: for a plain LoRA or a stack of experts the first rows. What
+        PEFT's own module merges, as for other types, is merged for it. It runs in a process of its
+        own, because it sets globals of torch, transformers and PEFT.
 
         Raises:
             UnsupportedError, BaseModelMismatch, MergeError: `save` would end with the same error.
@@ -251,5 +252,6 @@ def _write(
             raise
     journal.end()
     for name, path in merged.source.files.items():
+        (staging / name).parent.mkdir(parents=True, exist_ok=True)
         content[name] = copy_file(path, staging / name)
     return content

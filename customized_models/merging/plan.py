@@ -70,6 +70,8 @@ class MergePlan(Value):
         changes: The tensors that change, in the checkpoint's order.
         unused_adapter_tensors: Names of adapter tensors that belong to no single change: copies of
             the base's own, which PEFT saves along, and what all layers share.
+        untrained: The tensors that the adapter targets and that come out as they are in the base,
+            because the training left their layers at zero: those that its data never reached.
         tensors: How many the complete model has.
         size: Bytes of all its tensors: what a save writes, but for headers and small files.
         memory: An upper estimate of the worker's peak in bytes, over what it takes to import torch,
@@ -83,6 +85,7 @@ class MergePlan(Value):
     base: str
     changes: tuple[Change, ...]
     unused_adapter_tensors: tuple[str, ...]
+    untrained: tuple[str, ...]
     tensors: int
     size: int
     memory: int
@@ -90,13 +93,15 @@ class MergePlan(Value):
     completed: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
-        what = f"{len(self.changes)} of {self.tensors} tensors change"
-        if not self.changes:
+        count = len(self.untrained)
+        untrained = f", {count} more were left at zero by the training" if count else ""
+        what = f"{len(self.changes)} of {self.tensors} tensors change{untrained}"
+        if not (self.changes or self.untrained):
             taken = f", with {', '.join(self.completed)} of the base" if self.completed else ""
             what = f"a full model of {self.tensors} tensors, published without a merge{taken}"
         return (
-            f"<MergePlan {self.customized}: {what}, "
-            f"{self.size:,} bytes to write, at most about {self.memory:,} bytes of memory>"
+            f"<MergePlan {self.customized}: {what}, {self.size:,} bytes to write, at most about "
+            f"{self.memory:,} bytes of memory>"
         )
 
     def __str__(self) -> str:
@@ -132,17 +137,20 @@ def plan_merge(shelf: Shelf, base: BaseModel, customized: CustomizedModel) -> Me
     with (
         shelf.opened(base) as base_directory,
         shelf.checked(customized) as (directory, check),
-        merge_of(base_directory, directory) as merged,
+        merge_of(base_directory, directory, trust_remote_code=base.trust_remote_code) as merged,
     ):
         check.finish(_silent)
         merge = merged.merge
-        changes = tuple(_change(merge, name) for name in merge.infos if name in merge.changed)
-        used = {name for change in changes for name in change.adapter_tensors}
+        merge.check()
+        targeted = [name for name in merge.infos if name in merge.changed]
+        changes = tuple(_change(merge, name) for name in targeted if name not in merge.untrained)
+        used = {name for tensor in targeted for name in merge.sources(tensor)}
         return MergePlan(
             customized=customized.name,
             base=customized.base,
             changes=changes,
             unused_adapter_tensors=tuple(n for n in merged.adapter.tensors if n not in used),
+            untrained=tuple(name for name in targeted if name in merge.untrained),
             tensors=len(merge.infos),
             size=sum(info.size for info in merge.infos.values()),
             memory=_memory(merged),
@@ -152,14 +160,18 @@ def plan_merge(shelf: Shelf, base: BaseModel, customized: CustomizedModel) -> Me
 
 def _plan_copy(shelf: Shelf, base: BaseModel, customized: CustomizedModel) -> MergePlan:
     """The plan for a full model, which takes what it lacks from its base."""
-    with shelf.opened(base) as base_directory, shelf.opened(customized) as directory:
-        completed = completed_checkpoint(base_directory, directory)
+    with (
+        shelf.opened(base) as base_directory,
+        shelf.opened(customized) as directory,
+        completed_checkpoint(base_directory, directory) as completed,
+    ):
         merge, files = completed.merge, completed.source.files.items()
         return MergePlan(
             customized=customized.name,
             base=customized.base,
             changes=(),
             unused_adapter_tensors=(),
+            untrained=(),
             tensors=len(merge.infos),
             size=sum(info.size for info in merge.infos.values()),
             memory=min(parallel_files(), len(merge.shards)) * _BUFFERS,

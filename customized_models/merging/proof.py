@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from attrs import evolve
 
-from ..adapters.intake import Adapter
 from ..errors import IntegrityError, MergeError, NotReproducible, listed, shown
 from ..files.digests import hash_file
 from ..files.manifest import Manifest
@@ -17,7 +16,6 @@ from ..files.reading import opened, read_at
 from ..files.safetensors import Checkpoint, TensorInfo, tensor_bytes
 from ..models import BaseModel, CompleteModel, CustomizedModel, Progress
 from ..sources import CompletedSource, MergedSource, proven_merge
-from . import open_merge
 from .writing import checkpoint_digests
 
 if TYPE_CHECKING:
@@ -58,7 +56,7 @@ def prove(merged: CompletedSource, directory: Path, seed: str, progress: Progres
     """
     base, merge = Checkpoint.open(merged.layout.directory), merged.merge
     if isinstance(merged, MergedSource) and merged.merge.adapter_in_memory:
-        merge = open_merge(base, Adapter.open(merged.adapter.directory))
+        merge = merged.open_again()
     written = Checkpoint.open(directory)
     draw = random.Random(seed)
     names = _one_of_each_shape(merge, draw)[:SAMPLES]

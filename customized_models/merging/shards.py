@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from ..errors import MergeError, shown
 from ..files.checking import FileCheck
 from ..files.reading import opened
-from ..files.safetensors import Checkpoint, TensorInfo, TensorSource, dtype_name, tensor_bytes
+from ..files.safetensors import (
+    Checkpoint,
+    TensorInfo,
+    TensorSource,
+    dtype_name,
+    header_bytes,
+    tensor_bytes,
+)
 from ..files.streams import FileReader, Sink, copy_range
 
 if TYPE_CHECKING:
@@ -68,7 +74,8 @@ def stream_shard(
     """
     infos = [source.infos[name] for name in source.shards[file]]
     if file not in layout.shards:
-        sink.write(_header(file, infos, layout))
+        first, *_ = layout.shards.values()
+        sink.write(header_bytes(infos, first.metadata))
         for info in infos:
             _stream_elsewhere(info, source, layout, changed, sink, told)
         return
@@ -98,20 +105,7 @@ def _stream_header(
     if before == [(info.name, info.dtype, info.shape) for info in infos]:
         reader.copy_to(sink, old.data_start)
     else:
-        sink.write(_header(file, infos, layout))
-
-
-def _header(file: str, infos: list[TensorInfo], layout: Checkpoint) -> bytes:
-    """A safetensors header: its length in eight bytes, and JSON, padded to a multiple of eight."""
-    old = layout.shards.get(file, next(iter(layout.shards.values())))
-    document: dict[str, Any] = {"__metadata__": dict(old.metadata)} if old.metadata else {}
-    position = 0
-    for info in infos:
-        offsets = [position, position := position + info.size]
-        document[info.name] = {"dtype": info.dtype, "shape": info.shape, "data_offsets": offsets}
-    raw = json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode()
-    raw += b" " * (-len(raw) % 8)
-    return len(raw).to_bytes(8, "little") + raw
+        sink.write(header_bytes(infos, old.metadata))
 
 
 def _stream_elsewhere(

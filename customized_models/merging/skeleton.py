@@ -5,14 +5,12 @@ This module is only imported when a merge is prepared.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-import transformers
 from attrs import field, frozen
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..adapters.intake import Adapter
 from ..errors import (
@@ -27,20 +25,9 @@ from ..files.safetensors import FLOATS, INDEX, Checkpoint
 from .adapter_sizes import embedding_weights, has_new_head, label_count, resized_vocabulary
 from .base_formats import HINT
 from .conversion import Conversion, Conversions
+from .model_choice import choose_model, load_config
 from .private_apis import private
 from .quantized_bases import describe_base, quantized_conversions, take_quantizer
-
-_CLASSES = {
-    "CAUSAL_LM": ("AutoModelForCausalLM", "AutoModelForImageTextToText"),
-    "SEQ_2_SEQ_LM": ("AutoModelForSeq2SeqLM", "AutoModelForSpeechSeq2Seq"),
-    "SEQ_CLS": ("AutoModelForSequenceClassification",),
-    "TOKEN_CLS": ("AutoModelForTokenClassification",),
-    "QUESTION_ANS": ("AutoModelForQuestionAnswering",),
-    "FEATURE_EXTRACTION": ("AutoModel",),
-}
-"""The transformers classes that may load the base, by PEFT's task type.
-
-The first that knows the base's configuration does, unless that names another one's architecture."""
 
 
 @frozen
@@ -122,7 +109,9 @@ class Skeleton:
         return values[self.tied.get(parameter, parameter)]
 
 
-def build_skeleton(base: Checkpoint, adapter: Adapter) -> Skeleton:
+def build_skeleton(
+    base: Checkpoint, adapter: Adapter, *, trust_remote_code: bool = False
+) -> Skeleton:
     """The model that `from_pretrained(base, dtype="auto")` gives, without values.
 
     If `adapter` comes with embeddings of another number of rows, or with a head for other labels,
@@ -131,18 +120,15 @@ def build_skeleton(base: Checkpoint, adapter: Adapter) -> Skeleton:
     Raises:
         UnsupportedArchitectureError: transformers has no class for the base and the adapter's task.
     """
+    trust = trust_remote_code
     try:
-        config = AutoConfig.from_pretrained(
-            base.directory, local_files_only=True, trust_remote_code=False
-        )
+        config = load_config(base.directory, trust_remote_code=trust)
         quantizer = take_quantizer(config)
         dtype = _dtype(config, base, quantizer)
-        build = _model_class(config, adapter)
-        model = _empty_model(build, config, dtype)
-        vocabulary, changes = _adjust(config, adapter, model)
-        if changes:
-            model = _empty_model(build, config, dtype)
-        untouched = _empty_model(build, config, dtype)
+        build, empty = choose_model(config, adapter, dtype, base.directory, trust_remote_code=trust)
+        vocabulary, changes = _adjust(config, adapter, empty)
+        model = build(config, dtype) if changes else empty
+        untouched = build(config, dtype)
     except CustomizedModelsError:
         raise
     except Exception as error:  # its classes raise of all kinds at a config that they do not like
@@ -187,52 +173,6 @@ def _adjust(
     if has_new_head(model) and config.architectures != [type(model).__name__]:
         changes["architectures"] = [type(model).__name__]
     return vocabulary, changes
-
-
-def _model_class(config: Any, adapter: Adapter) -> Any:
-    """The transformers class with a `from_config` that makes the model the adapter was made on."""
-    task = adapter.config.get("task_type")
-    names = _CLASSES[task] if task else [name for names in _CLASSES.values() for name in names]
-    made_on = (adapter.config.get("auto_mapping") or {}).get("base_model_class")
-    wanted = [made_on, *(config.architectures or ())] if task is None else config.architectures
-    classes = {name: getattr(transformers, name) for name in names}
-    known = {n: c._model_mapping[type(config)] for n, c in classes.items() if _knows(c, config)}
-    for architecture in wanted or ():
-        for name, model_class in known.items():
-            if model_class.__name__ == architecture:
-                return classes[name]
-    if not known:
-        raise ValueError(f"no {' or '.join(names)} for a {type(config).__name__}")
-    return classes[next(iter(known))]
-
-
-def _knows(auto_class: Any, config: Any) -> bool:
-    return type(config) in auto_class._model_mapping
-
-
-def _empty_model(build: Any, config: Any, dtype: torch.dtype) -> PreTrainedModel:
-    with torch.random.fork_rng(devices=[]), torch.device("meta"), without_initialization():
-        return build.from_config(  # type: ignore[no-any-return]
-            config, dtype=dtype, attn_implementation="eager", trust_remote_code=False
-        )
-
-
-@contextmanager
-def without_initialization() -> Iterator[None]:
-    """Within the `with` block, layers are made without drawing numbers for their parameters.
-
-    For layers without memory: it takes a third of the time of making them.
-    """
-    init: Any = torch.nn.init
-    names = [name for name in vars(init) if name.endswith("_") and not name.startswith("_")]
-    before = {name: getattr(init, name) for name in names}
-    try:
-        for name in names:
-            setattr(init, name, lambda tensor, *arguments, **named: tensor)
-        yield
-    finally:
-        for name, function in before.items():
-            setattr(init, name, function)
 
 
 def _dtypes(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:

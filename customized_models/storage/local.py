@@ -14,7 +14,13 @@ from typing import BinaryIO, cast
 
 from .. import arguments
 from ..errors import InvalidNameError, NotFoundError, shown
-from ..files.writing import disk_errors, fsync, make_directories, rename_without_replacing
+from ..files.writing import (
+    disk_errors,
+    fsync,
+    make_directories,
+    rename_without_replacing,
+    write_file,
+)
 from .protocol import checked_key
 
 _STAGING_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}", re.ASCII)
@@ -84,6 +90,19 @@ class LocalStorage:
             raise NotFoundError(f"{shown(key)} has no file {shown(file)}")
         with disk_errors(f"{shown(file)} of {shown(key)} cannot be read"):
             return cast(BinaryIO, path.open("rb"))
+
+    def rewrite(self, key: str, file: str, data: bytes) -> None:
+        """See `Storage.rewrite`: written beside, fsync, rename, fsync of the directory."""
+        self.open(key, file).close()
+        target = self.local_path(key) / file
+        with (
+            self.staging(f"rewrite-{uuid.uuid4().hex}") as directory,
+            disk_errors(f"{shown(file)} of {shown(key)} cannot be replaced"),
+        ):
+            write_file(directory / "new", data)
+            (directory / "new").chmod(0o644)
+            os.replace(directory / "new", target)
+            fsync(target.parent)
 
     def delete(self, key: str) -> None:
         """See `Storage.delete`: renamed into the trash, then removed."""

@@ -14,9 +14,9 @@ _KEY = re.compile(r"[a-z]+/[A-Za-z0-9][A-Za-z0-9._-]{0,199}", re.ASCII)
 
 
 class Storage(Protocol):
-    """Immutable directories under keys such as `customized/<name>`.
+    """Directories under keys such as `customized/<name>`, whose weights never change.
 
-    To add one, write these six methods and run `customized_models.testing.StorageContract`
+    To add one, write these seven methods and run `customized_models.testing.StorageContract`
     against them. Jobs run in processes of their own, so a storage must pickle to one that sees
     the same keys.
 
@@ -47,6 +47,16 @@ class Storage(Protocol):
 
     def open(self, key: str, file: str) -> BinaryIO:
         """One file of a stored directory, seekable; `file` is its path there, with `/`.
+
+        Raises:
+            NotFoundError: No such key or file.
+        """
+
+    def rewrite(self, key: str, file: str, data: bytes) -> None:
+        """Replace one small file of a stored directory, durably, all of it or nothing.
+
+        For a model's card, to which evaluations are added. Whoever has checked the directory out
+        may see the old file or the new one.
 
         Raises:
             NotFoundError: No such key or file.

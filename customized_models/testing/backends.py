@@ -310,7 +310,7 @@ class PromotingContract(BackendContract):
         plan = backend.preflight(other_artifact, _NAME, backend.options())
         served = backend.push(plan, _ignore)
         yield served
-        backend.undeploy(served)
+        backend.undeploy(attrs.evolve(served, name=_NAME))  # a test may have promoted it
 
     def test_a_version_does_not_answer_to_the_served_name_before_it_is_promoted(
         self, backend: Backend, promoting: Promoting, pushed: Served

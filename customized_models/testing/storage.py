@@ -71,6 +71,14 @@ class MemoryStorage:
             raise NotFoundError(f"{shown(key)} has no file {shown(file)}")
         return io.BytesIO(files[file])
 
+    def rewrite(self, key: str, file: str, data: bytes) -> None:
+        """See `Storage.rewrite`."""
+        with self._lock:
+            files = self._directories.get(key, {})
+            if file not in files:
+                raise NotFoundError(f"{shown(key)} has no file {shown(file)}")
+            self._directories[key] = {**files, file: data}
+
     def delete(self, key: str) -> None:
         """See `Storage.delete`."""
         _check(key)
@@ -136,6 +144,10 @@ class CopyingStorage:
         """See `Storage.open`."""
         return self._storage.open(key, file)
 
+    def rewrite(self, key: str, file: str, data: bytes) -> None:
+        """See `Storage.rewrite`."""
+        self._storage.rewrite(key, file, data)
+
     def delete(self, key: str) -> None:
         """See `Storage.delete`."""
         self._storage.delete(key)
@@ -187,6 +199,26 @@ class StorageContract:
 
         with ThreadPoolExecutor(8) as pool:
             assert sum(pool.map(publish, range(16))) == 1
+
+    def test_one_file_of_a_published_directory_is_replaced(self, storage: Storage) -> None:
+        publish_files(storage, "customized/a", weights=b"123", card=b"old")
+
+        storage.rewrite("customized/a", "card", b"new and longer")
+
+        with storage.checkout("customized/a") as directory:
+            found = {path.name: path.read_bytes() for path in directory.iterdir()}
+        assert found == {"weights": b"123", "card": b"new and longer"}
+        assert list(storage.keys()) == ["customized/a"]
+
+    @pytest.mark.parametrize("key", ["customized/a", "customized/b"])
+    def test_nothing_is_added_by_replacing(self, storage: Storage, key: str) -> None:
+        publish_files(storage, "customized/a", weights=b"123")
+
+        with pytest.raises(NotFoundError):
+            storage.rewrite(key, "card", b"new")
+
+        with storage.checkout("customized/a") as directory:
+            assert [path.name for path in directory.iterdir()] == ["weights"]
 
     def test_what_is_staged_is_not_visible(self, storage: Storage) -> None:
         with storage.staging("contract") as directory:
@@ -313,6 +345,15 @@ class StorageContract:
                 with artifact.adapter() as beside:
                     assert (beside.adapter / "adapter_model.safetensors").is_file()
                     assert (beside.base / "config.json").is_file()
+
+    def test_an_evaluation_is_added_to_what_is_stored(
+        self, registered: tuple[ModelRegistry, CustomizedModel]
+    ) -> None:
+        registry, model = registered
+        changed = registry.add_evaluation(model, {"eval_accuracy": 0.5})
+        registry.verify(changed)
+        with registry.checkout(changed) as directory:
+            assert "eval_accuracy" in (directory / "README.md").read_text()
 
     def test_a_slow_publish_keeps_nobody_from_the_registry(
         self, storage: Storage, registered: tuple[ModelRegistry, CustomizedModel], tmp_path: Path

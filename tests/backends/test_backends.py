@@ -96,7 +96,7 @@ def test_a_backend_is_built_from_its_environment_and_sends_nothing() -> None:
 
 
 def test_an_unknown_backend_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(InvalidOptionError, match="known are llama_cpp, ollama"):
+    with pytest.raises(InvalidOptionError, match="known are llama_cpp, llama_server, ollama, vllm"):
         open_backend(DeploymentEnvironment("a", "olama"))
 
 
@@ -114,7 +114,7 @@ def test_an_installed_package_adds_a_backend_by_its_entry_point(
     environment = DeploymentEnvironment("a", "mine")
 
     assert vars(open_backend(environment)) == {"seen": environment}
-    with pytest.raises(InvalidOptionError, match="known are llama_cpp, mine, ollama"):
+    with pytest.raises(InvalidOptionError, match="known are llama_cpp, llama_server, mine, ollama"):
         open_backend(DeploymentEnvironment("a", "yours"))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import attrs
 import pytest
 
-from customized_models.backends import Backend, open_backend
+from customized_models.backends import Backend, Promoting, open_backend
 from customized_models.backends.ollama import OllamaOptions
 from customized_models.errors import (
     DeploymentError,
@@ -65,7 +66,7 @@ SHORT_FAULTS = [
 ]
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(20, func_only=True)
 @pytest.mark.parametrize(("fault", "expected"), SHORT_FAULTS)
 @pytest.mark.parametrize("path", ["/api/version", "/api/tags"])
 def test_whatever_a_server_answers_becomes_our_error_in_time(
@@ -80,14 +81,14 @@ def test_whatever_a_server_answers_becomes_our_error_in_time(
     caplog.set_level(logging.DEBUG)
     server.faults["GET", path] = fault
     with pytest.raises(expected) as caught:
-        failing.preflight(artifact, "new", OllamaOptions())
+        refused_if_taken(failing, artifact, "new")
 
     assert_fit_to_print(caught.value)
     assert TOKEN not in caplog.text
     assert not [path for _, path, _ in server.seen if "stolen" in path]
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(20, func_only=True)
 @pytest.mark.parametrize("fault", [fault for fault, _ in SHORT_FAULTS])
 def test_status_is_unreachable_whatever_the_server_answers(
     server: StandIn, failing: Backend, artifact: FileArtifact, fault: Fault
@@ -97,7 +98,7 @@ def test_status_is_unreachable_whatever_the_server_answers(
     assert failing.status(served) is Status.UNREACHABLE
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(20, func_only=True)
 @pytest.mark.parametrize(
     "fault",
     [faults.silence, faults.cut, faults.too_large, faults.angry, faults.redirect, faults.no_http],
@@ -117,7 +118,7 @@ def test_an_upload_that_fails_leaves_nothing(
     assert "/api/create" not in [path for _, path, _ in server.seen]
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(20, func_only=True)
 @pytest.mark.parametrize("created", [False, True])
 @pytest.mark.parametrize(
     "fault",
@@ -130,7 +131,9 @@ def test_a_creation_that_fails_leaves_nothing(
     server: StandIn, failing: Backend, artifact: FileArtifact, fault: Fault, created: bool
 ) -> None:
     def creating_first(handler: faults.Handler) -> None:
-        server.models["new"] = {"files": {"model.gguf": "sha256:" + "0" * 64}}
+        # The fault may read the body; what is asked for is at its beginning.
+        (name,) = re.findall(rb'"model": "(new:[^"]+)"', handler.rfile.peek())
+        server.put(name.decode(), {"files": {"model.gguf": "sha256:" + "0" * 64}})
         fault(handler)
 
     server.faults["POST", "/api/create"] = creating_first if created else fault
@@ -154,7 +157,7 @@ def test_a_server_that_shows_something_else_than_it_was_given_is_not_believed(
 ) -> None:
     def creating(handler: faults.Handler) -> None:
         asked = json.loads(handler.body())
-        server.models[asked["model"]] = {**asked, **other}
+        server.put(asked["model"], {**asked, **other})
         handler.lines({"status": "success"})
 
     server.faults["POST", "/api/create"] = creating
@@ -170,13 +173,13 @@ def test_what_could_not_be_withdrawn_is_named(
     server.faults["DELETE", "/api/delete"] = faults.angry
     with pytest.raises(ServerAnswerError) as caught:
         pushed(failing, artifact, "new")
-    assert "'new' may be left" in caught.value.__notes__[0]
+    assert re.match("'new:cm-[0-9a-f]+' may be left", caught.value.__notes__[0])
     assert_fit_to_print(caught.value)
 
 
 @pytest.mark.parametrize(
     ("version", "expected"),
-    [("0.5.4", UnsupportedVersionError), ("0.0.0", UnsupportedVersionError),
+    [("0.5.4", UnsupportedVersionError), ("0.0.1", UnsupportedVersionError),
      ("new", ServerAnswerError), ("", ServerAnswerError)],
 )  # fmt: skip
 def test_a_server_that_is_too_old_or_of_no_version_is_refused(
@@ -191,7 +194,7 @@ def test_a_server_that_is_too_old_or_of_no_version_is_refused(
         failing.preflight(artifact, "new", OllamaOptions())
 
 
-@pytest.mark.parametrize("version", ["0.5.5", "0.11.4-rc1", "0.34.1", "1.0.0"])
+@pytest.mark.parametrize("version", ["0.5.5", "0.11.4-rc1", "0.34.1", "1.0.0", "0.0.0"])
 def test_every_version_since_uploaded_files_is_served(
     server: StandIn, failing: Backend, artifact: FileArtifact, version: str
 ) -> None:
@@ -217,6 +220,13 @@ def test_a_host_name_that_is_none_is_unreachable(artifact: FileArtifact) -> None
         backend = open_backend(DeploymentEnvironment("a", "ollama", address, 1))
         with pytest.raises(ServerUnreachableError):
             backend.preflight(artifact, "new", OllamaOptions())
+
+
+def refused_if_taken(backend: Backend, artifact: FileArtifact, name: str) -> None:
+    """All that is asked of a server before anything is sent."""
+    backend.preflight(artifact, name, OllamaOptions())
+    assert isinstance(backend, Promoting)
+    backend.refuse_taken(name, [])
 
 
 def assert_fit_to_print(error: BaseException) -> None:

@@ -137,19 +137,26 @@ def test_a_license_is_one_word_of_a_sound_header(
     assert read_base_card(base, Checkpoint.open(base)).license == license
 
 
-def test_a_base_without_an_architecture_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("architectures", [None, [], "absent"])
+def test_a_base_without_an_architecture_is_of_its_type(
+    architectures: object, tmp_path: Path
+) -> None:
     base = tiny_llama(tmp_path / "base", tokenizer=False)
     config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps(config | {"architectures": []}))
+    del config["architectures"]
+    stated = {} if architectures == "absent" else {"architectures": architectures}
+    (base / "config.json").write_text(json.dumps(config | stated))
+    assert read_base_card(base, Checkpoint.open(base)).architecture == "llama"
 
-    with pytest.raises(MalformedError, match="does not name an architecture"):
+    (base / "config.json").write_text("{}")
+    with pytest.raises(MalformedError, match="neither architectures nor a model_type"):
         read_base_card(base, Checkpoint.open(base))
 
 
 # Finished trainings
 
 STATE = """{"global_step": 6, "epoch": 1.5, "max_steps": 6, "num_train_epochs": 2,
- "best_metric": NaN, "best_model_checkpoint": "/home/someone/run/checkpoint-4", "log_history": [
+ "best_metric": NaN, "best_model_checkpoint": "/home/someone/run/checkpoint-6", "log_history": [
  {"step": 2, "epoch": 0.5, "loss": 3.0, "grad_norm": Infinity, "learning_rate": 0.1},
  {"step": 4, "epoch": 1.0, "loss": 2.0},
  {"step": 4, "epoch": 1.0, "eval_loss": 2.5, "eval_accuracy": 0.5, "eval_runtime": 3.0},
@@ -163,9 +170,7 @@ def test_a_finished_directory_tells_its_training(tmp_path: Path) -> None:
     (tmp_path / "all_results.json").write_text('{"eval_loss": 2.0, "eval_f1": 0.25, "epoch": 2.0}')
     (tmp_path / "README.md").write_text("---\ndatasets: [org/data, own, ../etc]\n---\n")
 
-    card = training_facts(
-        tmp_path, peft_settings({"peft_type": "LORA", "r": 4, "use_rslora": True})
-    )
+    card = training_facts(tmp_path, {"peft_type": "LORA", "r": 4, "use_rslora": True})
 
     assert card.training == TrainingConfiguration(
         peft={"method": "LoRA, rsLoRA", "peft_type": "LORA", "r": 4, "use_rslora": True},
@@ -184,16 +189,13 @@ def test_a_finished_directory_tells_its_training(tmp_path: Path) -> None:
 
 
 def test_a_directory_that_says_nothing_has_an_empty_evaluation(tmp_path: Path) -> None:
-    card = training_facts(tmp_path, peft_settings({"peft_type": "IA3"}))
+    card = training_facts(tmp_path, {"peft_type": "IA3"})
     assert card == ModelCard(TrainingConfiguration({"method": "IA3", "peft_type": "IA3"}))
 
 
 def test_a_pickle_beside_the_adapter_is_never_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "training_args.bin")  # opening it would block for ever
-    assert (
-        training_facts(tmp_path, peft_settings({"peft_type": "LORA"})).evaluation
-        == EvaluationSummary()
-    )
+    assert training_facts(tmp_path, {"peft_type": "LORA"}).evaluation == EvaluationSummary()
 
 
 @pytest.mark.parametrize("text", ["", "[1]", '{"a": ', "[" * 100_000, '{"a": "\\ud800"}\xff'])
@@ -295,6 +297,28 @@ def test_a_card_is_read_back_as_it_was_rendered(card: ModelCard) -> None:
 def test_the_hub_reads_the_same_header(card: ModelCard) -> None:
     readme = render_customized(customized(card), BASE)
     assert HubCard(readme).data.to_dict() == readme_header(readme)
+
+
+def test_the_hub_reads_what_was_measured() -> None:
+    card = ModelCard(
+        TrainingConfiguration(peft={"task_type": "SEQ_CLS"}),
+        EvaluationSummary(metrics={"eval_f1": 0.5, "mmlu": 0.25, "train_loss": 2.0}),
+    )
+    for model, readme in (
+        (customized(card), render_customized(customized(card), BASE)),
+        (complete(card), render_complete(complete(card), BASE)),
+    ):
+        data = HubCard(readme).data
+        assert data.model_name == model.name
+        assert [(r.task_type, r.metric_type, r.metric_value) for r in data.eval_results] == [
+            ("text-classification", "f1", 0.5),
+            ("text-classification", "mmlu", 0.25),
+        ]
+
+
+def test_what_was_not_evaluated_has_no_results_for_the_hub() -> None:
+    card = ModelCard(evaluation=EvaluationSummary(metrics={"train_loss": 2.0}))
+    assert HubCard(render_customized(customized(card), BASE)).data.eval_results is None
 
 
 def test_numbers_that_are_not_finite_are_not_stored() -> None:

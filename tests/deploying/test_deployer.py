@@ -31,14 +31,21 @@ from customized_models import (
     UnsupportedArchitectureError,
     UnsupportedQuantizationError,
 )
+from customized_models.deploying.templates.proposing import propose_deployment_template
 from customized_models.testing import tiny_llama, tiny_lora
 
-TEMPLATE = DeploymentTemplate("{{ .Prompt }}", stop=("<|im_end|>",))
+
+@pytest.fixture(scope="module")
+def template(tiny_base: Path) -> DeploymentTemplate:
+    files = {path.name: path for path in tiny_base.iterdir()}
+    return propose_deployment_template(files).template
 
 
 @pytest.fixture
-def customized(registry: ModelRegistry, tiny_adapter: Path) -> CustomizedModel:
-    registry.set_deployment_template("llama-tiny", TEMPLATE)
+def customized(
+    registry: ModelRegistry, tiny_adapter: Path, template: DeploymentTemplate
+) -> CustomizedModel:
+    registry.set_deployment_template("llama-tiny", template)
     return registry.register(tiny_adapter, train_name="support")
 
 
@@ -70,7 +77,7 @@ def test_a_complete_model_goes_live_and_can_be_called(
 
     assert live.name == f"{complete.name}_d_{job.id.hex[:4]}_q8_0"
     assert (live.source, live.environment, live.state) == (complete.name, "here", "live")
-    assert live.template_digest == TEMPLATE.digest
+    assert live.template_digest is None  # llama.cpp renders with the file's chat template
     assert Deployer(registry).status(live) is Status.LOADED
     completion(live)
     assert list(registry.live_models()) == [live]
@@ -108,6 +115,8 @@ def test_the_same_model_makes_one_file(
     assert files[0].exists()
     completion(second)
     deployer.undeploy(second)
+    assert files[0].exists()  # for the next deployment, as long as there are few
+    registry.gc(grace_seconds=0)
     assert not files[0].exists()
 
 
@@ -277,7 +286,7 @@ def test_a_refused_deployment_sends_not_one_post(
     with pytest.raises(UnsupportedQuantizationError):
         deployer.deploy(customized, quantization="q2_K")
     with pytest.raises(InvalidOptionError):
-        deployer.deploy(customized, options=TEMPLATE)
+        deployer.deploy(customized, options=DeploymentTemplate("x"))
 
     assert [method for method, _ in counting_proxy.requests if method != "GET"] == []
 
@@ -293,7 +302,10 @@ def state_of(registry: ModelRegistry, ollama: object) -> dict[str, str]:
         if path.is_file() and path.name != "registry.db"
     }
     with sqlite3.connect(registry.root / "registry.db") as connection:
-        tables = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
+        # `litter` only says since when files of the cache have been unused.
+        tables = connection.execute(
+            "SELECT name FROM sqlite_master WHERE type = 'table' AND name != 'litter'"
+        )
         for (table,) in tables.fetchall():
             for row in connection.execute(f"SELECT * FROM {table}"):
                 state[f"row {table} {row[1]}"] = hashlib.sha256(repr(row).encode()).hexdigest()
@@ -345,8 +357,7 @@ def test_each_level_is_deleted_on_its_own(
         f"row third_party_models {offered.name}",
     }
     assert gone(before, after) == {
-        *(key for key in before if key.startswith("gguf/")),
-        *(key for key in before if key.startswith(f"tag {live.served.name}")),
+        key for key in before if key.startswith(f"tag {live.served.name}")
     }
 
     before = after

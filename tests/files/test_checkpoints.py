@@ -389,14 +389,40 @@ def test_an_index_that_leads_out_of_the_directory_is_refused(file: str, tmp_path
         Checkpoint.open(tmp_path / "model")
 
 
-def test_an_index_that_disagrees_with_its_shards_is_refused(
+def indexed(base: Checkpoint, directory: Path, change: Callable[[dict[str, str]], object]) -> None:
+    """A copy of `base` whose index has another weight map."""
+    write_checkpoint(Doubled(base, set()), base, directory, no_progress, ())
+    index = json.loads((directory / INDEX).read_text())
+    change(index["weight_map"])
+    (directory / INDEX).write_text(json.dumps(index))
+
+
+def test_a_tensor_in_a_shard_that_the_index_does_not_name_is_there(
     base: Checkpoint, tmp_path: Path
 ) -> None:
-    write_checkpoint(Doubled(base, set()), base, tmp_path, no_progress, ())
-    index = json.loads((tmp_path / INDEX).read_text())
-    del index["weight_map"]["model.norm.weight"]
-    (tmp_path / INDEX).write_text(json.dumps(index))
-    with pytest.raises(MalformedError, match=r"model\.norm\.weight"):
+    indexed(base, tmp_path, lambda weights: weights.pop("model.norm.weight"))
+    assert Checkpoint.open(tmp_path).infos == base.infos
+
+
+def test_a_tensor_is_where_the_shards_have_it_whatever_the_index_says(
+    base: Checkpoint, tmp_path: Path
+) -> None:
+    def exchange(weights: dict[str, str]) -> None:
+        weights.update(zip([*weights], [*weights.values()][::-1], strict=True))
+
+    indexed(base, tmp_path, exchange)
+    assert Checkpoint.open(tmp_path).infos == base.infos
+
+
+def test_an_index_that_names_what_no_shard_has_is_refused(base: Checkpoint, tmp_path: Path) -> None:
+    indexed(base, tmp_path, lambda weights: weights.update({"lost": next(iter(weights.values()))}))
+    with pytest.raises(MalformedError, match="lost"):
+        Checkpoint.open(tmp_path)
+
+
+def test_pickled_weights_are_named_with_the_way_out(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(MalformedError, match="convert_pickle"):
         Checkpoint.open(tmp_path)
 
 

@@ -208,7 +208,9 @@ def test_what_cannot_be_merged_exactly_is_refused_by_name(
 ) -> None:
     adapter = tiny_lora(tmp_path / "adapter", tiny_base)
     config = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps(config | {"of_tomorrow": True}))
+    (adapter / "adapter_config.json").write_text(
+        json.dumps(config | {"of_tomorrow": True, "peft_version": "99.0.0"})
+    )
     customized = registry.register(adapter, train_name="new")
 
     with pytest.raises(UnsupportedAdapterError, match="of_tomorrow"):

@@ -6,23 +6,33 @@ import json
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import pytest
+import torch
 from attrs import evolve
 from safetensors.torch import load_file, save_file
 
-from customized_models import (
+from customized_models import CustomizedModel, Merger, ModelRegistry
+from customized_models.errors import (
+    BaseModelMismatch,
     BaseModelMissingError,
-    CustomizedModel,
+    CustomizedModelsError,
     JobFailed,
-    Merger,
-    ModelRegistry,
+    MalformedError,
+    NonFiniteError,
     NotFoundError,
+    UnchangedTargetsError,
     UnmergedTensorsError,
     UnsupportedAdapterError,
+    UnsupportedArchitectureError,
+    UnsupportedBaseError,
 )
 from customized_models.testing import MemoryStorage, tiny_llama, tiny_lora
+
+Tensors: TypeAlias = dict[str, torch.Tensor]
 
 
 @pytest.fixture
@@ -83,16 +93,113 @@ def test_a_whole_module_that_was_trained_stands_under_its_own_tensor(
     assert len(sources) == 5
 
 
-def test_what_a_save_refuses_is_refused_by_the_plan(
-    registry: ModelRegistry, tiny_base: Path, tmp_path: Path
+def changed(tensors: Tensors, part: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Tensors:
+    return {n: change(t) if part in n else t for n, t in tensors.items()}
+
+
+def in_the_last_row(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    def change(tensor: torch.Tensor) -> torch.Tensor:
+        tensor = tensor.clone()
+        tensor[-1] = value
+        return tensor
+
+    return change
+
+
+def with_more(tensors: Tensors) -> Tensors:
+    """With a layer that the configuration does not name."""
+    more = {n.replace("q_proj", "v_proj"): t for n, t in tensors.items() if "q_proj.lora_A" in n}
+    return tensors | {n: t.clone() for n, t in more.items()}
+
+
+REFUSED_CONFIGURATIONS: list[tuple[dict[str, Any], type[CustomizedModelsError]]] = [
+    ({"of_tomorrow": True, "peft_version": "99.0.0"}, UnsupportedAdapterError),
+    ({"use_qalora": True}, UnsupportedAdapterError),
+    ({"alora_invocation_tokens": [1]}, UnsupportedAdapterError),
+    ({"layer_replication": [[0, 2]]}, UnsupportedAdapterError),
+    ({"init_lora_weights": "pissa_niter_4"}, UnsupportedAdapterError),
+    ({"init_lora_weights": "corda"}, UnsupportedAdapterError),
+    ({"task_type": "OF_TOMORROW"}, UnsupportedAdapterError),
+    ({"bias": "some"}, UnsupportedAdapterError),
+    ({"target_modules": ["q_proj"]}, UnmergedTensorsError),
+    ({"target_modules": ["q_proj", "down_proj", "k_proj"]}, UnmergedTensorsError),
+    ({"modules_to_save": ["lm_head"]}, UnmergedTensorsError),
+    ({"use_dora": True}, UnmergedTensorsError),
+    ({"r": 5}, MalformedError),
+    ({"lora_alpha": 1e30}, NonFiniteError),
+    ({"lora_alpha": 1e-30}, UnchangedTargetsError),
+]
+REFUSED_WEIGHTS: list[tuple[str, Callable[[Tensors], Tensors], type[CustomizedModelsError]]] = [
+    ("more", with_more, UnmergedTensorsError),
+    ("fewer", lambda t: dict([*t.items()][2:]), UnmergedTensorsError),
+    ("all zero", lambda t: changed(t, "lora_B", torch.zeros_like), UnchangedTargetsError),
+    ("lost", lambda t: changed(t, "layers.1.mlp", lambda x: x * 1e-20), UnchangedTargetsError),
+    ("infinite", lambda t: changed(t, "lora_B", in_the_last_row(float("inf"))), NonFiniteError),
+    ("too large", lambda t: changed(t, "lora_B", in_the_last_row(1e38)), NonFiniteError),
+    ("no numbers", lambda t: changed(t, "lora_A", in_the_last_row(float("nan"))), NonFiniteError),
+]
+REFUSED_BASES: list[tuple[dict[str, Any], type[CustomizedModelsError]]] = [
+    ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, UnsupportedBaseError),
+    ({"model_type": "of_tomorrow"}, UnsupportedArchitectureError),
+    ({"num_hidden_layers": 3}, BaseModelMismatch),
+    ({"intermediate_size": 112}, BaseModelMismatch),
+]
+
+
+def assert_refused_alike(
+    registry: ModelRegistry, customized: CustomizedModel, error: type[CustomizedModelsError]
+) -> None:
+    """By the plan and by the save, in the same words; nothing is published."""
+    merger = Merger(registry)
+    with pytest.raises(error) as planned:
+        merger.plan(customized)
+    with pytest.raises(error) as saved:
+        merger.save(customized).result(progress=False)
+    assert (type(planned.value), str(planned.value)) == (type(saved.value), str(saved.value))
+    assert list(registry.complete_models()) == []
+
+
+@pytest.mark.parametrize(("values", "error"), REFUSED_CONFIGURATIONS, ids=lambda value: str(value))
+def test_plan_and_save_refuse_the_same_configurations(
+    values: dict[str, Any],
+    error: type[CustomizedModelsError],
+    registry: ModelRegistry,
+    tiny_base: Path,
+    tmp_path: Path,
 ) -> None:
     adapter = tiny_lora(tmp_path / "adapter", tiny_base)
     config = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps(config | {"of_tomorrow": True}))
-    customized = registry.register(adapter, train_name="new")
+    (adapter / "adapter_config.json").write_text(json.dumps(config | values))
+    assert_refused_alike(registry, registry.register(adapter, train_name="new"), error)
 
-    with pytest.raises(UnsupportedAdapterError, match="of_tomorrow"):
-        Merger(registry).plan(customized)
+
+@pytest.mark.parametrize(("name", "change", "error"), REFUSED_WEIGHTS, ids=lambda value: str(value))
+def test_plan_and_save_refuse_the_same_weights(
+    name: str,
+    change: Callable[[Tensors], Tensors],
+    error: type[CustomizedModelsError],
+    registry: ModelRegistry,
+    tiny_base: Path,
+    tmp_path: Path,
+) -> None:
+    adapter = tiny_lora(tmp_path / "adapter", tiny_base)
+    weights = adapter / "adapter_model.safetensors"
+    save_file(change(load_file(weights)), weights)
+    assert_refused_alike(registry, registry.register(adapter, train_name="new"), error)
+
+
+@pytest.mark.parametrize(("values", "error"), REFUSED_BASES, ids=lambda value: str(value))
+def test_plan_and_save_refuse_the_same_bases(
+    values: dict[str, Any], error: type[CustomizedModelsError], tmp_path: Path
+) -> None:
+    base = tiny_llama(tmp_path / "base")
+    adapter = tiny_lora(tmp_path / "adapter", base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | values))
+    registry = ModelRegistry(tmp_path / "models")
+    registry.add_base_model("other", base)
+    customized = registry.register(adapter, train_name="new", base_model="other")
+    assert_refused_alike(registry, customized, error)
 
 
 def test_adapter_tensors_that_nothing_calls_for_are_all_named(

@@ -40,6 +40,8 @@ class FileArtifact:
     files: tuple[GGUFFile, GGUFFile]
     name: str = "tiny_support_20260101_0123_d_abcd_no_quantization"
     architecture: str = "LlamaForCausalLM"
+    base: str = "llama-tiny"
+    adapter_config: None = None
     quantization: Quantization = "no_quantization"
     template: DeploymentTemplate | None = TEMPLATE
 
@@ -48,6 +50,9 @@ class FileArtifact:
 
     def gguf(self, progress: Progress, *, chat_template: bool) -> GGUFFile:
         return self.files[chat_template]
+
+    def base_gguf(self, progress: Progress, *, chat_template: bool) -> GGUFFile:
+        raise AssertionError("it has no base")
 
     def directory(self) -> AbstractContextManager[Path]:
         raise AssertionError("it has no directory")

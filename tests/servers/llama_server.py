@@ -24,14 +24,15 @@ def llama_server(file: Path, log: Path) -> Iterator[str]:
         process = subprocess.Popen(command, stdout=output, stderr=output)
     try:
         url = f"http://127.0.0.1:{port}"
-        _wait(process, url, log)
+        wait_for_health(process, url, log)
         yield url
     finally:
         process.kill()
         process.wait()
 
 
-def _wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+def wait_for_health(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    """Wait until a server that was just started answers."""
     end = time.monotonic() + START_SECONDS
     while time.monotonic() < end and process.poll() is None:
         try:

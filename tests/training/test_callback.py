@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    EarlyStoppingCallback,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -285,20 +286,6 @@ def test_a_resumed_training_is_the_same_model(
     assert second.model.card.evaluation.log_entries == 2  # one before, one after
 
 
-def test_a_trial_that_is_pruned_is_discarded(
-    registry: ModelRegistry, make_trainer: MakeTrainer
-) -> None:
-    class Prune(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            callback.discard()
-            control.should_training_stop = True
-
-    callback = RegisterCallback(registry, train_name="support")
-    make_trainer(callback, Prune()).train()
-    assert callback.model is None
-    assert list(registry.customized_models()) == []
-
-
 def test_a_callback_registers_one_training(
     registry: ModelRegistry, make_trainer: MakeTrainer
 ) -> None:
@@ -345,6 +332,109 @@ def test_the_best_checkpoint_is_what_is_registered(
     with registry.checkout(callback.model) as directory:
         stored = load_file(directory / "adapter_model.safetensors")
     assert all(stored[name].equal(best[name]) for name in best)
+    evaluation = callback.model.card.evaluation
+    logged = {e["step"]: e for e in trainer.state.log_history if "eval_loss" in e}
+    losses = {e["step"]: e["loss"] for e in trainer.state.log_history if "loss" in e}
+    assert (evaluation.steps, evaluation.last_loss) == (1, losses[1])
+    assert evaluation.metrics == {"eval_loss": logged[1]["eval_loss"]}
+    assert evaluation.best_metric == logged[1]["eval_loss"]
+
+    again = register_from_trainer(registry, trainer, train_name="again")
+    assert again is not None
+    assert again.card.evaluation == evaluation
+
+
+def test_the_files_of_a_training_tell_of_the_adapter_that_was_kept(
+    registry: ModelRegistry, make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    trainer = make_trainer(
+        max_steps=3,
+        learning_rate=0.1,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+        greater_is_better=True,
+    )
+    trainer.train()
+    trainer.save_model()
+    trainer.save_state()
+    out = tmp_path / "out"
+    logged = {e["step"]: e for e in trainer.state.log_history if "eval_loss" in e}
+
+    kept = registry.register(out, train_name="kept")
+    last = registry.register(out / "checkpoint-3", train_name="last")
+
+    for model, step in ((kept, 1), (last, 3)):
+        evaluation = model.card.evaluation
+        assert (evaluation.steps, evaluation.metrics["eval_loss"]) == (
+            step,
+            logged[step]["eval_loss"],
+        )
+
+
+def test_what_is_evaluated_later_is_added_to_the_card(
+    registry: ModelRegistry, make_trainer: MakeTrainer
+) -> None:
+    callback = RegisterCallback(registry, train_name="support")
+    trainer = make_trainer(callback, eval_strategy="steps", eval_steps=1)
+    trainer.train()
+    assert callback.model is not None
+    before = callback.model.card.evaluation.metrics
+
+    measured = trainer.evaluate(EXAMPLES[:1], metric_key_prefix="test")
+
+    after = registry.get(CustomizedModel, callback.model.name)
+    assert after == callback.model
+    assert after.card.evaluation.metrics == {**before, "test_loss": measured["test_loss"]}
+    registry.delete(after)
+    trainer.evaluate()  # which nobody is told of
+
+
+class StopAfterOne(TrainerCallback):
+    """Gives a training up after its first step, as a pruner does."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = True
+
+
+def test_a_training_that_was_given_up_is_not_registered(
+    registry: ModelRegistry, make_trainer: MakeTrainer, caplog: pytest.LogCaptureFixture
+) -> None:
+    callback = RegisterCallback(registry, train_name="pruned")
+    trainer = make_trainer(callback, StopAfterOne())
+    trainer.train()
+
+    assert callback.model is None
+    assert list(registry.customized_models()) == []
+    assert "stopped its training at step 1 of 2" in caplog.text
+    kept = register_from_trainer(registry, trainer, train_name="kept")
+    assert kept is not None
+    assert kept.card.evaluation.steps == 1
+
+
+def test_a_training_that_stopped_for_want_of_progress_is_registered(
+    registry: ModelRegistry, make_trainer: MakeTrainer
+) -> None:
+    callback = RegisterCallback(registry, train_name="early")
+    trainer = make_trainer(
+        callback,
+        EarlyStoppingCallback(early_stopping_patience=1),
+        max_steps=6,
+        learning_rate=0.1,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+        greater_is_better=True,
+    )
+    trainer.train()
+
+    assert trainer.state.global_step < 6
+    assert callback.model is not None
+    assert callback.model.card.evaluation.steps == trainer.state.best_global_step
 
 
 def test_an_adapter_of_another_name_is_registered_alike(

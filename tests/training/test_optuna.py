@@ -28,7 +28,6 @@ def test_a_sweep_registers_the_trials_that_were_not_pruned(
                 if trial.number == 1:
                     raise optuna.TrialPruned
                 if trial.number == 2:
-                    register.discard()
                     control.should_training_stop = True
 
         rank = trial.suggest_int("rank", 2, 8)

@@ -6,6 +6,6 @@ This module is only imported when a merge is prepared.
 """
 
 from .choice import choose_strategy
-from .protocol import Cost, MergeContext, ReadNext, Strategy
+from .protocol import Cost, MergeContext, ReadNext, Reference, Strategy
 
-__all__ = ["Cost", "MergeContext", "ReadNext", "Strategy", "choose_strategy"]
+__all__ = ["Cost", "MergeContext", "ReadNext", "Reference", "Strategy", "choose_strategy"]

@@ -8,7 +8,7 @@ import torch
 
 from ..groups import TensorGroup
 from .peft_module import ComputedTogether, Recomputed, Tensors, stored_infos
-from .protocol import Cost, MergeContext, ReadNext
+from .protocol import Cost, MergeContext, Reading, ReadNext
 
 
 class Dequantize:
@@ -40,6 +40,9 @@ class Dequantize:
         for conversion in self._group.conversions:
             tensors |= conversions.save(conversion, conversions.load(conversion))
         return tensors
+
+    def check(self, reading: Reading) -> None:
+        """See `Strategy`: that it can be dequantized was seen by names and shapes."""
 
     @property
     def reference(self) -> Recomputed:

@@ -16,14 +16,14 @@ from typing import Literal, TypeAlias
 import torch
 from attrs import evolve
 
-from ...errors import UnchangedTargetsError, shown
 from ...files.safetensors import torch_dtype
 from ..conversion import StackPosition
 from ..groups import TensorGroup
 from ..layers import AdaptedLayer
+from .outcome import Outcome
 from .peft_module import ComputedTogether, Recomputed, Tensors, merge_group, stored_infos
-from .protocol import Cost, MergeContext, ReadNext, UnchangedTensors
-from .rows import LoraFactors, merged_rows
+from .protocol import Cost, MergeContext, Reading, ReadNext
+from .rows import LoraFactors, MergedRows
 
 GROUP_ELEMENTS = 1 << 24
 """Of the experts that are merged at once in pairs, one pair at least: 64 megabytes in float32."""
@@ -62,7 +62,7 @@ class ExpertBlocks:
     def __init__(self, group: TensorGroup, positions: Positions, context: MergeContext) -> None:
         (planned,) = group.layers
         self._layer, self._context, self._positions = planned.adapted, context, positions
-        self._unchanged = UnchangedTensors(positions)
+        self._outcome = Outcome(positions, context.changed, may_stay=planned.may_stay)
         self._pairs = ExpertPairs(group, positions, context)
         self._verified = False
 
@@ -76,6 +76,16 @@ class ExpertBlocks:
 
         Source: `peft/tuners/lora/layer.py`, `ParamWrapper.get_delta_weight` and `merge`.
         """
+        return self._rows(tensor).blocks(read_next)
+
+    def check(self, reading: Reading) -> None:
+        """See `Strategy`."""
+        for tensor in self._positions:
+            rows = self._rows(tensor)
+            with reading(tensor) as read_next:
+                rows.check(read_next)
+
+    def _rows(self, tensor: str) -> MergedRows:
         if not self._verified:
             self._pairs.verify_positions()
             self._verified = True
@@ -88,7 +98,7 @@ class ExpertBlocks:
             rounded = workspace.block("rounded", before.shape, dtype)
             torch.add(before, rounded.copy_(factors.product(start, end, workspace)), out=after)
 
-        return merged_rows(stored, dtype, factors, add, read_next, workspace, self._unchanged)
+        return MergedRows(stored, dtype, factors, add, workspace, self._outcome)
 
     @property
     def reference(self) -> Recomputed:
@@ -112,7 +122,8 @@ class ExpertPairs:
         (planned,) = group.layers
         self._layer, self._context, self._positions = planned.adapted, context, positions
         self._parts = _split(group, positions, context) if positions else {0: group}
-        self._unchanged = UnchangedTensors(info.name for info in group.infos)
+        names = [info.name for info in group.infos]
+        self._outcome = Outcome(names, context.changed, may_stay=planned.may_stay)
         self._first_of = {i.name: first for first, p in self._parts.items() for i in p.infos}
         self._merged = {
             first: ComputedTogether((i.name for i in p.infos), partial(self._merge, first), context)
@@ -137,7 +148,12 @@ class ExpertPairs:
         """The tensors of the part whose first expert is `first`."""
         factors = _recent_factors(self._layer, self._context)
         merge = partial(_merge_in_pairs, factors, first)
-        return merge_group(self._parts[first], self._context, merge, self._unchanged)
+        return merge_group(self._parts[first], self._context, merge, self._outcome)
+
+    def check(self, reading: Reading) -> None:
+        """See `Strategy`: all of it is merged."""
+        for first in self._parts:
+            self._merge(first)
 
     def verify_positions(self) -> None:
         """See `Conversions.verify_positions`."""
@@ -290,18 +306,5 @@ def _parameters(layer: AdaptedLayer) -> Factors:
 
 
 def _recent_factors(layer: AdaptedLayer, context: MergeContext) -> Factors:
-    """The factors of all experts, read once while a thread merges two stacks, as of one layer.
-
-    Raises:
-        UnchangedTargetsError: They change no expert.
-    """
-
-    def read() -> Factors:
-        up, down = layer.factors()
-        if not (up.any() and down.any()):
-            raise UnchangedTargetsError(
-                f"the adapter leaves every expert of {shown(layer.path)} as it is in the base"
-            )
-        return up, down
-
-    return context.threads.workspace().recent(layer.wrapper_path, read)
+    """The factors of all experts, read once while a thread merges two stacks, as of one layer."""
+    return context.threads.workspace().recent(layer.wrapper_path, layer.factors)

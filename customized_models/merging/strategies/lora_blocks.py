@@ -12,8 +12,9 @@ from peft.tuners.lora import Linear
 from ...files.safetensors import TensorInfo
 from ..groups import TensorGroup
 from ..layers import AdaptedLayer
-from .protocol import Cost, MergeContext, ReadNext, UnchangedTensors
-from .rows import LoraFactors, merged_rows
+from .outcome import Outcome
+from .protocol import Cost, MergeContext, Reading, ReadNext
+from .rows import LoraFactors, MergedRows
 
 
 class LoraBlocks:
@@ -28,8 +29,9 @@ class LoraBlocks:
 
     def __init__(self, group: TensorGroup, context: MergeContext) -> None:
         """`group`: one that `for_group` accepts."""
-        (planned,), (self._info,) = group.layers, group.infos
-        self._layer, self._context = planned.adapted, context
+        (planned,), (info,) = group.layers, group.infos
+        self._layer, self._context, self._tensor = planned.adapted, context, info.name
+        self._may_stay = planned.may_stay
         (tensor,) = context.skeleton.conversion(planned.sources["weight"]).tensors
         self._stored = context.skeleton.base.infos[tensor]
         self._dtype = context.skeleton.dtypes[planned.outputs["weight"]]
@@ -55,6 +57,14 @@ class LoraBlocks:
 
         Source: `peft/tuners/lora/layer.py`, `Linear.merge`, where torch promotes the sum.
         """
+        return self._rows().blocks(read_next)
+
+    def check(self, reading: Reading) -> None:
+        """See `Strategy`."""
+        with reading(self._tensor) as read_next:
+            self._rows().check(read_next)
+
+    def _rows(self) -> MergedRows:
         workspace = self._context.threads.workspace()
         factors = _factors(self._layer)
 
@@ -62,13 +72,13 @@ class LoraBlocks:
             total = workspace.block("total", before.shape, torch.float32).copy_(before)
             after.copy_(total.add_(factors.product(start, end, workspace)))
 
-        unchanged = UnchangedTensors([tensor])
-        return merged_rows(self._stored, self._dtype, factors, add, read_next, workspace, unchanged)
+        outcome = Outcome([self._tensor], self._context.changed, may_stay=self._may_stay)
+        return MergedRows(self._stored, self._dtype, factors, add, workspace, outcome)
 
     @property
     def reference(self) -> WholeProduct:
         """PEFT's own product."""
-        return WholeProduct(self._layer, self._stored, self._dtype, self._context)
+        return WholeProduct(self._layer, self._stored, self._dtype, self._context, self._may_stay)
 
 
 class WholeProduct:
@@ -77,9 +87,15 @@ class WholeProduct:
     name = "peft_module"
 
     def __init__(
-        self, layer: AdaptedLayer, stored: TensorInfo, dtype: torch.dtype, context: MergeContext
+        self,
+        layer: AdaptedLayer,
+        stored: TensorInfo,
+        dtype: torch.dtype,
+        context: MergeContext,
+        may_stay: bool,
     ) -> None:
-        self._layer, self._stored, self._dtype, self._context = layer, stored, dtype, context
+        self._layer, self._stored, self._dtype = layer, stored, dtype
+        self._context, self._may_stay = context, may_stay
 
     @property
     def cost(self) -> Cost:
@@ -94,14 +110,10 @@ class WholeProduct:
             after.copy_(before)
             after += whole[start:end]
 
-        workspace = self._context.threads.workspace()
-        factors, unchanged = _factors(self._layer), UnchangedTensors([tensor])
-        return merged_rows(self._stored, self._dtype, factors, add, read_next, workspace, unchanged)
-
-    @property
-    def reference(self) -> WholeProduct:
-        """Itself."""
-        return self
+        workspace, factors = self._context.threads.workspace(), _factors(self._layer)
+        outcome = Outcome([tensor], self._context.changed, may_stay=self._may_stay)
+        rows = MergedRows(self._stored, self._dtype, factors, add, workspace, outcome)
+        return rows.blocks(read_next)
 
 
 def _factors(layer: AdaptedLayer) -> LoraFactors:

@@ -7,24 +7,19 @@ from typing import TypeAlias
 
 import torch
 
-from ...errors import MergeError, UnchangedTargetsError, shown
+from ...errors import MergeError, shown
 from ...files.safetensors import TensorInfo
 from ..groups import PlannedLayer, TensorGroup
 from ..layers import AdaptedLayer
-from .protocol import (
-    UNCHANGED,
-    Cost,
-    MergeContext,
-    ReadNext,
-    UnchangedTensors,
-    refuse_non_finite,
-)
+from .outcome import Outcome, refuse_non_finite
+from .protocol import Cost, MergeContext, Reading, ReadNext
 
 Tensors: TypeAlias = dict[str, torch.Tensor]
 
 MergeLayer: TypeAlias = Callable[[AdaptedLayer, Tensors], Mapping[str, torch.Tensor]]
 """Like `AdaptedLayer.merge`; it may write to the values that it is given."""
 
+_NUMBER = torch.zeros(())  # what a parameter has instead that the base lacks
 _HEAD = 4096  # elements: enough to tell nearly all changed tensors from the base's, and small
 
 
@@ -48,6 +43,10 @@ class PeftModule:
 
     def _merge(self) -> Tensors:
         return merge_group(self._group, self._context, AdaptedLayer.merge)
+
+    def check(self, reading: Reading) -> None:
+        """See `Strategy`: all of it is merged."""
+        self._merge()
 
     @property
     def reference(self) -> Recomputed:
@@ -79,20 +78,15 @@ class ComputedTogether:
 
 
 class Recomputed:
-    """A strategy that computes everything anew for each tensor, and keeps nothing."""
+    """Computes everything anew for each tensor, and keeps nothing."""
 
     def __init__(self, name: str, cost: Cost, compute: Callable[[str], Tensors]) -> None:
         """`compute`: gives a tensor of that name, and maybe others."""
         self.name, self.cost, self._compute = name, cost, compute
 
     def blocks(self, tensor: str, read_next: ReadNext) -> Iterator[torch.Tensor]:
-        """See `Strategy`."""
+        """See `Reference`."""
         yield self._compute(tensor)[tensor]
-
-    @property
-    def reference(self) -> Recomputed:
-        """Itself."""
-        return self
 
 
 def stored_infos(group: TensorGroup, context: MergeContext) -> list[TensorInfo]:
@@ -107,7 +101,7 @@ def merge_group(
     group: TensorGroup,
     context: MergeContext,
     merge: MergeLayer,
-    unchanged: UnchangedTensors | None = None,
+    outcome: Outcome | None = None,
 ) -> Tensors:
     """The merged tensors of a group: loaded by transformers, merged, and saved by transformers.
 
@@ -115,7 +109,7 @@ def merge_group(
         group: What to merge.
         context: Of the merge.
         merge: Merges one layer; it is called in PEFT's thread.
-        unchanged: Where the group is a part of a stack, told if nothing changes in it.
+        outcome: Of the stack, where the group is a part of one.
 
     Raises:
         NonFiniteError, UnchangedTargetsError, MergeError, UnsupportedArchitectureError: As
@@ -126,7 +120,7 @@ def merge_group(
     for conversion in group.conversions:
         values |= conversions.load(conversion)
     for layer in group.layers:
-        values |= _MergedLayer(group, context, layer, unchanged).merge(values, merge)
+        values |= _MergedLayer(group, context, layer, outcome).merge(values, merge)
     tensors: Tensors = {}
     for conversion in group.conversions:
         of_it = {name: values.pop(name) for name in conversion.parameters}
@@ -144,10 +138,10 @@ class _MergedLayer:
         group: TensorGroup,
         context: MergeContext,
         layer: PlannedLayer,
-        unchanged: UnchangedTensors | None,
+        outcome: Outcome | None,
     ) -> None:
         self._group, self._context, self._layer = group, context, layer
-        self._unchanged = unchanged or UnchangedTensors(())
+        self._outcome = outcome or Outcome((), context.changed, may_stay=layer.may_stay)
 
     def merge(self, loaded: Tensors, merge: MergeLayer) -> Tensors:
         """The changed parameters by their names in the model; `loaded` values may be written to."""
@@ -169,17 +163,17 @@ class _MergedLayer:
 
     def _check(self, name: str, merged: torch.Tensor, head: torch.Tensor | None) -> None:
         path, changed = self._layer.outputs[name], self._layer.adapted.changed
-        refuse_non_finite(path, merged)
+        refuse_non_finite(path, merged, lambda: self._before(name) if head is not None else _NUMBER)
         if head is None:
+            self._context.changed.set()
             return
         same = torch.equal(_head(merged), head) and torch.equal(merged, self._before(name))
         if not same and name not in changed:
             raise MergeError(f"merging changed {shown(path)}, which the adapter does not target")
         beside_weight = name.endswith("bias") and len(changed) > 1  # its gradient may have been 0
-        if not same or name not in changed or beside_weight:
-            return
-        if self._unchanged.add(info.name for info in self._group.infos):
-            raise UnchangedTargetsError(UNCHANGED.format(shown(path)))
+        if name in changed and not (same and beside_weight):
+            names = [info.name for info in self._group.infos]
+            self._outcome.note(names, same=same, where=path)
 
     def _before(self, name: str) -> torch.Tensor:
         """The base's values, read once more, for they may have been written to."""

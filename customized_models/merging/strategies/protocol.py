@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from typing import Protocol, TypeAlias, TypeVar
 
 import torch
 from attrs import field, frozen
 
-from ...errors import NonFiniteError, shown
 from ...files.safetensors import TensorInfo
 from ..skeleton import Skeleton
 from ..threads import MergeThreads
@@ -53,7 +53,11 @@ class Cost:
         return cls(working, 2 * size, len(infos) > 1)  # a result, and the one put out before it
 
 
-class Strategy(Protocol):
+Reading: TypeAlias = Callable[[str], AbstractContextManager[ReadNext]]
+"""Opens what the base's file has of a tensor, by the tensor's name."""
+
+
+class Reference(Protocol):
     """Computes the tensors of one group; any thread may ask for any of them, any number of times.
 
     `name` is what a plan calls it.
@@ -72,14 +76,21 @@ class Strategy(Protocol):
         bytes of the tensor in the base, or of the one that a new tensor starts from; or none.
 
         Raises:
-            NonFiniteError: The merged tensor holds NaN or infinity.
+            NonFiniteError: It has NaN or infinity where the base has a number.
             UnchangedTargetsError: It, or the stack of experts it belongs to, equals the base's.
             MergeError, UnsupportedArchitectureError: PEFT or transformers cannot handle the values.
         """
 
+
+class Strategy(Reference, Protocol):
+    """How a group is merged."""
+
     @property
-    def reference(self) -> Strategy:
+    def reference(self) -> Reference:
         """Computes the same by PEFT's own arithmetic, from values that are read again."""
+
+    def check(self, reading: Reading) -> None:
+        """Raise what `blocks` of any of the tensors would, with as little reading as will tell."""
 
 
 class Decisions:
@@ -114,38 +125,11 @@ class MergeContext:
     Attributes:
         skeleton: The base.
         threads: Where they compute.
+        changed: Set once any tensor is seen to change.
         decisions: What was found out about shapes.
     """
 
     skeleton: Skeleton = field(repr=False)
     threads: MergeThreads = field(factory=MergeThreads, repr=False)
+    changed: threading.Event = field(factory=threading.Event, repr=False)
     decisions: Decisions = field(factory=Decisions, repr=False)
-
-
-class UnchangedTensors:
-    """Which tensors of a group came out as they are in the base.
-
-    A stack of experts may have such: experts that were never called in training.
-    """
-
-    def __init__(self, every: Iterable[str]) -> None:
-        self._every = frozenset(every)
-        self._unchanged: set[str] = set()
-
-    def add(self, names: Iterable[str]) -> bool:
-        """Note some more; returns whether no tensor of the group is left that may have changed."""
-        self._unchanged.update(names)
-        return self._unchanged.issuperset(self._every)
-
-
-UNCHANGED = (
-    "the adapter leaves {} as it is in the base; if that layer was not to be trained, as those of "
-    "images in a training on text, train with exclude_modules naming it"
-)
-
-
-def refuse_non_finite(name: str, merged: torch.Tensor) -> None:
-    """Raise NonFiniteError if a merged tensor holds NaN or infinity."""
-    extremes = torch.stack(torch.aminmax(merged))  # both are NaN if any element is
-    if not torch.isfinite(extremes).all():
-        raise NonFiniteError(f"merging gives NaN or infinity in {shown(name)}")

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import pairwise
 
 import torch
 from attrs import frozen
 
-from ...errors import UnchangedTargetsError, shown
 from ...files.safetensors import TensorInfo, tensor_bytes, torch_dtype
 from ..threads import Workspace
-from .protocol import UNCHANGED, ReadNext, UnchangedTensors, refuse_non_finite
+from .outcome import Outcome, refuse_non_finite
+from .protocol import ReadNext
 
 BLOCK_ELEMENTS = 1 << 19
 """Of a block: two megabytes in float32, so that it stays in a processor's second-level cache."""
@@ -51,6 +52,12 @@ class LoraFactors:
         product = workspace.block("product", shape, torch.float32)
         return torch.mm(self.up[start:end], self.down, out=product).mul_(self.scaling)
 
+    def largest_change(self) -> float:
+        """No element of the product is larger, nor any sum on the way to it; NaN if one is NaN."""
+        factors = (self.up, self.down)
+        up, down = (float(factor.abs().max()) if factor.numel() else 0.0 for factor in factors)
+        return up * down * self.up.shape[1] * max(1.0, abs(self.scaling))
+
     def blocks_bit_identical(self, whole: torch.Tensor, workspace: Workspace) -> bool:
         """Whether the blocks of the product have the bits of the whole product."""
         return all(
@@ -66,37 +73,71 @@ AddRows = Callable[[torch.Tensor, torch.Tensor, int, int], None]
 """Writes to its second argument the first plus rows of a product, from one row to another."""
 
 
-def merged_rows(
-    info: TensorInfo,
-    dtype: torch.dtype,
-    factors: LoraFactors,
-    add: AddRows,
-    read_next: ReadNext,
-    workspace: Workspace,
-    unchanged: UnchangedTensors,
-) -> Iterator[torch.Tensor]:
-    """The merged rows of a matrix, block by block.
+@frozen
+class MergedRows:
+    """A matrix of the base and what is added to it, a block of rows at a time.
 
-    Args:
+    Attributes:
         info: The matrix in the base's file.
         dtype: What it is loaded as, and merged to.
         factors: Their blocks' bounds are taken.
         add: The sum.
-        read_next: Reads the matrix's bytes.
         workspace: The calling thread's.
-        unchanged: Told if no block differs from the base's.
-
-    Raises:
-        NonFiniteError, UnchangedTargetsError: As `Strategy.blocks`.
+        outcome: Told whether any block differs from the base's.
     """
-    stored, columns, same = torch_dtype(info.dtype), info.shape[1], True
-    for start, end in factors.bounds():
-        rows = workspace.block("rows", (end - start, columns), stored)
-        read_next(tensor_bytes(rows))
-        before, after = rows.to(dtype), workspace.result(rows.shape, dtype)
-        add(before, after, start, end)
-        refuse_non_finite(info.name, after)
-        same = same and torch.equal(before, after)
-        yield after
-    if same and unchanged.add([info.name]):
-        raise UnchangedTargetsError(UNCHANGED.format(shown(info.name)))
+
+    info: TensorInfo
+    dtype: torch.dtype
+    factors: LoraFactors
+    add: AddRows
+    workspace: Workspace
+    outcome: Outcome
+
+    def blocks(self, read_next: ReadNext) -> Iterator[torch.Tensor]:
+        """The merged rows; raises NonFiniteError and UnchangedTargetsError as `Strategy.blocks`.
+
+        Args:
+            read_next: Reads the matrix's bytes.
+        """
+        same = True
+        for before, after in self._pairs(read_next):
+            same = same and torch.equal(before, after)
+            yield after
+        self.outcome.note([self.info.name], same=same, where=self.info.name)
+
+    def check(self, read_next: ReadNext) -> None:
+        """Raise what `blocks` would, without reading further than to the first change.
+
+        That tells all if the change is too small to carry a number of the base out of its dtype.
+        """
+        largest, same = self.factors.largest_change(), True
+        bounded = largest < _room(self.dtype)
+        if bounded and self.outcome.may_stay:
+            return
+        for before, after in self._pairs(read_next) if largest != 0 else ():
+            same = same and torch.equal(before, after)
+            if bounded and not same:
+                break
+        self.outcome.note([self.info.name], same=same, where=self.info.name)
+
+    def _pairs(self, read_next: ReadNext) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Rows before and after the merge."""
+        stored, columns = torch_dtype(self.info.dtype), self.info.shape[1]
+        for start, end in self.factors.bounds():
+            rows = self.workspace.block("rows", (end - start, columns), stored)
+            read_next(tensor_bytes(rows))
+            before = rows.to(self.dtype)
+            after = self.workspace.result(rows.shape, self.dtype)
+            self.add(before, after, start, end)
+            refuse_non_finite(self.info.name, after, partial(torch.Tensor.detach, before))
+            yield before, after
+
+
+def _room(dtype: torch.dtype) -> float:
+    """Less than what must be added to any number of that dtype to make it infinite.
+
+    The largest number is half a step away from being rounded to infinity; of float32 too, in which
+    all sums are computed.
+    """
+    coarser = (torch.finfo(one) for one in (dtype, torch.float32))
+    return min(info.max * info.eps / 4 for info in coarser)
