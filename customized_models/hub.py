@@ -27,6 +27,7 @@ from .errors import (
     IntegrityError,
     InvalidNameError,
     MalformedError,
+    NotFoundError,
     listed,
     shown,
 )
@@ -34,9 +35,10 @@ from .files.copying import copy_untrusted
 from .files.digests import FileDigest, hash_file
 from .files.documents import from_document, to_document
 from .files.manifest import MANIFEST, README, Manifest
-from .files.model_directory import TABLE, Role, role_of
+from .files.model_directory import CARRIED, TABLE, Role, files_of, role_of
 from .files.paths import without_paths
 from .files.reading import json_object
+from .files.remote_code import check_remote_code
 from .files.safetensors import Checkpoint
 from .files.writing import disk_errors, write_file
 from .models import BaseModel, CompleteModel, CustomizedModel
@@ -313,7 +315,7 @@ def take_back(catalog: Catalog, shelf: Shelf, directory: Path) -> Stored:
     """
     manifest = Manifest.read(directory)
     model, base = _recorded(manifest)
-    known = _known(catalog, model, base)
+    known, here = _known(catalog, model, base)
     if known is not None:
         return known
     with shelf.storage.staging(f"hub-{hashlib.sha256(model.name.encode()).hexdigest()[:32]}") as to:
@@ -326,11 +328,15 @@ def take_back(catalog: Catalog, shelf: Shelf, directory: Path) -> Stored:
             Checkpoint.open(to)
         if wrong := {name for name, _ in content.items() ^ manifest.content.items()}:
             raise IntegrityError(f"{model.name} is not as it was pushed: {listed(wrong)} differ")
+        # Whether its code may run is for whoever adds the base here to say, not for a record.
+        trusted = here is not None and here.trust_remote_code
+        check_remote_code(files_of(to, *CARRIED), trusted=trusted)
         manifest.write(to)
         write_file(to / README, _card(model, base).encode())
         with catalog.lease() as lease:
             with catalog.database.write() as connection:
-                catalog.levels.restore(connection, base, path=None, files="{}")
+                unplaced = evolve(base, trust_remote_code=False)
+                catalog.levels.restore(connection, unplaced, path=None, files="{}")
                 shelf.announce(connection, model, lease)
             shelf.publish(model, to, lease)
     return model
@@ -359,17 +365,23 @@ def _recorded(manifest: Manifest) -> tuple[Stored, BaseModel]:
 _NAME = re.compile(r"[a-z0-9._-]{1,120}", re.ASCII)  # what names of the grammar are made of
 
 
-def _known(catalog: Catalog, model: Stored, base: BaseModel) -> Stored | None:
-    """The model, if it is here already."""
-    for here in catalog.levels.listing(BaseModel):
-        if here.name == base.name and here.digest != base.digest:
-            raise BaseModelMismatch(
-                f"{model.name} belongs to a base model {base.name} of {base.digest}, which is "
-                f"{here.digest} here"
-            )
-    if not catalog.levels.is_visible(model):
-        return None
-    known: Stored = catalog.levels.get(type(model), model.name)
+def _known(
+    catalog: Catalog, model: Stored, base: BaseModel
+) -> tuple[Stored | None, BaseModel | None]:
+    """The model and its base, if they are here already."""
+    try:
+        here = catalog.levels.get(BaseModel, base.name)
+    except NotFoundError:
+        return None, None
+    if here.digest != base.digest:
+        raise BaseModelMismatch(
+            f"{model.name} belongs to a base model {base.name} of {base.digest}, which is "
+            f"{here.digest} here"
+        )
+    try:
+        known: Stored = catalog.levels.get(type(model), model.name)
+    except NotFoundError:
+        return None, here
     if known.digest != model.digest:
         raise AlreadyExistsError(f"{model.name} is {known.digest} here, not {model.digest}")
-    return known
+    return known, here

@@ -93,6 +93,14 @@ def test_a_model_comes_back_the_same_in_another_registry(
     print(f"{level}: {hub.received} bytes of objects up, {hub.sent} bytes down")
 
 
+def test_a_model_that_is_here_already_is_given_as_it_is(
+    registry: ModelRegistry, customized: CustomizedModel, hub: Hub
+) -> None:
+    registry.push_to_hub(customized, "me/model", **ask(hub))
+    measured = registry.add_evaluation(customized, {"eval_later": 0.5})
+    assert registry.from_hub("me/model", **ask(hub)) == measured
+
+
 def test_the_card_is_one_that_the_hub_reads(
     registry: ModelRegistry, complete: CompleteModel, customized: CustomizedModel, hub: Hub
 ) -> None:
@@ -101,7 +109,7 @@ def test_the_card_is_one_that_the_hub_reads(
         data = HubModelCard(pushed(hub, "me/model")["README.md"].decode()).data
         assert (data.base_model, data.base_model_relation) == ("tests/llama-tiny", relation)
         assert data.pipeline_tag == "text-generation"
-        (result,) = data.eval_results
+        (result,) = data.eval_results  # a training loss is none
         assert (result.metric_type, result.metric_value) == ("accuracy", 0.75)
         assert (result.dataset_type, result.task_type) == ("org/data", "text-generation")
 
