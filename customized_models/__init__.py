@@ -11,6 +11,7 @@ from .errors import (
     CustomizedModelsError,
     DatabaseError,
     DeploymentError,
+    HubError,
     IntegrityError,
     InUseError,
     InvalidArgumentError,
@@ -46,6 +47,7 @@ from .errors import (
     UnsupportedQuantizationError,
     UnsupportedVersionError,
 )
+from .hub import HubCommit
 from .jobs.job import Job
 from .merging.merger import Merger
 from .merging.plan import MergePlan
@@ -82,6 +84,8 @@ __all__ = [
     "DeploymentError",
     "DeploymentTemplate",
     "EvaluationSummary",
+    "HubCommit",
+    "HubError",
     "InUseError",
     "IntegrityError",
     "InvalidArgumentError",

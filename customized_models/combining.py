@@ -60,6 +60,15 @@ def combined_files(
     return files
 
 
+def completed_files(base: Checkpoint, checkpoint: Path, scratch: Path) -> dict[str, Path]:
+    """The files of a full model beside its weights, and from its base what it lacks.
+
+    As in `combined_files`, but configurations are the full model's own.
+    """
+    own = files_of(checkpoint, Role.CONFIG, Role.CODE, Role.UNKNOWN)
+    return combined_files(base, checkpoint, {}, scratch) | own
+
+
 def _templates(files: Mapping[str, Path], scratch: Path) -> dict[str, Path]:
     """The chat templates among an adapter's files, as files of their own.
 

@@ -23,6 +23,7 @@
             UnsupportedVersionError
         MissingDependencyError              (also an ImportError)
         RegistrationError
+        HubError                            (also an OSError)
         MergeError
             UnmergedTensorsError
             UnchangedTargetsError
@@ -188,6 +189,10 @@ class RegistrationError(CustomizedModelsError):
     def __init__(self, message: str, directory: str = "") -> None:
         super().__init__(message)
         self.directory = directory
+
+
+class HubError(CustomizedModelsError, OSError):
+    """The Hub does not answer, does not have it, or refuses; `__cause__` is the client's error."""
 
 
 class MergeError(CustomizedModelsError):

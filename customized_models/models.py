@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from datetime import datetime
 from difflib import get_close_matches
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeGuard, get_args
 
 from attrs import Factory, field, frozen
 
@@ -61,11 +61,15 @@ class TrainingConfiguration(Value):
         arguments: The Trainer's arguments that affect the result; never paths, tokens or host
             names.
         datasets: Names.
+        base_digest: The base model's when the training began, if it was known then.
+        base_commit: The commit that the base was loaded from, if that was from the Hub.
     """
 
     peft: Mapping[str, Any] = field(factory=dict)
     arguments: Mapping[str, Any] = field(factory=dict)
     datasets: tuple[str, ...] = field(default=(), converter=_datasets)
+    base_digest: str | None = None
+    base_commit: str | None = None
 
 
 @frozen(field_transformer=checked)
@@ -253,7 +257,9 @@ class BaseModel(Value):
 
 @frozen(field_transformer=checked)
 class CustomizedModel(Value):
-    """A registered adapter. It belongs to its base model and cannot be used without it.
+    """A registered training: an adapter, or a full model that began from a base.
+
+    An adapter cannot be used without its base model; a full model takes from it what it lacks.
 
     Law: `name == customized_name(base, train_name, created, training_id)`.
 
@@ -264,7 +270,7 @@ class CustomizedModel(Value):
         training_id: The training's id.
         created: When the name was reserved, in UTC.
         digest: BLAKE3 of its content files and its base, as `blake3:...`.
-        kind: Always "adapter".
+        kind: "adapter", or "checkpoint" for a full model.
         card: How it was trained.
         label: What the training was called.
     """
@@ -275,7 +281,7 @@ class CustomizedModel(Value):
     training_id: uuid.UUID = field(repr=False)
     created: datetime = field(repr=False)
     digest: str = field(repr=False)
-    kind: Literal["adapter"] = field(default="adapter", repr=False)
+    kind: Literal["adapter", "checkpoint"] = field(default="adapter", repr=False)
     card: ModelCard = field(factory=ModelCard, hash=False, repr=False)
     label: str = field(default=Factory(lambda self: self.train_name, takes_self=True), repr=False)
 
@@ -283,6 +289,16 @@ class CustomizedModel(Value):
     def key(self) -> str:
         """The key under which it is stored, and that a lease on it holds."""
         return f"customized/{self.name}"
+
+
+def is_adapter(model: object) -> TypeGuard[CustomizedModel]:
+    """Whether a model is an adapter, whose weights are a change of its base's."""
+    return isinstance(model, CustomizedModel) and model.kind == "adapter"
+
+
+def is_trained_checkpoint(model: object) -> TypeGuard[CustomizedModel]:
+    """Whether a model is a full one that a training saved."""
+    return isinstance(model, CustomizedModel) and model.kind == "checkpoint"
 
 
 @frozen(field_transformer=checked)

@@ -1,8 +1,10 @@
-"""Converts adapters whose weights are pickled: tensors are read out of the pickle, nothing else."""
+"""Converts models whose weights are pickled: tensors are read out of the pickle, nothing else."""
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -11,23 +13,29 @@ from . import arguments
 from .adapters.intake import WEIGHTS
 from .errors import AlreadyExistsError, MalformedError, UnsupportedAdapterError, shown
 from .files.model_directory import Role, checked_size, files_of, row_of
-from .files.reading import content, existing_directory, opened
+from .files.reading import content, existing_directory, json_object, opened
+from .files.safetensors import INDEX, SINGLE, read_header
 from .files.writing import disk_errors, fsync, rename_without_replacing, write_file
 from .jobs.isolated import run_isolated
 
 PICKLED = ("adapter_model.bin", "adapter_model.pt")
+FULL_PICKLED, FULL_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+_SHARD = re.compile(r"pytorch_model-\d{5}-of-\d{5}\.bin", re.ASCII)
 
 _LEFT = {Role.LITTER, Role.OTHER_WEIGHTS}
 
 
 def convert_pickle(directory: str | os.PathLike[str], destination: str | os.PathLike[str]) -> Path:
-    """Write a copy of an adapter whose weights are `adapter_model.bin`, with safetensors weights.
+    """Write a copy of a model with pickled weights, with safetensors weights.
+
+    That is an adapter with `adapter_model.bin`, or a full model with `pytorch_model.bin` or its
+    shards.
 
     A pickle can run code when it is read, so torch reads this one in a process of its own, and
     with `weights_only`: whatever is not a tensor, or a container of tensors, is refused.
 
     Args:
-        directory: The adapter's. It stays as it is.
+        directory: The model's. It stays as it is.
         destination: The copy, which must not exist. Optimizer states and other checkpoints are
             left out. The weights keep their date.
 
@@ -45,7 +53,7 @@ def convert_pickle(directory: str | os.PathLike[str], destination: str | os.Path
     """
     source = existing_directory(arguments.path("directory", directory))
     target = arguments.path("destination", destination).absolute()
-    pickle = _pickle_in(source)
+    pickles = _pickles_in(source)
     if os.path.lexists(target):
         raise AlreadyExistsError(f"{shown(target)} exists; name a directory that does not")
     with disk_errors(f"{shown(source)} cannot be converted"):
@@ -53,10 +61,13 @@ def convert_pickle(directory: str | os.PathLike[str], destination: str | os.Path
         made = Path(tempfile.mkdtemp(prefix=f".{target.name[:100]}-", dir=target.parent))
         try:
             _copy_others(source, made)
-            run_isolated(convert_weights, str(pickle), str(made / WEIGHTS))
-            times = pickle.stat()
-            os.utime(made / WEIGHTS, ns=(times.st_atime_ns, times.st_mtime_ns))
-            fsync(made / WEIGHTS)
+            for name, pickle in pickles.items():
+                run_isolated(convert_weights, str(pickle), str(made / name))
+                times = pickle.stat()
+                os.utime(made / name, ns=(times.st_atime_ns, times.st_mtime_ns))
+                fsync(made / name)
+            if len(pickles) > 1:
+                write_file(made / INDEX, _index(made, [*pickles]))
             made.chmod(0o755)
             rename_without_replacing(made, target)
         finally:
@@ -64,17 +75,42 @@ def convert_pickle(directory: str | os.PathLike[str], destination: str | os.Path
     return target
 
 
-def _pickle_in(source: Path) -> Path:
-    if os.path.lexists(source / WEIGHTS):
+def _pickles_in(source: Path) -> dict[str, Path]:
+    """The pickled files, by the names that their tensors' files will have."""
+    if there := [name for name in (WEIGHTS, SINGLE, INDEX) if os.path.lexists(source / name)]:
         raise UnsupportedAdapterError(
-            f"{shown(source)} has {WEIGHTS} already, and can be registered as it is"
+            f"{shown(source)} has {there[0]} already, and can be registered as it is"
         )
-    for path in (source / name for name in PICKLED):
-        if os.path.lexists(path):
-            with opened(path, os.O_NOFOLLOW) as fd:
-                checked_size(WEIGHTS, os.fstat(fd).st_size)
-            return path.absolute()
-    raise MalformedError(f"{shown(source)} has none of {', '.join(PICKLED)}")
+    for name, target in {**dict.fromkeys(PICKLED, WEIGHTS), FULL_PICKLED: SINGLE}.items():
+        if os.path.lexists(source / name):
+            return {target: _checked(source / name, target)}
+    if not os.path.lexists(source / FULL_INDEX):
+        raise MalformedError(
+            f"{shown(source)} has none of {', '.join((*PICKLED, FULL_PICKLED, FULL_INDEX))}"
+        )
+    stated = json_object(source / FULL_INDEX).get("weight_map")
+    shards = sorted(set(map(str, stated.values()))) if isinstance(stated, dict) else []
+    if odd := [shard for shard in shards if not _SHARD.fullmatch(shard)]:
+        raise MalformedError(f"{FULL_INDEX} names {shown(odd[0])}, which is no shard")
+    return {
+        shard.replace("pytorch_model", "model").removesuffix(".bin") + ".safetensors": _checked(
+            source / shard, SINGLE
+        )
+        for shard in shards
+    }
+
+
+def _checked(path: Path, kind: str) -> Path:
+    with opened(path, os.O_NOFOLLOW) as fd:
+        if kind == WEIGHTS:
+            checked_size(WEIGHTS, os.fstat(fd).st_size)
+    return path.absolute()
+
+
+def _index(directory: Path, files: list[str]) -> bytes:
+    weight_map = {name: file for file in files for name in read_header(directory / file).tensors}
+    document = {"metadata": {}, "weight_map": weight_map}
+    return json.dumps(document, indent=2, sort_keys=True).encode() + b"\n"
 
 
 def _copy_others(source: Path, made: Path) -> None:

@@ -1,4 +1,4 @@
-"""An adapter directory becomes a customized model.
+"""What a training saved, an adapter or a full model, becomes a customized model.
 
 In three transactions: what is known is looked up; the name is taken and the model announced; it is
 made visible. The directory is read once, into a private copy, before anything is believed of it.
@@ -9,21 +9,30 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from attrs import evolve, fields, frozen
 
+from . import checkpoints
+from .adapters import intake
 from .adapters.finite import refuse_non_finite
 from .adapters.fitting import check_fits
-from .adapters.intake import Intake, take_in
 from .arguments import identifier, name_of, past
 from .base_models import verified_path
 from .cards.reading import training_facts
 from .cards.readme import render_customized, storable_card
-from .errors import AlreadyExistsError, InUseError
+from .errors import (
+    AlreadyExistsError,
+    BaseModelMismatch,
+    BaseModelMissingError,
+    InUseError,
+    listed,
+    shown,
+)
+from .files.digests import FileDigest
 from .files.documents import to_document
 from .files.manifest import README, Manifest
 from .files.model_directory import CARRIED, files_of
@@ -38,7 +47,6 @@ from .values import value_of
 if TYPE_CHECKING:
     from sqlalchemy import Connection
 
-    from .base_models import Location
     from .catalog.catalog import Catalog
     from .catalog.leases import Lease
 
@@ -104,8 +112,61 @@ _MEASURED = {field.name for field in fields(EvaluationSummary)}
 
 
 @frozen
+class Taken:
+    """What a training saved, as a checked copy.
+
+    Attributes:
+        kind: Of the customized model.
+        content: Size and digest of each of its files, by name.
+        stated_base: What it says that it was trained on.
+        facts: What the training's own files say.
+        check_base: Raises `BaseModelMismatch` unless it fits the base in a directory.
+        is_of: Whether the tokenizer is that of the base in a directory; None where a base is
+            only found by what is stated.
+        notes: What was found odd, for the card.
+    """
+
+    kind: Literal["adapter", "checkpoint"]
+    content: Mapping[str, FileDigest]
+    stated_base: object
+    facts: ModelCard
+    check_base: Callable[[Path], None]
+    is_of: Callable[[Path], bool] | None = None
+    notes: tuple[str, ...] = ()
+
+
+def take_in(source: Path, staging: Path) -> Taken:
+    """Copy what a training saved into the empty directory `staging`, and check it.
+
+    Raises:
+        MalformedError, UnsafeFileError, UnsupportedError, NonFiniteError: It is not sound.
+    """
+    if checkpoints.is_checkpoint(source):
+        trained = checkpoints.take_in(source, staging)
+        facts = training_facts(source, None)
+
+        def fits(base: Path) -> None:
+            checkpoints.refuse_unless_fits(trained, Checkpoint.open(base))
+
+        def is_of(base: Path) -> bool:
+            return checkpoints.has_tokenizer_of(base, staging)
+
+        return Taken("checkpoint", trained.content, trained.stated_base, facts, fits, is_of)
+    taken = intake.take_in(source, staging)
+    facts = training_facts(source, taken.adapter.config)
+
+    def fits_adapter(base: Path) -> None:
+        check_fits(taken.adapter, Checkpoint.open(base))
+
+    refuse_non_finite(taken.adapter)
+    return Taken(
+        "adapter", taken.content, taken.stated_base, facts, fits_adapter, notes=taken.notes
+    )
+
+
+@frozen
 class Examined:
-    """A checked copy of an adapter, and what it would be registered with.
+    """A checked copy of what a training saved, and what it would be registered with.
 
     Attributes:
         taken: The copy.
@@ -113,7 +174,7 @@ class Examined:
         card: What is known of its training.
     """
 
-    taken: Intake
+    taken: Taken
     base: BaseModel
     card: ModelCard
 
@@ -131,16 +192,15 @@ def register(catalog: Catalog, shelf: Shelf, source: Path, training: Training) -
 
 
 def examine(catalog: Catalog, source: Path, staging: Path, training: Training) -> Examined:
-    """Copy an adapter into the empty directory `staging`, and make every check of `register`.
+    """Copy a model into the empty directory `staging`, and make every check of `register`.
 
     Nothing is written elsewhere. Raises what `ModelRegistry.register` raises.
     """
     taken = take_in(source, staging)
-    facts = training_facts(source, taken.adapter.config)
-    base, location = _base_of(catalog, training.base_model, taken.stated_base)
-    _log.debug("%s: an adapter for base model %s at %s", source, base.name, location.path)
-    check_fits(taken.adapter, Checkpoint.open(verified_path(location)))
-    refuse_non_finite(taken.adapter)
+    facts = taken.facts
+    base = _base_of(catalog, training.base_model, taken)
+    _log.debug("%s: %s for base model %s", source, taken.kind, base.name)
+    _refuse_changed_base(training.configuration, base)
     check_remote_code(files_of(staging, *CARRIED), trusted=base.trust_remote_code)
     card = storable_card(
         ModelCard(
@@ -152,13 +212,52 @@ def examine(catalog: Catalog, source: Path, staging: Path, training: Training) -
     return Examined(taken, base, card)
 
 
-def _base_of(catalog: Catalog, named: str | None, stated: object) -> tuple[BaseModel, Location]:
-    with catalog.database.read() as connection:
-        if named is None:
-            base = catalog.bases.find(connection, stated)
-        else:
-            base = catalog.levels.in_transaction(connection, BaseModel, named)
-        return base, catalog.bases.location(connection, base.name)
+def _base_of(catalog: Catalog, named: str | None, taken: Taken) -> BaseModel:
+    """The base model that is named or stated, and that what was trained fits."""
+    try:
+        with catalog.database.read() as connection:
+            if named is None:
+                base = catalog.bases.find(connection, taken.stated_base)
+            else:
+                base = catalog.levels.in_transaction(connection, BaseModel, named)
+            location = catalog.bases.location(connection, base.name)
+    except BaseModelMismatch:
+        if taken.is_of is None:
+            raise
+        return _found_by_content(catalog, taken, taken.is_of)
+    taken.check_base(verified_path(location))
+    return base
+
+
+def _refuse_changed_base(configuration: TrainingConfiguration | None, base: BaseModel) -> None:
+    began_with = configuration.base_digest if configuration else None
+    if began_with not in (None, base.digest):
+        raise BaseModelMismatch(
+            f"the training began with a base model of {began_with}, but {base.name} is "
+            f"{base.digest} now; register it with the base model that it was trained on"
+        )
+
+
+def _found_by_content(catalog: Catalog, taken: Taken, is_of: Callable[[Path], bool]) -> BaseModel:
+    """The one base model whose architecture, shapes and tokenizer a full model has."""
+    fitting = []
+    for base in catalog.levels.listing(BaseModel):
+        try:
+            with catalog.database.read() as connection:
+                location = catalog.bases.location(connection, base.name)
+            directory = verified_path(location)
+            taken.check_base(directory)
+        except (BaseModelMismatch, BaseModelMissingError):
+            continue
+        if is_of(directory):
+            fitting.append(base)
+    if len(fitting) != 1:
+        candidates = listed(base.name for base in fitting) or "none"
+        raise BaseModelMismatch(
+            f"{len(fitting)} base models have the architecture, shapes and tokenizer of the "
+            f"checkpoint, which states {shown(taken.stated_base)}: {candidates}; say base_model="
+        )
+    return fitting[0]
 
 
 def _publish(
@@ -168,14 +267,12 @@ def _publish(
     examined: Examined,
     training: Training,
 ) -> CustomizedModel:
-    base, card, manifest = examined.base, examined.card, examined.manifest
+    base, manifest = examined.base, examined.manifest
     while True:
         with catalog.lease() as lease:
             try:
                 with catalog.database.write() as connection:
-                    model, is_new = _announce(
-                        connection, catalog, shelf, lease, base, training, manifest.digest, card
-                    )
+                    model, is_new = _announce(connection, catalog, shelf, lease, examined, training)
             except InUseError:  # by a process that registers or deletes the same, or has done so
                 if not shelf.recover():
                     time.sleep(_WAIT_SECONDS)
@@ -197,10 +294,8 @@ def _announce(
     catalog: Catalog,
     shelf: Shelf,
     lease: Lease,
-    base: BaseModel,
+    examined: Examined,
     training: Training,
-    digest: str,
-    card: ModelCard,
 ) -> tuple[CustomizedModel, bool]:
     """The model of this training, and whether it is new: then it is announced.
 
@@ -208,6 +303,7 @@ def _announce(
         AlreadyExistsError: The training id or its name stands for something else.
         InUseError: Another process is about the same.
     """
+    base, digest = examined.base, examined.manifest.digest
     known = _registered(connection, catalog, base, training, digest)
     if known is not None:
         return known, False
@@ -225,7 +321,8 @@ def _announce(
         training_id=reserved.training_id,
         created=reserved.created,
         digest=digest,
-        card=card,
+        kind=examined.taken.kind,
+        card=examined.card,
         label=training.label,
     )
     shelf.announce(connection, model, lease)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast, get_args, overl
 
 from attrs import evolve
 
-from . import arguments
+from . import arguments, hub
 from .backends import check_environment, moved_endpoint
 from .base_models import Location, check_files, hash_base_model
 from .cards.reading import read_base_card
@@ -36,6 +36,7 @@ from .files.links import hub_id
 from .files.reading import existing_directory
 from .files.remote_code import check_remote_code
 from .files.safetensors import Checkpoint
+from .hub import HubCommit
 from .jobs.job import Job
 from .jobs.queue import JobQueue
 from .models import (
@@ -55,6 +56,7 @@ from .models import (
     TrainingConfiguration,
 )
 from .naming import TECHNICAL_NAME, checked_name, train_name_of
+from .outbox import Outbox
 from .processes import cores, refuse_windows
 from .registering import Training, register
 from .shelf import GRACE_SECONDS, Litter, Shelf
@@ -172,38 +174,52 @@ class ModelRegistry:
     def add_base_model(
         self,
         technical_name: str,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | None = None,
         *,
         model_name: str | None = None,
         deployment_template: DeploymentTemplate | None = None,
         trust_remote_code: bool = False,
+        download: bool = False,
+        revision: str | None = None,
     ) -> BaseModel:
         """Add the pretrained model in the directory `path`: referenced and hashed, never copied.
 
-        Adding the same again gives the one that is there.
+        Adding the same again gives the one that is there. `path` may be a Hub id, of which the
+        cache of huggingface_hub has the files; with `download`, they are fetched into it. A Hub id
+        alone, as `technical_name`, is given a technical name made of it.
 
         Args:
             technical_name: Short and unique, lower-case letters, digits, `.` and `-`, at most 24.
-            path: Its directory.
+            path: Its directory, or its Hub id.
             model_name: Unique; a Hub id where it has one. If None, that of the Hub cache that the
                 directory is in, or else the directory's name.
             deployment_template: For tools that need one; a known one stays if None.
             trust_remote_code: Let transformers run the code that came with the model, where it
                 does not know the model itself; complete models have that code too.
+            download: Whether the network may be used.
+            revision: A commit, branch or tag of the Hub's; None for the newest.
 
         Raises:
             InvalidNameError: The technical name does not fit.
             AlreadyExistsError: A name is taken by another base model; it says what differs.
-            BaseModelMissingError, MalformedError, UnsafeFileError: The directory is no model.
+            BaseModelMissingError, MalformedError, UnsafeFileError: The directory is no model, or
+                the cache does not have it and it may not be fetched.
+            HubError: The Hub failed.
             UnsupportedBaseError: It has code of its own that is not trusted, or an adapter.
             StorageError, DatabaseError: A disk or the database failed.
         """
+        if path is None:
+            path = arguments.text("technical_name", technical_name)
+            technical_name = hub.technical_name_of(path)
         checked_name("technical name", technical_name, TECHNICAL_NAME)
         if model_name is not None:
             _checked_model_name(model_name)
         template = _template(deployment_template)
         arguments.instance("trust_remote_code", trust_remote_code, bool)
-        directory = existing_directory(arguments.path("path", path), BaseModelMissingError)
+        fetched = hub.base_directory(path, revision, download=arguments.truth("download", download))
+        directory = fetched or existing_directory(
+            arguments.path("path", path), BaseModelMissingError
+        )
         directory = directory.resolve()
         weights = Checkpoint.open(directory)
         check_remote_code(check_files(directory, weights), trusted=trust_remote_code)
@@ -293,7 +309,10 @@ class ModelRegistry:
         evaluation: EvaluationSummary | Mapping[str, Any] | None = None,
         created: datetime | None = None,
     ) -> CustomizedModel:
-        """Copy a trained PEFT adapter in, with its tokenizer and chat template if it has them.
+        """Copy what a training saved in, with its tokenizer and chat template if it has them.
+
+        That is a PEFT adapter or, with a `config.json` and whole weights, a full model; what only
+        the training needs is left out.
 
         Registering the same training again, or without an id the same bytes for the same base and
         train name, returns the model that is there.
@@ -302,7 +321,8 @@ class ModelRegistry:
             directory: What the training saved.
             train_name: What you call the training. It is kept as the model's `label`; its
                 `train_name` is derived from it by `naming.train_name_of`: "My run_2" is `my-run-2`.
-            base_model: If None, exactly one base model must match what the adapter says of itself.
+            base_model: If None, exactly one base model must match what the adapter says of itself,
+                or have the architecture, shapes and tokenizer of the full model.
             training_id: Drawn if None.
             training: Also as a dict of its fields. Read from the directory's own files if None.
             evaluation: Also as a dict of its fields, or of metrics and their values. Read from the
@@ -314,11 +334,12 @@ class ModelRegistry:
             InvalidArgumentError: An argument is of another type, or has unknown fields.
             InvalidNameError: The train name has nothing to make a name of.
             NotFoundError: There is no such base model.
-            BaseModelMismatch: The adapter's tensors do not fit the base, or no base matches.
+            BaseModelMismatch: The tensors do not fit the base, the base has changed since the
+                training began, or no base matches.
             BaseModelMissingError: The base is gone.
             AlreadyExistsError: The training id or its name stands for something else.
-            MalformedError, UnsafeFileError, UnsupportedAdapterError: Not a sound adapter.
-            NonFiniteError: The adapter has NaN or infinity.
+            MalformedError, UnsafeFileError, UnsupportedError: Not a sound adapter or model.
+            NonFiniteError: It has NaN or infinity.
             StorageError, DatabaseError: A disk or the database failed; the same call again finds
                 out whether it was registered where `outcome_unknown` is true.
         """
@@ -356,6 +377,87 @@ class ModelRegistry:
         changed = self.shelf.change_card(known, lambda card: _with_metrics(card, new))
         _log.info("%s: measured %s", changed.name, ", ".join(new))
         return changed
+
+    # The Hub
+
+    def push_to_hub(
+        self,
+        model: CustomizedModel | CompleteModel | str,
+        repository: str,
+        *,
+        private: bool = True,
+        revision: str | None = None,
+        token: str | None = None,
+        endpoint: str | None = None,
+    ) -> HubCommit:
+        """Push a model to the Hub, with its card and its record, in one commit.
+
+        Every byte is compared with what was recorded before. Nothing that is pushed states a path
+        of this host. The same call again uploads what an interrupted one has not, and nothing if
+        all is there. Weights of another model in the repository are removed.
+
+        Args:
+            model: By itself or by its name.
+            repository: Its id on the Hub, `owner/name`; made if it is not there.
+            private: Whether a new repository is private.
+            revision: The branch; None for the main one.
+            token: None for the one that huggingface_hub knows.
+            endpoint: The Hub's address; None for that of huggingface_hub (`HF_ENDPOINT`).
+
+        Raises:
+            NotFoundError: It has been deleted.
+            IntegrityError: It is damaged here.
+            InvalidNameError: `repository` is no Hub id.
+            HubError: The Hub does not answer or refuses.
+        """
+        stored = self.catalog.levels.meant("model", model, CustomizedModel, CompleteModel)
+        where = _hub(endpoint, token)
+        pushed = hub.push(
+            self.catalog, self.shelf, where, stored, repository, private=private, revision=revision
+        )
+        _log.info("%s is at %s", stored.name, pushed.url)
+        return pushed
+
+    def from_hub(
+        self,
+        repository: str,
+        *,
+        revision: str | None = None,
+        train_name: str | None = None,
+        base_model: BaseModel | str | None = None,
+        token: str | None = None,
+        endpoint: str | None = None,
+    ) -> CustomizedModel | CompleteModel:
+        """Bring a model from the Hub into the registry. An interrupted download is resumed.
+
+        What `push_to_hub` has pushed comes back as the same model: under its name, with its digest,
+        ids and card, every file compared with the record. If its base model is not here, it is
+        known from then on without a place, which `relocate_base_model` tells. Anything else is
+        registered as by `register`: an adapter, or a full model.
+
+        Args:
+            repository: Its id on the Hub.
+            revision: A commit, branch or tag; None for the newest.
+            train_name: For what was not pushed by this library; the repository's name if None.
+            base_model: As for `register`, likewise.
+            token: None for the one that huggingface_hub knows.
+            endpoint: The Hub's address; None for that of huggingface_hub (`HF_ENDPOINT`).
+
+        Raises:
+            HubError: The Hub does not answer, does not have it, or refuses.
+            IntegrityError: It is not as it was pushed.
+            AlreadyExistsError: Its name stands for another model here.
+            BaseModelMismatch: Its base's name stands for another base model here.
+            InvalidNameError: `repository` is no Hub id.
+        And as `register`.
+        """
+        name = arguments.text("repository", repository)
+        with hub.fetched(_hub(endpoint, token), name, revision, self.root / ".hub") as directory:
+            if hub.was_pushed(directory):
+                return hub.take_back(self.catalog, self.shelf, directory)
+            return self.register(
+                directory, train_name=train_name or name.rpartition("/")[2], base_model=base_model
+            )
 
     # What there is
 
@@ -590,6 +692,8 @@ class ModelRegistry:
     def recover(self) -> list[str]:
         """Finish or undo what killed processes left half-way, here and at deployment tools.
 
+        What trainings have left because it could not be registered is registered now.
+
         It happens by itself for stored models when a registry is first used. Nothing that a living
         process is about is touched.
 
@@ -600,6 +704,7 @@ class ModelRegistry:
             StorageError, DatabaseError, DeploymentError: It cannot be done now; the rest was.
         """
         done = [*self.shelf.recover(), *recover_deployments(self.catalog, self.shelf)]
+        done += Outbox(self.root).recover(self.catalog, self.shelf)
         for one in done:
             _log.info("recovery: %s", one)
         return done
@@ -658,6 +763,13 @@ def _storage(root: Path, given: object) -> Storage:
     if isinstance(given, type) or not all(callable(getattr(given, m, None)) for m in methods):
         raise arguments.refused("storage", given, f"an object with {', '.join(methods)}, or a URL")
     return cast(Storage, given)
+
+
+def _hub(endpoint: object, token: object) -> hub.Hub:
+    return hub.Hub(
+        None if endpoint is None else arguments.text("endpoint", endpoint),
+        None if token is None else arguments.text("token", token),
+    )
 
 
 def _at_least_one(max_running: object) -> int:

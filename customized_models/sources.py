@@ -12,12 +12,19 @@ from typing import TYPE_CHECKING
 from attrs import frozen
 
 from .adapters.intake import Adapter
-from .combining import combined_files
+from .combining import combined_files, completed_files
 from .files.checking import FileCheck
 from .files.model_directory import carried_files
 from .files.safetensors import Checkpoint, ModelSource
 from .merging import open_merge
-from .models import BaseModel, CompleteModel, CustomizedModel
+from .merging.copying import CheckpointCopy
+from .models import (
+    BaseModel,
+    CompleteModel,
+    CustomizedModel,
+    is_adapter,
+    is_trained_checkpoint,
+)
 from .shelf import Finish, Shelf
 
 if TYPE_CHECKING:
@@ -25,13 +32,26 @@ if TYPE_CHECKING:
 
 
 @frozen
-class MergedSource:
-    """A customized model merged on the fly, over the layout of its base."""
+class CompletedSource:
+    """A customized model as a complete one.
+
+    Attributes:
+        source: The complete model.
+        layout: Has all tensors that do not change: the base of an adapter, or the full model.
+        merge: Gives the tensors.
+    """
 
     source: ModelSource
     layout: Checkpoint
-    adapter: Adapter
+    merge: MergeExecution | CheckpointCopy
+
+
+@frozen
+class MergedSource(CompletedSource):
+    """An adapter merged on the fly, over the layout of its base."""
+
     merge: MergeExecution
+    adapter: Adapter
     trust_remote_code: bool = False
 
     def open_again(self) -> MergeExecution:
@@ -55,20 +75,21 @@ def merge_of(
     merge = open_merge(layout, opened, trust_remote_code=trust_remote_code)
     with tempfile.TemporaryDirectory() as scratch:
         files = combined_files(layout, opened.directory, merge.config, Path(scratch))
-        yield MergedSource(ModelSource(files, merge), layout, opened, merge, trust_remote_code)
+        yield MergedSource(ModelSource(files, merge), layout, merge, opened, trust_remote_code)
 
 
 @contextmanager
 def proven_merge(
     shelf: Shelf, base: BaseModel, customized: CustomizedModel
-) -> Iterator[tuple[MergedSource, FileCheck]]:
+) -> Iterator[tuple[CompletedSource, FileCheck]]:
     """As `merge_of`, of registered models that the caller holds.
 
-    Every byte of the adapter is compared with what was registered before anything is merged.
+    Every byte of an adapter is compared with what was registered before anything is merged, and
+    what a full model takes from its base with what was added.
 
     Yields:
-        The merge, and what compares the base with what was added, to be finished by the block: it
-        raises `BaseModelMismatch` if a byte differs.
+        The merge, and what compares its layout with what was recorded, to be finished by the block:
+        it raises `BaseModelMismatch` or `IntegrityError` if a byte differs.
 
     Raises:
         IntegrityError: The adapter is not what was registered.
@@ -78,11 +99,27 @@ def proven_merge(
         shelf.checked(base) as (base_directory, check),
         shelf.checked(customized) as (directory, adapter_check),
     ):
+        if is_trained_checkpoint(customized):
+            with completed_checkpoint(base_directory, directory) as completed:
+                files = completed.source.files.items()
+                taken = {name for name, path in files if path.is_relative_to(base_directory)}
+                check.only(taken).finish(_silent)
+                yield completed, adapter_check
+            return
         adapter_check.finish(_silent)
         with merge_of(
             base_directory, directory, trust_remote_code=base.trust_remote_code
         ) as merged:
             yield merged, check
+
+
+@contextmanager
+def completed_checkpoint(base: Path, checkpoint: Path) -> Iterator[CompletedSource]:
+    """A full model in one directory, with what it lacks from its base in another."""
+    copy = CheckpointCopy(Checkpoint.open(checkpoint))
+    with tempfile.TemporaryDirectory() as scratch:
+        files = completed_files(Checkpoint.open(base), checkpoint, Path(scratch))
+        yield CompletedSource(ModelSource(files, copy), copy.checkpoint, copy)
 
 
 @contextmanager
@@ -120,7 +157,10 @@ def small_files(
         opened = stack.enter_context(shelf.opened(model))
         if isinstance(model, CustomizedModel):
             beneath = Checkpoint.open(stack.enter_context(shelf.opened(base)))
-            files = combined_files(beneath, opened, {}, scratch)
+            if is_adapter(model):
+                files = combined_files(beneath, opened, {}, scratch)
+            else:
+                files = completed_files(beneath, opened, scratch)
         else:
             files = carried_files(opened, Checkpoint.open(opened).shards)
         for name, path in files.items():

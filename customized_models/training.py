@@ -1,4 +1,4 @@
-"""Registers what a transformers `Trainer` trains: a callback, and a function for sharded weights.
+"""Registers what is trained: a callback for Trainers, and functions for a model in memory.
 
 Unlike the rest of the package, importing this module imports transformers.
 """
@@ -18,28 +18,27 @@ from typing import TYPE_CHECKING, Any
 from attrs import evolve, frozen
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .arguments import instance, texts
+from .arguments import instance, texts, truth
 from .cards.checkpoints import best_step, state_at
-from .cards.reading import evaluation_summary, metrics_of, peft_settings, training_arguments
+from .cards.reading import evaluation_summary, metrics_of, training_arguments
 from .errors import (
     AlreadyExistsError,
     NotFoundError,
     RegistrationError,
-    UnsupportedAdapterError,
+    StorageError,
     UnsupportedError,
-    listed,
     shown,
 )
-from .files.reading import json_object
-from .models import BaseModel, CustomizedModel, TrainingConfiguration
-from .naming import train_name_of
+from .models import BaseModel, CustomizedModel, EvaluationSummary, TrainingConfiguration
+from .outbox import Outbox
 from .registering import Training
 from .registry import ModelRegistry
+from .trained_models import SHARDED, TrainedModel, gather, is_first_rank
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from accelerate import Accelerator
 
-__all__ = ["RegisterCallback", "register_from_trainer"]
+__all__ = ["RegisterCallback", "register_from_model", "register_from_trainer"]
 
 _log = logging.getLogger(__name__)
 
@@ -50,85 +49,110 @@ class _Registration:
 
     registry: ModelRegistry
     name: str
-    train_name: str
-    base_model: str
-    training_id: uuid.UUID
-    training: TrainingConfiguration
+    training: Training
 
     @classmethod
     def reserved(
-        cls,
-        registry: ModelRegistry,
-        model: PeftModel,
-        *,
-        train_name: str,
-        base_model: str | None,
-        training_id: uuid.UUID | None,
-        training: TrainingConfiguration,
+        cls, registry: ModelRegistry, trained: TrainedModel, wanted: Training
     ) -> _Registration:
-        if base_model is None:
-            stated = model.peft_config[_adapter_name(model)].base_model_name_or_path
-            base_model = registry.find_base_model(stated).name
-        reserved = registry.catalog.reservations.reserve(
-            train_name=train_name_of(train_name), training_id=training_id, base_model=base_model
+        """Reserve the name of a training, and record which base it begins with."""
+        base = (
+            registry.find_base_model(trained.stated_base)
+            if wanted.base_model is None
+            else registry.get(BaseModel, wanted.base_model)
         )
-        return cls(registry, reserved.name, train_name, base_model, reserved.training_id, training)
+        with registry.checkout(base):  # it is there, and as it was added
+            reserved = registry.catalog.reservations.reserve(
+                train_name=wanted.train_name, training_id=wanted.id, base_model=base.name
+            )
+        configuration = evolve(
+            wanted.configuration or TrainingConfiguration(),
+            base_digest=base.digest,
+            base_commit=trained.base_commit,
+        )
+        training = evolve(
+            wanted, base_model=base.name, id=reserved.training_id, configuration=configuration
+        )
+        return cls(registry, reserved.name, training)
 
     def register(
-        self, directory: Path, args: TrainingArguments, state: TrainerState
+        self, saved: Path, settings: Mapping[str, Any], evaluation: EvaluationSummary | None
     ) -> CustomizedModel:
-        """Register the adapter in `directory`, which a Trainer in that state has saved.
+        """Register what was saved in a directory, by a method with these settings.
 
         Raises:
             RegistrationError: It could not be registered. The cause says why.
         """
+        training = evolve(
+            self.training,
+            configuration=evolve(
+                self.training.configuration or TrainingConfiguration(), peft=settings
+            ),
+            evaluation=evaluation or EvaluationSummary(),
+        )
         try:
-            settings = peft_settings(json_object(directory / "adapter_config.json"))
             return self.registry.register(
-                directory,
-                train_name=self.train_name,
-                base_model=self.base_model,
-                training_id=self.training_id,
-                training=evolve(self.training, peft=settings),
-                evaluation=evaluation_summary(_state_of_model(args, state)),
+                saved,
+                train_name=training.label,
+                base_model=training.base_model,
+                training_id=training.id,
+                training=training.configuration,
+                evaluation=training.evaluation,
             )
         except Exception as error:
-            raise RegistrationError(
-                f"{self.name} is trained but not registered ({type(error).__name__}: {error}); "
-                f"the adapter is kept in {shown(directory)}; retry with register(that directory, "
-                f"train_name={self.train_name!r}, base_model={self.base_model!r}, "
-                f"training_id=uuid.UUID({str(self.training_id)!r}))",
-                str(directory),
-            ) from error
+            raise self._kept(saved, training, error) from error
+
+    def _kept(self, saved: Path, training: Training, error: Exception) -> RegistrationError:
+        """The error that says where what was trained is kept, and how it is registered later."""
+        try:
+            kept = Outbox(self.registry.root).keep(self.name, saved, training)
+            way_out = "ModelRegistry.recover() registers it"
+        except StorageError:
+            kept = saved
+            way_out = (
+                f"retry with register(that directory, train_name={training.label!r}, "
+                f"base_model={training.base_model!r}, "
+                f"training_id=uuid.UUID({str(training.id)!r}))"
+            )
+        return RegistrationError(
+            f"{self.name} is trained but not registered ({type(error).__name__}: {error}); "
+            f"it is kept in {shown(kept)}; {way_out}",
+            str(kept),
+        )
 
 
 class RegisterCallback(TrainerCallback):
-    """Registers the PEFT model that a `Trainer` trains, after the training has succeeded.
+    """Registers the model that a `Trainer` trains, after the training has succeeded.
 
-    The name is reserved when the training begins, so that a name that is taken is an error at the
-    start and not at the end. When the training ends, the adapter in memory is registered with the
-    tokenizer. This is the best adapter if the Trainer has loaded it, and the card has the steps,
-    losses and metrics of that one. What `trainer.evaluate()` measures later is added to the card.
+    That is the adapter of a `PeftModel`, or a full model of transformers. The name is reserved when
+    the training begins, so that a name that is taken is an error at the start and not at the end;
+    so is a base model that is gone. When the training ends, what is in memory is registered with
+    the tokenizer. This is the best checkpoint if the Trainer has loaded it, and the card has the
+    steps, losses and metrics of that one. What `trainer.evaluate()` measures later is added to the
+    card.
 
     Nothing is registered of a training that fails, of a trial of `hyperparameter_search`, and of a
     training that a callback has stopped before its end, as a pruned trial is; one that
     `EarlyStoppingCallback` has stopped is registered. `register_from_trainer` registers any.
 
-    A callback is for one training. If registering fails, the adapter is kept in the Trainer's
-    output directory, and the `RegistrationError` says where.
+    A callback is for one training. If registering fails at the end, the training goes on: the error
+    is logged and is the attribute `error`, and what was trained is kept in the registry's
+    directory, where `ModelRegistry.recover` registers it.
 
     Args:
         registry: A registry, or the directory of one.
-        train_name: What the training is called; lower-case letters, digits, `.` and `-`.
+        train_name: What you call the training; see `ModelRegistry.register`.
         base_model: Its technical name. If None, the registered base model whose name, Hub id or
-            path the adapter's configuration states.
+            path the model states.
         training_id: Drawn when the training begins if None. A resumed training keeps its name with
             the same id.
         datasets: Names of the datasets, for the card.
+        strict: Raise if registering fails at the end, instead of going on.
 
     Attributes:
         name: The reserved name, once the training has begun.
         model: The customized model, once it is registered.
+        error: Why it could not be registered.
 
     >>> trainer.add_callback(RegisterCallback("models", train_name="support"))  # doctest: +SKIP
     """
@@ -141,15 +165,18 @@ class RegisterCallback(TrainerCallback):
         base_model: BaseModel | str | None = None,
         training_id: uuid.UUID | str | None = None,
         datasets: str | Iterable[str] = (),
+        strict: bool = False,
     ) -> None:
-        self.registry = registry if isinstance(registry, ModelRegistry) else ModelRegistry(registry)
+        self.registry = _registry(registry)
         given = Training.given(train_name, base_model, training_id)
         self.train_name = given.label
         self.base_model = given.base_model
         self.training_id = given.id
         self.datasets = texts("datasets", datasets)
+        self.strict = truth("strict", strict)
         self.name: str | None = None
         self.model: CustomizedModel | None = None
+        self.error: RegistrationError | None = None
         self._registration: _Registration | None = None
 
     def on_train_begin(
@@ -163,9 +190,11 @@ class RegisterCallback(TrainerCallback):
 
         Raises:
             AlreadyExistsError: The name is taken, or this callback has registered a training.
-            BaseModelMismatch: No base model matches, or several do.
+            BaseModelMismatch: No base model matches, or several do, or it has changed.
+            BaseModelMissingError: The base model's files are gone.
             UnsupportedError: The weights are sharded; see `register_from_trainer`.
-            UnsupportedAdapterError: The model is not a `PeftModel` with one active adapter.
+            UnsupportedAdapterError: The model is neither a `PeftModel` with one active adapter nor
+                a model of transformers.
         """
         if state.is_hyper_param_search:
             return
@@ -175,18 +204,14 @@ class RegisterCallback(TrainerCallback):
                 f"another training needs another callback"
             )
         _refuse_sharded(args)
-        _adapter_name(kwargs["model"])
+        trained = TrainedModel.of(kwargs["model"])
         if not state.is_world_process_zero:
             return
-        self._registration = _Registration.reserved(
-            self.registry,
-            kwargs["model"],
-            train_name=self.train_name,
-            base_model=self.base_model,
-            training_id=self.training_id,
-            training=_configuration(args, self.datasets),
+        wanted = Training.given(
+            self.train_name, self.base_model, self.training_id, _configuration(args, self.datasets)
         )
-        self.training_id = self._registration.training_id
+        self._registration = _Registration.reserved(self.registry, trained, wanted)
+        self.training_id = self._registration.training.id
         self.name = self._registration.name
 
     def on_train_end(
@@ -196,10 +221,10 @@ class RegisterCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Save the adapter in the Trainer's output directory, register it, and remove that copy.
+        """Save what was trained, and register it.
 
         Raises:
-            RegistrationError: Registering failed. The copy is kept.
+            RegistrationError: It could not be registered, and the callback is strict.
         """
         registration, self._registration = self._registration, None
         if registration is None:
@@ -213,16 +238,19 @@ class RegisterCallback(TrainerCallback):
                 state.max_steps,
             )
             return
-        output = Path(str(args.output_dir))
-        output.mkdir(parents=True, exist_ok=True)
-        directory = Path(tempfile.mkdtemp(prefix=f"unregistered-{registration.name}-", dir=output))
-        model = kwargs["model"]
-        saved = _adapter_directory(model, directory)
-        model.save_pretrained(str(directory), selected_adapters=[_adapter_name(model)])
-        if kwargs.get("processing_class") is not None:
-            kwargs["processing_class"].save_pretrained(str(saved))
-        self.model = registration.register(saved, args, state)
-        shutil.rmtree(directory)
+        try:
+            self.model = _registered(
+                registration,
+                TrainedModel.of(kwargs["model"]),
+                Path(str(args.output_dir)),
+                kwargs.get("processing_class"),
+                evaluation_summary(_state_of_model(args, state)),
+            )
+        except RegistrationError as error:
+            if self.strict:
+                raise
+            self.error = error
+            _log.error("%s", error)
 
     def on_evaluate(
         self,
@@ -238,6 +266,55 @@ class RegisterCallback(TrainerCallback):
                 self.model = self.registry.add_evaluation(self.model, measured)
 
 
+def register_from_model(
+    registry: ModelRegistry | str | os.PathLike[str],
+    model: Any,
+    *,
+    train_name: str,
+    base_model: BaseModel | str | None = None,
+    training_id: uuid.UUID | str | None = None,
+    training: TrainingConfiguration | Mapping[str, Any] | None = None,
+    evaluation: EvaluationSummary | Mapping[str, Any] | None = None,
+    processing_class: Any = None,
+    accelerator: Accelerator | None = None,
+) -> CustomizedModel | None:
+    """Register a model in memory, as a training loop without a Trainer has it.
+
+    Call it on every rank: weights that lie on several are gathered, by accelerate if `accelerator`
+    is given, else by torch. The first rank writes.
+
+    Args:
+        registry: A registry, or the directory of one.
+        model: A `PeftModel` with one active adapter or a model of transformers, wrapped or not.
+        train_name: See `ModelRegistry.register`, as for the following.
+        base_model: Its technical name. If None, the registered base model whose name, Hub id or
+            path the model states.
+        training_id: Drawn if None.
+        training: How it was trained; the method's settings are the model's own.
+        evaluation: What was measured.
+        processing_class: The tokenizer or processor that is kept with it.
+        accelerator: The one that has prepared the model, if any.
+
+    Returns:
+        The customized model on the first rank, None on the others.
+
+    Raises:
+        AlreadyExistsError: The name is taken.
+        BaseModelMismatch: No base model matches, or several do, or it has changed.
+        UnsupportedAdapterError: It is neither a `PeftModel` with one active adapter nor a model of
+            transformers.
+        RegistrationError: Registering failed. What was trained is kept.
+    """
+    wanted = Training.given(train_name, base_model, training_id, training, evaluation)
+    trained, found = TrainedModel.of(model), _registry(registry)
+    state = gather(model, accelerator)
+    if not is_first_rank(accelerator):
+        return None
+    registration = _Registration.reserved(found, trained, wanted)
+    scratch = Outbox(found.root).directory
+    return _registered(registration, trained, scratch, processing_class, wanted.evaluation, state)
+
+
 def register_from_trainer(
     registry: ModelRegistry | str | os.PathLike[str],
     trainer: Trainer,
@@ -249,8 +326,8 @@ def register_from_trainer(
 ) -> CustomizedModel | None:
     """Register what `trainer` has trained, sharded or not. Call it on every rank.
 
-    The adapter is saved by `trainer.save_model`, which gathers sharded weights, in the Trainer's
-    output directory. All ranks must share that directory. Evaluations so far are in the card.
+    Weights that FSDP or DeepSpeed have spread over ranks are gathered. Evaluations so far are in
+    the card.
 
     Args:
         registry: A registry, or the directory of one.
@@ -263,40 +340,58 @@ def register_from_trainer(
     Returns:
         The customized model on the first rank, None on the others.
 
-    Raises:
-        AlreadyExistsError: The name is taken, or the adapter of a failed call is still there.
-        BaseModelMismatch: No base model matches, or several do.
-        UnsupportedAdapterError: The model is not a `PeftModel` with one active adapter.
-        RegistrationError: Registering failed. The saved adapter is kept.
+    Raises: as `register_from_model`.
     """
-    registry = registry if isinstance(registry, ModelRegistry) else ModelRegistry(registry)
-    given, names = Training.given(train_name, base_model, training_id), texts("datasets", datasets)
     instance("trainer", trainer, Trainer)
-    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-    directory = Path(str(trainer.args.output_dir)) / f"unregistered-{given.train_name}"
-    saved = _adapter_directory(model, directory)
-    registration = None
-    if trainer.is_world_process_zero():
-        if directory.exists():
-            raise AlreadyExistsError(
-                f"{shown(directory)} has the adapter of an earlier call; register it or remove it"
-            )
-        registration = _Registration.reserved(
-            registry,
-            model,
-            train_name=given.label,
-            base_model=given.base_model,
-            training_id=given.id,
-            training=_configuration(trainer.args, names),
-        )
-    trainer.save_model(str(directory))
-    if registration is None:
-        return None
-    if saved != directory and trainer.processing_class is not None:
-        trainer.processing_class.save_pretrained(str(saved))
-    registered = registration.register(saved, trainer.args, trainer.state)
+    return register_from_model(
+        registry,
+        trainer.deepspeed if trainer.is_deepspeed_enabled else trainer.model,
+        train_name=train_name,
+        base_model=base_model,
+        training_id=training_id,
+        training=_configuration(trainer.args, texts("datasets", datasets)),
+        evaluation=evaluation_summary(_state_of_model(trainer.args, trainer.state)),
+        processing_class=trainer.processing_class,
+        accelerator=trainer.accelerator,
+    )
+
+
+def _registered(
+    registration: _Registration,
+    trained: TrainedModel,
+    scratch: Path,
+    processing_class: Any,
+    evaluation: EvaluationSummary | None,
+    state: Mapping[str, Any] | None = None,
+) -> CustomizedModel:
+    """Save a model below `scratch`, register it, and remove that copy.
+
+    Raises:
+        RegistrationError: It could not be saved, or not registered.
+    """
+    try:
+        scratch.mkdir(parents=True, exist_ok=True)
+        prefix = f"unregistered-{registration.name}-"
+        directory = Path(tempfile.mkdtemp(prefix=prefix, dir=scratch))
+        saved = trained.save(directory, processing_class, state)
+    except Exception as error:
+        raise RegistrationError(
+            f"{registration.name} is trained but could not be saved in {shown(scratch)} "
+            f"({type(error).__name__}: {error}); the last checkpoint of the training can be "
+            f"registered with ModelRegistry.register"
+        ) from error
+    try:
+        model = registration.register(saved, trained.settings(saved), evaluation)
+    except RegistrationError as error:
+        if Path(error.directory) != saved:  # it has been moved
+            shutil.rmtree(directory, ignore_errors=True)
+        raise
     shutil.rmtree(directory)
-    return registered
+    return model
+
+
+def _registry(given: ModelRegistry | str | os.PathLike[str]) -> ModelRegistry:
+    return given if isinstance(given, ModelRegistry) else ModelRegistry(given)
 
 
 def _configuration(args: TrainingArguments, datasets: Sequence[str]) -> TrainingConfiguration:
@@ -316,33 +411,9 @@ def _is_cut_short(state: TrainerState) -> bool:
     return state.global_step < state.max_steps and not patient
 
 
-def _adapter_name(model: Any) -> str:
-    """The one adapter being trained; `UnsupportedAdapterError` if there is not exactly one."""
-    from peft import PeftModel
-
-    if not isinstance(model, PeftModel):
-        raise UnsupportedAdapterError(
-            f"the Trainer trains a {type(model).__name__}, not a PeftModel: "
-            f"only adapters can be registered"
-        )
-    if len(model.active_adapters) != 1:
-        raise UnsupportedAdapterError(
-            f"{len(model.active_adapters)} adapters are active ({listed(model.active_adapters)}); "
-            f"exactly one can be registered"
-        )
-    name: str = model.active_adapters[0]
-    return name
-
-
-def _adapter_directory(model: Any, directory: Path) -> Path:
-    """Where `save_pretrained(directory)` puts the active adapter."""
-    name = _adapter_name(model)
-    return directory if name == "default" else directory / name
-
-
 def _refuse_sharded(args: TrainingArguments) -> None:
     kind = args.distributed_state.distributed_type.value
-    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+    if kind in SHARDED:
         raise UnsupportedError(
             f"the weights are sharded ({kind}), and a callback cannot gather them: leave "
             f"RegisterCallback out, and after trainer.train() call "

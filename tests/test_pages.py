@@ -13,6 +13,7 @@ import pytest
 from nbclient import NotebookClient
 
 from tests.pages import blocks_of, run_page
+from tests.servers.hub_server import TOKEN, hub_server
 from tests.servers.ollama_server import OllamaServer
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -26,7 +27,8 @@ ENVIRONMENT = {
 
 PAGES = [page for page in sorted(DOCS.rglob("*.md")) if blocks_of(page.read_text())]
 WITH_OLLAMA = [page for page in PAGES if OLLAMA_PORT in page.read_text()]
-ALONE = [page for page in PAGES if page not in WITH_OLLAMA]
+WITH_HUB = [page for page in PAGES if "push_to_hub(" in page.read_text()]
+ALONE = [page for page in PAGES if page not in WITH_OLLAMA + WITH_HUB]
 
 
 @pytest.mark.parametrize("page", ALONE, ids=lambda page: page.stem)
@@ -39,6 +41,20 @@ def test_a_page_that_talks_to_ollama_does_what_it_says(
     page: Path, tmp_path: Path, ollama: OllamaServer
 ) -> None:
     run_page(page, tmp_path, ENVIRONMENT, {OLLAMA_PORT: str(ollama.port)})
+
+
+@pytest.mark.parametrize("page", WITH_HUB, ids=lambda page: page.stem)
+def test_a_page_that_talks_to_the_hub_does_what_it_says(page: Path, tmp_path: Path) -> None:
+    with hub_server() as hub:
+        environment = ENVIRONMENT | {
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(tmp_path / "cache"),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_OFFLINE": "0",
+            "HF_TOKEN": TOKEN,
+        }
+        (tmp_path / "page").mkdir()
+        run_page(page, tmp_path / "page", environment)
 
 
 def test_the_notebook_shows_what_is_stored_in_it(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from attrs import evolve, field, frozen
 
 from ..errors import MalformedError, UnsafeFileError, UnsupportedAdapterError, listed, shown
+from ..files.copying import copy_untrusted
 from ..files.digests import FileDigest, hash_file
 from ..files.links import linked_file
 from ..files.model_directory import CARRIED, Role, checked_size, files_of, row_of
@@ -79,7 +80,7 @@ def take_in(source: Path, destination: Path) -> Intake:
     _refuse_pickled(source)
     with disk_errors(f"the adapter in {shown(source)} cannot be copied"):
         files = _checked_files(source.resolve())
-        content = {name: _copy_file(file, destination, name) for name, file in files.items()}
+        content = {name: copy_untrusted(file, destination, name) for name, file in files.items()}
         config = json_object(destination / CONFIG, limit=row_of(CONFIG).limit)
         (destination / CONFIG).write_bytes(canonical(config))
         content[CONFIG] = hash_file(destination / CONFIG)
@@ -122,19 +123,6 @@ def _checked_files(source: Path) -> dict[str, Path]:
         )
     read_header(files[WEIGHTS], limit=_MAX_HEADER)  # a sparse file would take long to copy
     return files
-
-
-def _copy_file(file: Path, destination: Path, name: str) -> FileDigest:
-    (destination / name).parent.mkdir(parents=True, exist_ok=True)
-    with opened(file, os.O_NOFOLLOW) as fd, FileWriter(destination / name) as writer:
-        before = os.fstat(fd)
-        checked_size(name, before.st_size)
-        copy_range(fd, 0, before.st_size, writer, shown(name))
-        digest = writer.finish()
-        after = os.fstat(fd)
-    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-        raise MalformedError(f"{shown(name)} changed while it was copied")
-    return digest
 
 
 def _with_plain_names(

@@ -116,7 +116,11 @@ def _has_chat_template(files: Mapping[str, Path]) -> bool:
     return path is not None and bool(json_object(path).get("chat_template"))
 
 
-def training_facts(directory: Path, adapter_config: Mapping[str, Any]) -> ModelCard:
+FULL = {"method": "full fine-tuning"}
+"""The settings of a training that changed the model's own weights."""
+
+
+def training_facts(directory: Path, adapter_config: Mapping[str, Any] | None) -> ModelCard:
     """The card that the files in a training's output directory give.
 
     These are `trainer_state.json`, here or in the last checkpoint, as far as it is of these weights
@@ -126,7 +130,7 @@ def training_facts(directory: Path, adapter_config: Mapping[str, Any]) -> ModelC
 
     Args:
         directory: The directory.
-        adapter_config: The contents of its `adapter_config.json`.
+        adapter_config: The contents of its `adapter_config.json`; None for a full model.
 
     Raises:
         MalformedError: One of the JSON files does not parse.
@@ -148,7 +152,7 @@ def training_facts(directory: Path, adapter_config: Mapping[str, Any]) -> ModelC
         )
     lengths = {key: state[key] for key in ("max_steps", "num_train_epochs") if key in state}
     training = TrainingConfiguration(
-        peft=peft_settings(adapter_config),
+        peft=FULL if adapter_config is None else peft_settings(adapter_config),
         arguments=training_arguments({**settings.arguments, **lengths}),
         datasets=_datasets(directory) or tuple(filter(_is_name, settings.datasets)),
     )

@@ -10,7 +10,7 @@ import html
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import attrs
 from ..errors import MalformedError, shown
 from ..files.documents import from_document, to_document
 from ..files.reading import plain_text
-from ..models import BaseModel, CompleteModel, CustomizedModel, ModelCard
+from ..models import BaseModel, CompleteModel, CustomizedModel, ModelCard, is_adapter
 from ..naming import is_hub_id
 
 MAX_README = 4 << 20  # bytes; cards with thousands of benchmark results have about one million
@@ -144,7 +144,8 @@ def _storable(value: Any, depth: int) -> Any:
 def render_customized(model: CustomizedModel, base: BaseModel) -> str:
     """The `README.md` of a customized model."""
     facts = {"name": model.name, "base": base.name, "train_name": model.train_name}
-    return _render("adapter", facts, base, model.card)
+    relation = "adapter" if is_adapter(model) else "finetune"
+    return _render(relation, facts, base, model.card)
 
 
 def render_complete(model: CompleteModel, base: BaseModel) -> str:
@@ -165,7 +166,9 @@ def _render(relation: str, facts: dict[str, str], base: BaseModel, card: ModelCa
         header["license"] = base.card.license
     if on_the_hub := [name for name in card.training.datasets if is_hub_id(name)]:
         header["datasets"] = on_the_hub
-    if index := _model_index(facts["name"], card):
+    if (task := _task(base, card)) is not None:
+        header["pipeline_tag"] = task
+    if index := _model_index(facts["name"], task or _TASKS["CAUSAL_LM"], on_the_hub, card):
         header["model-index"] = index
     header["tags"] = ["customized-models"]
     notes = own.pop("notes")
@@ -199,19 +202,36 @@ _TASKS = {
 """The Hub's name of a task, by PEFT's."""
 
 
-def _model_index(name: str, card: ModelCard) -> list[dict[str, Any]]:
+_ARCHITECTURES = {
+    "ForCausalLM": "text-generation",
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+}
+"""The Hub's name of a task, by how a base model's class ends."""
+
+
+def _task(base: BaseModel, card: ModelCard) -> str | None:
+    stated = _TASKS.get(str(card.training.peft.get("task_type")))
+    ends = (task for end, task in _ARCHITECTURES.items() if base.card.architecture.endswith(end))
+    return stated or next(ends, None)
+
+
+def _model_index(
+    name: str, task: str, datasets: Sequence[str], card: ModelCard
+) -> list[dict[str, Any]]:
     """What was measured, as the Hub reads it; empty if nothing was, besides the training loss.
 
-    The Hub wants the data set to be named. Which one it was is not known here.
+    The Hub wants the data set to be named: where the card names several or none, it is not known.
     """
     from huggingface_hub import EvalResult
     from huggingface_hub.repocard_data import eval_results_to_model_index
 
     results = [
         EvalResult(
-            task_type=_TASKS.get(str(card.training.peft.get("task_type")), "text-generation"),
-            dataset_type="unknown",
-            dataset_name="not stated",
+            task_type=task,
+            dataset_type=datasets[0] if len(datasets) == 1 else "unknown",
+            dataset_name=datasets[0] if len(datasets) == 1 else "not stated",
             metric_type=metric.removeprefix("eval_") or metric,
             metric_name=metric,
             metric_value=value,

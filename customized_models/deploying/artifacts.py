@@ -19,6 +19,7 @@ from ..errors import (
     UnsupportedArchitectureError,
     UnsupportedError,
     UnsupportedQuantizationError,
+    listed,
     shown,
 )
 from ..files.digests import FileDigest, digest_of
@@ -33,6 +34,7 @@ from ..models import (
     DeploymentTemplate,
     Progress,
     Quantization,
+    is_adapter,
 )
 from ..shelf import Shelf
 from ..sources import model_source, small_files
@@ -99,10 +101,9 @@ class RegistryArtifact:
         self._llama_cpp = None if llama_cpp is None else Path(llama_cpp)
         self._base = catalog.levels.get(BaseModel, model.base)
         self.template = template or self._base.deployment_template
-        customized = isinstance(model, CustomizedModel)
-        self._config = shelf.document(self._base if customized else model, "config.json")
+        self._config = shelf.document(self._base if is_adapter(model) else model, "config.json")
         self.base = self._base.name
-        self.adapter_config = shelf.document(model, CONFIG) if customized else None
+        self.adapter_config = shelf.document(model, CONFIG) if is_adapter(model) else None
         self._given = ExitStack()
 
     def __enter__(self) -> RegistryArtifact:
@@ -228,19 +229,27 @@ class RegistryArtifact:
                 f"a model directory is not quantized here (asked for {self.quantization}); the "
                 f"tool may have a setting of its own"
             )
-        if not isinstance(self.model, CompleteModel):
+        if is_adapter(self.model):
             raise UnsupportedError(
                 f"{self.model.name} is an adapter; save it with Merger(registry).save first"
             )
-        with self._shelf.proven(self.model) as (directory, finish):
+        with (
+            self.small_files() as (_, files),
+            self._shelf.proven(self.model) as (directory, finish),
+        ):
+            if lacking := {name for name in files if not (directory / name).is_file()}:
+                raise UnsupportedError(
+                    f"{self.model.name} lacks {listed(lacking)}, which its base has; "
+                    f"Merger(registry).save makes a complete model of it"
+                )
             finish(_silent)
             yield directory
 
     @contextmanager
     def adapter(self) -> Iterator[AdapterBesideBase]:
         """See `backends.Artifact.adapter`."""
-        if not isinstance(self.model, CustomizedModel):
-            raise UnsupportedError(f"{self.model.name} is a complete model, and has no adapter")
+        if not is_adapter(self.model):
+            raise UnsupportedError(f"{self.model.name} is a whole model, and has no adapter")
         with (
             self._shelf.proven(self._base) as (base, finish_base),
             self._shelf.proven(self.model) as (adapter, finish),

@@ -19,7 +19,7 @@ from ..backends import Backend, Plan, Probe, Probing, Promoting, Tools, open_bac
 from ..errors import AlreadyExistsError, DatabaseError, StorageError, shown
 from ..files.documents import from_document
 from ..jobs.work import Work
-from ..models import BaseModel, CustomizedModel, DeploymentEnvironment, LiveModel, Proof, Served
+from ..models import BaseModel, DeploymentEnvironment, LiveModel, Proof, Served, is_adapter
 from .artifacts import RegistryArtifact
 from .proving import (
     Answering,
@@ -242,7 +242,7 @@ class _Deployment:
         model, shelf, adapter = artifact.model, self.work.shelf, None
         with ExitStack() as stack:
             directory = stack.enter_context(shelf.opened(model))
-            if isinstance(model, CustomizedModel):
+            if is_adapter(model):
                 base = self.work.catalog.levels.get(BaseModel, model.base)
                 adapter, directory = directory, stack.enter_context(shelf.opened(base))
             small, files = stack.enter_context(artifact.small_files())

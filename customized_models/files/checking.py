@@ -117,6 +117,11 @@ class FileCheck:
         """A check that every file passes."""
         return cls(directory, {}, lambda names: CustomizedModelsError(listed(names)))
 
+    def only(self, names: Collection[str]) -> FileCheck:
+        """A check of these files alone."""
+        expected = {name: self._expected[name] for name in names}
+        return FileCheck(self._directory, expected, self._refuse)
+
     @contextmanager
     def reading(self, name: str) -> Iterator[FileReader]:
         """Read a file front to back for another end; it is compared when the block is left.

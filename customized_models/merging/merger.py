@@ -31,7 +31,7 @@ from ..jobs.work import Work
 from ..models import BaseModel, CompleteModel, CustomizedModel, Progress
 from ..naming import complete_name
 from ..registry import ModelRegistry
-from ..sources import MergedSource, proven_merge
+from ..sources import CompletedSource, proven_merge
 from .journal import Journal
 from .plan import MergePlan, plan_merge
 from .proof import check_rebuilt, derive_again, prove
@@ -59,6 +59,9 @@ class Merger:
         self, customized: CustomizedModel | str, *, quantization: str | None = None
     ) -> Job[CompleteModel]:
         """Merge the adapter into its base and publish the result; returns at once.
+
+        A full model is published without a merge: its tensors as they are, with the tokenizer and
+        configuration files that it lacks from its base.
 
         Every tensor that the adapter changes has the bits that PEFT's `merge_and_unload` gives it;
         every other one has the base's bytes, or what an FP8 or MXFP4 base dequantizes to. Before
@@ -232,7 +235,7 @@ def run_save(work: Work) -> None:
 
 
 def _write(
-    merged: MergedSource, staging: Path, progress: Progress, check: FileCheck, journal: Journal
+    merged: CompletedSource, staging: Path, progress: Progress, check: FileCheck, journal: Journal
 ) -> dict[str, FileDigest]:
     """Weights and small files into `staging`; their digests."""
     merge, layout = merged.merge, merged.layout

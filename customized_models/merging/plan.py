@@ -12,8 +12,8 @@ from attrs import field, frozen
 from ..display import html_table, text_table
 from ..files.safetensors import ITEM_SIZE
 from ..files.streams import parallel_files
-from ..models import BaseModel, CustomizedModel
-from ..sources import MergedSource, merge_of
+from ..models import BaseModel, CustomizedModel, is_trained_checkpoint
+from ..sources import MergedSource, completed_checkpoint, merge_of
 from ..values import Value, checked
 
 if TYPE_CHECKING:
@@ -77,6 +77,8 @@ class MergePlan(Value):
         memory: An upper estimate of the worker's peak in bytes, over what it takes to import torch,
             transformers and PEFT.
         recipe: What the merged bits will depend on here.
+        completed: Names of files that a full model takes from its base. It is published as it is,
+            without a merge, and nothing changes.
     """
 
     customized: str
@@ -88,14 +90,18 @@ class MergePlan(Value):
     size: int
     memory: int
     recipe: Mapping[str, Any] = field(hash=False)
+    completed: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         count = len(self.untrained)
-        untrained = f"{count} more were left at zero by the training, " if count else ""
+        untrained = f", {count} more were left at zero by the training" if count else ""
+        what = f"{len(self.changes)} of {self.tensors} tensors change{untrained}"
+        if not (self.changes or self.untrained):
+            taken = f", with {', '.join(self.completed)} of the base" if self.completed else ""
+            what = f"a full model of {self.tensors} tensors, published without a merge{taken}"
         return (
-            f"<MergePlan {self.customized}: {len(self.changes)} of {self.tensors} tensors change, "
-            f"{untrained}{self.size:,} bytes to write, at most about {self.memory:,} bytes of "
-            f"memory>"
+            f"<MergePlan {self.customized}: {what}, {self.size:,} bytes to write, at most about "
+            f"{self.memory:,} bytes of memory>"
         )
 
     def __str__(self) -> str:
@@ -124,8 +130,10 @@ class MergePlan(Value):
 def plan_merge(shelf: Shelf, base: BaseModel, customized: CustomizedModel) -> MergePlan:
     """The plan for a customized model.
 
-    Imports torch and PEFT, so it is for a process of its own.
+    Imports torch and PEFT for an adapter, so it is for a process of its own.
     """
+    if is_trained_checkpoint(customized):
+        return _plan_copy(shelf, base, customized)
     with (
         shelf.opened(base) as base_directory,
         shelf.checked(customized) as (directory, check),
@@ -147,6 +155,28 @@ def plan_merge(shelf: Shelf, base: BaseModel, customized: CustomizedModel) -> Me
             size=sum(info.size for info in merge.infos.values()),
             memory=_memory(merged),
             recipe=dict(merge.recipe),
+        )
+
+
+def _plan_copy(shelf: Shelf, base: BaseModel, customized: CustomizedModel) -> MergePlan:
+    """The plan for a full model, which takes what it lacks from its base."""
+    with (
+        shelf.opened(base) as base_directory,
+        shelf.opened(customized) as directory,
+        completed_checkpoint(base_directory, directory) as completed,
+    ):
+        merge, files = completed.merge, completed.source.files.items()
+        return MergePlan(
+            customized=customized.name,
+            base=customized.base,
+            changes=(),
+            unused_adapter_tensors=(),
+            untrained=(),
+            tensors=len(merge.infos),
+            size=sum(info.size for info in merge.infos.values()),
+            memory=min(parallel_files(), len(merge.shards)) * _BUFFERS,
+            recipe=dict(merge.recipe),
+            completed=tuple(name for name, path in files if path.is_relative_to(base_directory)),
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from attrs import evolve
 
@@ -15,7 +15,7 @@ from ..files.manifest import Manifest
 from ..files.reading import opened, read_at
 from ..files.safetensors import Checkpoint, TensorInfo, tensor_bytes
 from ..models import BaseModel, CompleteModel, CustomizedModel, Progress
-from ..sources import MergedSource, proven_merge
+from ..sources import CompletedSource, MergedSource, proven_merge
 from .writing import checkpoint_digests
 
 if TYPE_CHECKING:
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
     from ..shelf import Shelf
     from . import MergeExecution
+    from .copying import CheckpointCopy
+
+    Merge: TypeAlias = MergeExecution | CheckpointCopy
 
 _PIECE = 1 << 20  # bytes compared at once: they stay in a processor's cache
 
@@ -34,7 +37,7 @@ SAMPLES = 8
 A model has three to seven shapes of changed tensors, so that there is one of each."""
 
 
-def prove(merged: MergedSource, directory: Path, seed: str, progress: Progress) -> None:
+def prove(merged: CompletedSource, directory: Path, seed: str, progress: Progress) -> None:
     """Compare a sample of what was written with base and adapter.
 
     All names, dtypes and shapes are compared. Of the changed tensors one of each shape, at most
@@ -52,7 +55,7 @@ def prove(merged: MergedSource, directory: Path, seed: str, progress: Progress) 
         MergeError: Naming the tensors that differ.
     """
     base, merge = Checkpoint.open(merged.layout.directory), merged.merge
-    if merge.adapter_in_memory:
+    if isinstance(merged, MergedSource) and merged.merge.adapter_in_memory:
         merge = merged.open_again()
     written = Checkpoint.open(directory)
     draw = random.Random(seed)
@@ -66,7 +69,7 @@ def prove(merged: MergedSource, directory: Path, seed: str, progress: Progress) 
         )
 
 
-def _one_of_each_shape(merge: MergeExecution, draw: random.Random) -> list[str]:
+def _one_of_each_shape(merge: Merge, draw: random.Random) -> list[str]:
     by_shape: dict[object, list[str]] = {}
     for name in sorted(merge.changed):
         by_shape.setdefault(merge.infos[name].shape, []).append(name)
@@ -78,7 +81,7 @@ def _one_of_each_shape(merge: MergeExecution, draw: random.Random) -> list[str]:
 def different(
     written: Checkpoint,
     base: Checkpoint,
-    merge: MergeExecution,
+    merge: Merge,
     names: Collection[str],
     progress: Progress,
     blocks: Callable[[str], Iterable[torch.Tensor]],
@@ -173,7 +176,7 @@ def derive_again(
             _refuse(complete, merge.recipe, f"other bytes in {listed(wrong)}")
 
 
-def _name_tensors(files: set[str], written: Checkpoint, merged: MergedSource) -> set[str]:
+def _name_tensors(files: set[str], written: Checkpoint, merged: CompletedSource) -> set[str]:
     """The tensors that differ, in place of the shards that have them."""
     merge = merged.merge
     shards = files & merge.shards.keys()

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from accelerate import Accelerator
 from accelerate.state import DistributedType, PartialState
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
@@ -29,13 +31,18 @@ from transformers import (
 from customized_models.errors import (
     AlreadyExistsError,
     BaseModelMismatch,
+    BaseModelMissingError,
     RegistrationError,
     UnsupportedAdapterError,
     UnsupportedError,
 )
-from customized_models.models import CustomizedModel
+from customized_models.models import BaseModel, CustomizedModel
 from customized_models.registry import ModelRegistry
-from customized_models.training import RegisterCallback, register_from_trainer
+from customized_models.training import (
+    RegisterCallback,
+    register_from_model,
+    register_from_trainer,
+)
 
 EXAMPLES = [{"input_ids": [1, 5 + i, 7, 9, 2], "labels": [1, 5 + i, 7, 9, 2]} for i in range(8)]
 MakeTrainer = Callable[..., Trainer]
@@ -184,9 +191,10 @@ def test_the_base_is_found_by_the_path_it_was_trained_from(
         make_trainer(empty).train()
 
 
-def test_a_failed_registration_keeps_the_adapter_and_says_where(
-    registry: ModelRegistry, make_trainer: MakeTrainer, tiny_base: Path, tmp_path: Path
-) -> None:
+@pytest.fixture
+def losing(tiny_base: Path, tmp_path: Path) -> tuple[ModelRegistry, TrainerCallback]:
+    """A registry whose base is moved away in the first step of a training, and what does it."""
+
     class LoseBase(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if base.exists():
@@ -196,23 +204,86 @@ def test_a_failed_registration_keeps_the_adapter_and_says_where(
     base.mkdir()
     for path in tiny_base.iterdir():
         os.link(path, base / path.name)
-    other = ModelRegistry(tmp_path / "other")
-    other.add_base_model("copy", base)
-    callback = RegisterCallback(other, train_name="support", base_model="copy")
+    registry = ModelRegistry(tmp_path / "other")
+    registry.add_base_model("copy", base)
+    return registry, LoseBase()
 
-    with pytest.raises(RegistrationError, match="relocate_base_model") as caught:
-        make_trainer(callback, LoseBase()).train()
+
+def test_a_failed_registration_kills_no_training_and_is_taken_up_later(
+    losing: tuple[ModelRegistry, TrainerCallback], make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    other, lose_base = losing
+    callback = RegisterCallback(other, train_name="support", base_model="copy")
+    trainer = make_trainer(callback, lose_base)
+    assert trainer.train().global_step == 2
 
     assert callback.model is None
-    assert Path(caught.value.directory).parent == tmp_path / "out"
+    assert isinstance(callback.error, RegistrationError)
+    assert "recover() registers it" in str(callback.error)
+    assert Path(callback.error.directory).is_relative_to(other.root)
+    assert list((tmp_path / "out").iterdir()) == []
+    assert any("it is kept" in done for done in other.recover())
+
     other.relocate_base_model("copy", tmp_path / "moved")
-    model = other.register(
-        caught.value.directory,
-        train_name="support",
-        base_model="copy",
-        training_id=callback.training_id,
-    )
-    assert model.name == callback.name
+    assert any("registered copy_support" in done for done in other.recover())
+    (model,) = other.customized_models()
+    assert (model.name, model.training_id) == (callback.name, callback.training_id)
+    assert model.card.evaluation.steps == 2
+    assert model.card.training.base_digest == other.get(BaseModel, "copy").digest
+    assert other.recover() == []
+
+
+def test_a_strict_callback_raises(
+    losing: tuple[ModelRegistry, TrainerCallback], make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    other, lose_base = losing
+    callback = RegisterCallback(other, train_name="support", base_model="copy", strict=True)
+    with pytest.raises(RegistrationError, match="relocate_base_model"):
+        make_trainer(callback, lose_base).train()
+
+
+def test_a_base_that_is_gone_is_refused_before_the_first_step(
+    losing: tuple[ModelRegistry, TrainerCallback], make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    other, _ = losing
+    (tmp_path / "base").rename(tmp_path / "moved")
+    callback = RegisterCallback(other, train_name="support", base_model="copy")
+    trainer = make_trainer(callback)
+    with pytest.raises(BaseModelMissingError):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_a_base_that_changed_since_the_training_began_is_refused(
+    registry: ModelRegistry, tiny_adapter: Path
+) -> None:
+    began = {"base_digest": "blake3:" + "0" * 64}
+    with pytest.raises(BaseModelMismatch, match="the training began with"):
+        registry.register(
+            tiny_adapter, train_name="support", base_model="llama-tiny", training=began
+        )
+
+
+def test_a_resumed_training_is_the_same_model(
+    registry: ModelRegistry, make_trainer: MakeTrainer
+) -> None:
+    class Stop(TrainerCallback):
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            raise RuntimeError("the machine was taken away")
+
+    training_id = uuid.uuid4()
+    first = RegisterCallback(registry, train_name="support", training_id=training_id)
+    with pytest.raises(RuntimeError):
+        make_trainer(first, Stop(), save_strategy="steps", save_steps=1).train()
+
+    second = RegisterCallback(registry, train_name="support", training_id=training_id)
+    trainer = make_trainer(second, save_strategy="steps", save_steps=1)
+    trainer.train(resume_from_checkpoint=True)
+
+    assert second.model is not None
+    assert second.model.name == first.name
+    assert second.model.card.evaluation.steps == 2
+    assert second.model.card.evaluation.log_entries == 2  # one before, one after
 
 
 def test_a_callback_registers_one_training(
@@ -382,15 +453,65 @@ def test_an_adapter_of_another_name_is_registered_alike(
             assert (one / name).read_bytes() == (other / name).read_bytes()
 
 
-def test_a_model_that_is_no_adapter_is_refused_at_the_beginning(
+def test_a_full_model_is_registered_as_well(
     registry: ModelRegistry, make_trainer: MakeTrainer, tiny_base: Path
 ) -> None:
-    trainer = make_trainer(
-        RegisterCallback(registry, train_name="support"),
-        model=AutoModelForCausalLM.from_pretrained(tiny_base),
+    callback = RegisterCallback(registry, train_name="support")
+    model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype="auto")
+    trainer = make_trainer(callback, model=model)
+    trainer.train()
+
+    assert callback.model is not None
+    assert callback.model.kind == "checkpoint"
+    assert str(callback.model.card).startswith("full fine-tuning, 2 steps")
+    with registry.checkout(callback.model) as directory:
+        assert (directory / "tokenizer.json").is_file()
+        stored = load_file(directory / "model.safetensors")
+    trained = model.state_dict()
+    assert all(stored[name].equal(trained[name]) for name in stored)
+
+    again = register_from_trainer(registry, trainer, train_name="again")
+    assert again is not None
+    assert (again.kind, again.digest) == ("checkpoint", callback.model.digest)
+
+
+def test_a_model_of_no_known_kind_is_refused_at_the_beginning(registry: ModelRegistry) -> None:
+    with pytest.raises(UnsupportedAdapterError, match="Linear"):
+        register_from_model(registry, torch.nn.Linear(2, 2), train_name="support")
+
+
+def test_a_loop_without_a_trainer_registers_what_it_has_in_memory(
+    registry: ModelRegistry, tiny_base: Path
+) -> None:
+    accelerator = Accelerator(cpu=True)
+    model = peft_model(tiny_base)
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.1))
+    for example in EXAMPLES[:2]:
+        batch = {key: torch.tensor([value]) for key, value in example.items()}
+        accelerator.backward(model(**batch).loss)
+        optimizer.step()
+
+    registered = register_from_model(
+        registry,
+        model,
+        train_name="loop",
+        training={"arguments": {"learning_rate": 0.1}},
+        evaluation={"eval_loss": 1.5},
+        processing_class=AutoTokenizer.from_pretrained(tiny_base),
+        accelerator=accelerator,
     )
-    with pytest.raises(UnsupportedAdapterError, match="LlamaForCausalLM"):
-        trainer.train()
+
+    assert registered is not None
+    assert registered.base == "llama-tiny"
+    assert registered.card.training.peft["method"] == "LoRA"
+    assert registered.card.training.arguments == {"learning_rate": 0.1}
+    assert registered.card.evaluation.metrics == {"eval_loss": 1.5}
+    with registry.checkout(registered) as directory:
+        stored = load_file(directory / "adapter_model.safetensors")
+        assert (directory / "tokenizer.json").is_file()
+    trained = {n.replace(".default", ""): p for n, p in model.named_parameters() if "lora_" in n}
+    assert stored.keys() == trained.keys()
+    assert all(stored[name].equal(trained[name]) for name in stored)
 
 
 def test_a_finished_trainer_is_registered(
@@ -406,15 +527,6 @@ def test_a_finished_trainer_is_registered(
     assert registry.get(CustomizedModel, model.name) == model
     assert model.card.evaluation.metrics["eval_loss"] == measured["eval_loss"]
     assert list((tmp_path / "out").iterdir()) == []
-
-
-def test_an_adapter_left_by_a_failed_call_is_not_mixed_with_another(
-    registry: ModelRegistry, make_trainer: MakeTrainer, tmp_path: Path
-) -> None:
-    trainer = make_trainer()
-    (tmp_path / "out" / "unregistered-support").mkdir(parents=True)
-    with pytest.raises(AlreadyExistsError, match="unregistered-support"):
-        register_from_trainer(registry, trainer, train_name="support")
 
 
 class Trap:

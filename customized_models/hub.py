@@ -1,0 +1,387 @@
+"""The Hub: models are pushed to it and come back the same, and base models are fetched from it.
+
+All is done by huggingface_hub's own client, which is only imported when something is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from attrs import evolve, frozen
+
+from .cards.readme import render_complete, render_customized
+from .errors import (
+    AlreadyExistsError,
+    BaseModelMismatch,
+    BaseModelMissingError,
+    CustomizedModelsError,
+    HubError,
+    IntegrityError,
+    InvalidNameError,
+    MalformedError,
+    NotFoundError,
+    listed,
+    shown,
+)
+from .files.copying import copy_untrusted
+from .files.digests import FileDigest, hash_file
+from .files.documents import from_document, to_document
+from .files.manifest import MANIFEST, README, Manifest
+from .files.model_directory import CARRIED, TABLE, Role, files_of, role_of
+from .files.paths import without_paths
+from .files.reading import json_object
+from .files.remote_code import check_remote_code
+from .files.safetensors import Checkpoint
+from .files.writing import disk_errors, write_file
+from .models import BaseModel, CompleteModel, CustomizedModel
+from .naming import (
+    TECHNICAL_NAME,
+    checked_name,
+    complete_name,
+    customized_name,
+    is_hub_id,
+    train_name_of,
+)
+from .registering import take_in
+from .shelf import Shelf, Stored
+from .values import Value, checked
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+    from .catalog.catalog import Catalog
+
+_STATING = (Role.CONFIG, Role.TOKENIZER, Role.PROCESSOR, Role.ADAPTER)
+"""The roles of files that may state a path of the host that wrote them."""
+
+_KINDS: Mapping[str, type[Stored]] = {"customized": CustomizedModel, "complete": CompleteModel}
+
+
+@frozen(field_transformer=checked)
+class HubCommit(Value):
+    """A model as it is on the Hub.
+
+    Attributes:
+        repository: Its id there.
+        commit: The commit that has it; `from_hub(repository, revision=commit)` gives it back.
+        url: Of the commit.
+    """
+
+    repository: str
+    commit: str
+    url: str
+
+
+@frozen
+class Hub:
+    """A Hub, and who asks.
+
+    Attributes:
+        endpoint: Its address; None for that of huggingface_hub.
+        token: None for the one that huggingface_hub knows. It is in no message.
+    """
+
+    endpoint: str | None = None
+    token: str | None = None
+
+    @property
+    def api(self) -> HfApi:
+        """The client."""
+        from huggingface_hub import HfApi
+
+        return HfApi(endpoint=self.endpoint, token=self.token, library_name="customized-models")
+
+    def download(
+        self, repository: str, revision: str | None, directory: Path | None, *, cached: bool = False
+    ) -> Path:
+        """The files of a repository that a model needs; what an earlier call has is not fetched.
+
+        Args:
+            repository: Its id.
+            revision: A commit, branch or tag; None for the newest.
+            directory: Where to; None for the cache of huggingface_hub.
+            cached: Look at what is there already, and fetch nothing.
+        """
+        with hub_errors(f"{repository} cannot be fetched"):
+            found = self.api.snapshot_download(
+                repository,
+                revision=revision,
+                local_dir=directory,
+                local_files_only=cached,
+                ignore_patterns=_UNUSED,
+            )
+        return Path(found)
+
+
+_UNUSED = [row.pattern for row in TABLE if row.role in (Role.OTHER_WEIGHTS, Role.LITTER)]
+_UNUSED.remove(MANIFEST)
+
+
+@contextmanager
+def hub_errors(what: str) -> Iterator[None]:
+    """Turn the client's errors in the block into `HubError`; `what` failed."""
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        yield
+    except CustomizedModelsError:
+        raise
+    except HFValidationError as error:
+        raise InvalidNameError(f"{what}: {shown(error)}") from error
+    except LocalEntryNotFoundError as error:
+        raise HubError(f"{what}: it is not in the cache, and the Hub was not reached") from error
+    except Exception as error:
+        # Its errors are of its own classes, of those of whichever HTTP library it was built on, or
+        # RuntimeError around one of these.
+        reason = error if error.__cause__ is None else f"{error} {error.__cause__}"
+        raise HubError(f"{what}: {shown(reason, 500)}") from error
+
+
+# Base models
+
+
+def technical_name_of(hub_id: str) -> str:
+    """A technical name for a base model of that Hub id.
+
+    >>> technical_name_of("Qwen/Qwen2.5-0.5B-Instruct")
+    'qwen2.5-0.5b-instruct'
+
+    Raises:
+        InvalidNameError: It is no Hub id.
+    """
+    if not is_hub_id(hub_id):
+        raise InvalidNameError(
+            f"{shown(hub_id)} is not a Hub id, as 'owner/name' is; say the technical name and the "
+            f"directory of the base model"
+        )
+    return train_name_of(hub_id.partition("/")[2])[:24].rstrip(".-")
+
+
+def base_directory(path: object, revision: str | None, *, download: bool) -> Path | None:
+    """Where the files of a base model that is given by its Hub id are; None for a directory.
+
+    Raises:
+        BaseModelMissingError: They are not in the cache of huggingface_hub.
+        HubError: The Hub failed.
+    """
+    if not isinstance(path, str) or not is_hub_id(path) or Path(path).exists():
+        return None
+    try:
+        return Hub().download(path, revision, None, cached=not download)
+    except HubError as error:
+        if download:
+            raise
+        raise BaseModelMissingError(
+            f"{shown(path)} is neither a directory nor, whole, in the cache of huggingface_hub; "
+            f"download=True fetches it"
+        ) from error
+
+
+# Pushing
+
+
+def push(
+    catalog: Catalog,
+    shelf: Shelf,
+    hub: Hub,
+    model: Stored,
+    repository: str,
+    *,
+    private: bool,
+    revision: str | None,
+) -> HubCommit:
+    """See `ModelRegistry.push_to_hub`."""
+    if not is_hub_id(repository):
+        raise InvalidNameError(f"{shown(repository)} is not a Hub id, as 'owner/name' is")
+    base = catalog.levels.get(BaseModel, model.base)
+    with shelf.checkout(model) as directory, tempfile.TemporaryDirectory() as scratch:
+        Manifest.read(directory).verify(directory)
+        files = _pushed_files(directory, Path(scratch), model, base)
+        with hub_errors(f"{model.name} cannot be pushed to {repository}"):
+            return _commit(hub.api, files, model, repository, private=private, revision=revision)
+
+
+def _pushed_files(
+    directory: Path, scratch: Path, model: Stored, base: BaseModel
+) -> dict[str, Path]:
+    """The files as they are pushed: those of the model, without paths of this host, and a card."""
+    manifest = Manifest.read(directory)
+    files, content = {name: directory / name for name in manifest.content}, dict(manifest.content)
+    for name, path in files.items():
+        if role_of(name) in _STATING and name.endswith(".json"):
+            document = json_object(path)
+            if (plain := without_paths(document)) != document:
+                files[name], content[name] = _rewritten(scratch, name, plain)
+    manifest = evolve(manifest, content=content)
+    pushed: Any = evolve(model, digest=manifest.digest)
+    record = {"model": to_document(pushed), "base": to_document(base)}
+    evolve(manifest, record=record).write(scratch)
+    write_file(scratch / README, _card(pushed, base).encode())
+    return {**files, MANIFEST: scratch / MANIFEST, README: scratch / README}
+
+
+def _card(model: Stored, base: BaseModel) -> str:
+    if isinstance(model, CompleteModel):
+        return render_complete(model, base)
+    return render_customized(model, base)
+
+
+def _rewritten(scratch: Path, name: str, document: Mapping[str, Any]) -> tuple[Path, FileDigest]:
+    path = scratch / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, json.dumps(document, indent=2, sort_keys=True).encode() + b"\n")
+    return path, hash_file(path)
+
+
+def _commit(
+    api: HfApi,
+    files: Mapping[str, Path],
+    model: Stored,
+    repository: str,
+    *,
+    private: bool,
+    revision: str | None,
+) -> HubCommit:
+    """One commit with all files; weights of another model that were there are removed."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+    api.create_repo(repository, private=private, exist_ok=True)
+    operations: list[Any] = [
+        CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in files.items()
+    ]
+    here = (
+        api.list_repo_files(repository, revision=revision) if _has_commits(api, repository) else []
+    )
+    operations += [
+        CommitOperationDelete(path_in_repo=name)
+        for name in here
+        if role_of(name) in (Role.WEIGHTS, Role.ADAPTER) and name not in files
+    ]
+    done = api.create_commit(
+        repository, operations, commit_message=f"Add {model.name}", revision=revision
+    )
+    return HubCommit(repository, done.oid, done.commit_url)
+
+
+def _has_commits(api: HfApi, repository: str) -> bool:
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return api.model_info(repository).sha is not None
+    except HfHubHTTPError:
+        return False
+
+
+# Coming back
+
+
+@contextmanager
+def fetched(hub: Hub, repository: str, revision: str | None, scratch: Path) -> Iterator[Path]:
+    """A repository's files in a directory below `scratch`, while the block lasts.
+
+    What an interrupted call has fetched is found by the next one.
+    """
+    name = hashlib.sha256(f"{hub.endpoint} {repository} {revision}".encode()).hexdigest()[:32]
+    with disk_errors(f"{repository} cannot be fetched into {shown(scratch)}"):
+        (scratch / name).mkdir(parents=True, exist_ok=True)
+    directory = hub.download(repository, revision, scratch / name)
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def was_pushed(directory: Path) -> bool:
+    """Whether fetched files are those of a model that `push` has pushed."""
+    return (directory / MANIFEST).is_file()
+
+
+def take_back(catalog: Catalog, shelf: Shelf, directory: Path) -> Stored:
+    """The model that was pushed, in this registry under the name that it had.
+
+    Raises:
+        IntegrityError: The files are not those that were pushed.
+        MalformedError, UnsafeFileError, UnsupportedError: It is no sound model.
+        BaseModelMismatch: Its base's name stands for another base model here.
+        AlreadyExistsError: Its name stands for another model here.
+    """
+    manifest = Manifest.read(directory)
+    model, base = _recorded(manifest)
+    known, here = _known(catalog, model, base)
+    if known is not None:
+        return known
+    with shelf.storage.staging(f"hub-{hashlib.sha256(model.name.encode()).hexdigest()[:32]}") as to:
+        if isinstance(model, CustomizedModel):
+            content = dict(take_in(directory, to).content)
+        else:
+            content = {
+                name: copy_untrusted(directory / name, to, name) for name in manifest.content
+            }
+            Checkpoint.open(to)
+        if wrong := {name for name, _ in content.items() ^ manifest.content.items()}:
+            raise IntegrityError(f"{model.name} is not as it was pushed: {listed(wrong)} differ")
+        # Whether its code may run is for whoever adds the base here to say, not for a record.
+        trusted = here is not None and here.trust_remote_code
+        check_remote_code(files_of(to, *CARRIED), trusted=trusted)
+        manifest.write(to)
+        write_file(to / README, _card(model, base).encode())
+        with catalog.lease() as lease:
+            with catalog.database.write() as connection:
+                unplaced = evolve(base, trust_remote_code=False)
+                catalog.levels.restore(connection, unplaced, path=None, files="{}")
+                shelf.announce(connection, model, lease)
+            shelf.publish(model, to, lease)
+    return model
+
+
+def _recorded(manifest: Manifest) -> tuple[Stored, BaseModel]:
+    """The model and its base that a manifest records, if they can be."""
+    kind = _KINDS.get(manifest.kind)
+    if kind is None or not {"model", "base"} <= manifest.record.keys():
+        raise MalformedError(f"{MANIFEST} records no model")
+    model = from_document(kind, manifest.record["model"])
+    base = from_document(BaseModel, manifest.record["base"])
+    checked_name("technical name", base.name, TECHNICAL_NAME)
+    parents = {"base": base.digest}
+    if isinstance(model, CustomizedModel):
+        name = customized_name(base.name, model.train_name, model.created, model.training_id)
+    else:
+        name = complete_name(model.customized, model.saving_id)
+        parents["customized"] = model.customized_digest
+    said = (model.name, model.base, model.digest, dict(manifest.parents))
+    if said != (name, base.name, manifest.digest, parents) or not _NAME.fullmatch(name):
+        raise IntegrityError(f"the record in {MANIFEST} is of another model")
+    return model, base
+
+
+_NAME = re.compile(r"[a-z0-9._-]{1,120}", re.ASCII)  # what names of the grammar are made of
+
+
+def _known(
+    catalog: Catalog, model: Stored, base: BaseModel
+) -> tuple[Stored | None, BaseModel | None]:
+    """The model and its base, if they are here already."""
+    try:
+        here = catalog.levels.get(BaseModel, base.name)
+    except NotFoundError:
+        return None, None
+    if here.digest != base.digest:
+        raise BaseModelMismatch(
+            f"{model.name} belongs to a base model {base.name} of {base.digest}, which is "
+            f"{here.digest} here"
+        )
+    try:
+        known: Stored = catalog.levels.get(type(model), model.name)
+    except NotFoundError:
+        return None, here
+    if known.digest != model.digest:
+        raise AlreadyExistsError(f"{model.name} is {known.digest} here, not {model.digest}")
+    return known, here
