@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from .catalog.listing import Listing
+from .catalog.model_listing import ModelListing
 from .deploying.deployer import Deployer
 from .errors import (
     AlreadyExistsError,
@@ -46,7 +47,9 @@ from .errors import (
     UnsupportedQuantizationError,
     UnsupportedVersionError,
 )
+from .history import Event, Subscription
 from .jobs.job import Job
+from .labels import Labels
 from .merging.merger import Merger
 from .merging.plan import MergePlan
 from .models import (
@@ -65,6 +68,7 @@ from .models import (
     TrainingConfiguration,
 )
 from .registry import ModelRegistry
+from .search import metric, tag
 from .storage import LocalStorage, Storage
 
 __all__ = [
@@ -82,6 +86,7 @@ __all__ = [
     "DeploymentError",
     "DeploymentTemplate",
     "EvaluationSummary",
+    "Event",
     "InUseError",
     "IntegrityError",
     "InvalidArgumentError",
@@ -93,6 +98,7 @@ __all__ = [
     "JobFailed",
     "JobLost",
     "JobTimeoutError",
+    "Labels",
     "LeaseLostError",
     "Listing",
     "LiveModel",
@@ -103,6 +109,7 @@ __all__ = [
     "Merger",
     "MissingDependencyError",
     "ModelCard",
+    "ModelListing",
     "ModelRegistry",
     "NoEnvironmentError",
     "NoTemplateError",
@@ -118,6 +125,7 @@ __all__ = [
     "Status",
     "Storage",
     "StorageError",
+    "Subscription",
     "ThirdPartyModel",
     "TrainingConfiguration",
     "UnchangedTargetsError",
@@ -129,6 +137,8 @@ __all__ = [
     "UnsupportedError",
     "UnsupportedQuantizationError",
     "UnsupportedVersionError",
+    "metric",
+    "tag",
 ]
 
 if TYPE_CHECKING:

@@ -9,7 +9,9 @@ from typing import Any
 from ..models import BaseModel, CompleteModel, CustomizedModel
 from .bases import Bases
 from .database import Database
+from .events import Events
 from .jobs import Jobs
+from .labels import LabelRows
 from .leases import Lease, Leases
 from .levels import Levels
 from .litter import LitterRows
@@ -26,6 +28,8 @@ class Catalog:
         self.database = Database(url)
         self.leases = Leases(self.database)
         self.levels = Levels(self.database, self.leases)
+        self.labels = LabelRows(self.database, self.levels)
+        self.events = Events(self.database)
         self.bases = Bases(self.database)
         self.reservations = Reservations(self.database)
         self.jobs = Jobs(self.database, self.leases)

@@ -83,6 +83,8 @@ class EnvironmentReport:
 class Deployer:
     """Hands models of a registry to deployment tools, and takes them back.
 
+    A model may be given by its name, or by an alias such as "champion@support".
+
     >>> live = Deployer(registry).deploy(complete, quantization="q8_0").result()  # doctest: +SKIP
 
     Args:
@@ -111,7 +113,7 @@ class Deployer:
 
     def deploy(
         self,
-        model: CustomizedModel | CompleteModel,
+        model: CustomizedModel | CompleteModel | str,
         *,
         environment: str | DeploymentEnvironment | None = None,
         quantization: str = "no_quantization",
@@ -157,13 +159,13 @@ class Deployer:
             InvalidNameError, InvalidOptionError, AlreadyExistsError: See `backends.Backend`.
         """
         target = self._environment(environment)
-        model = self._catalog.levels.get(type(model), model.name)
-        base = self._catalog.levels.get(BaseModel, model.base)
+        known: Stored = self._catalog.levels.meant("model", model, CustomizedModel, CompleteModel)
+        base = self._catalog.levels.get(BaseModel, known.base)
         recover_deployments(self._catalog, self._shelf, self._tools, environment=target.name)
         backend = open_backend(target, self._tools)
         request = DeployRequest(
-            kind="customized" if isinstance(model, CustomizedModel) else "complete",
-            model=model.name,
+            kind="customized" if isinstance(known, CustomizedModel) else "complete",
+            model=known.name,
             environment=target.name,
             quantization=checked_quantization(quantization),
             served_name=served_name,
@@ -175,13 +177,13 @@ class Deployer:
             accept_failed=checked_proofs(accept_failed, "accept_failed"),
         )
         if template == "infer":
-            request = evolve(request, template=self.propose_template(model).template)
-        self._preflight(backend, target, model, request, options)
+            request = evolve(request, template=self.propose_template(known).template)
+        self._preflight(backend, target, known, request, options)
         return self._queue.submit(
             "deploy",
-            lambda id: live_name(model.name, id, request.quantization),
+            lambda id: live_name(known.name, id, request.quantization),
             request.document,
-            (model.key, base.key) if isinstance(model, CustomizedModel) else (model.key,),
+            (known.key, base.key) if isinstance(known, CustomizedModel) else (known.key,),
             self._tools,
         )
 
@@ -244,19 +246,19 @@ class Deployer:
         with small_files(self._shelf, base, model) as (_, files):
             return run_isolated(propose_deployment_template, files, seconds=_RENDER_SECONDS)
 
-    def status(self, live: LiveModel) -> Status:
+    def status(self, live: LiveModel | str) -> Status:
         """What the deployment tool says of the model at this moment.
 
         Raises:
             NotFoundError: It has been deleted.
         """
-        live = self._catalog.levels.get(LiveModel, live.name)
+        live = self._catalog.levels.meant("live", live, LiveModel)
         if live.state == "undeployed":
             return Status.ABSENT
         return self._backend_of(live).status(live.served)
 
     def undeploy(
-        self, live: LiveModel, *, wait: float = UNLOAD_SECONDS, forget: bool = False
+        self, live: LiveModel | str, *, wait: float = UNLOAD_SECONDS, forget: bool = False
     ) -> LiveModel:
         """Take the model off its deployment tool; its record stays, third parties' goes stale.
 
@@ -275,7 +277,7 @@ class Deployer:
                 `forget=True` is the way out where it never will again.
             ServedModelChangedError: What is there now is not what was deployed; it is left alone.
         """
-        live = self._catalog.levels.get(LiveModel, live.name)
+        live = self._catalog.levels.meant("live", live, LiveModel)
         if live.state == "undeployed":
             return live
         note = "forgotten; what is left at its server was not looked at"
@@ -303,7 +305,7 @@ class Deployer:
         backend.undeploy(live.served)
         return note
 
-    def rollback(self, live: LiveModel) -> LiveModel:
+    def rollback(self, live: LiveModel | str) -> LiveModel:
         """Give the served name back to the live model that had it before.
 
         Returns:
@@ -316,7 +318,7 @@ class Deployer:
             ServerUnreachableError, ServerAnswerError: The tool does not answer, or with an error.
         """
         levels = self._catalog.levels
-        live = levels.get(LiveModel, live.name)
+        live = levels.meant("live", live, LiveModel)
         if live.replaces is None:
             raise NotFoundError(f"{live.name} took its name from no other live model")
         before = levels.get(LiveModel, live.replaces)
@@ -333,7 +335,9 @@ class Deployer:
             levels.put(connection, evolve(before, state="live"), state="live")
         return evolve(before, state="live")
 
-    def relocate(self, live: LiveModel, environment: str | DeploymentEnvironment) -> LiveModel:
+    def relocate(
+        self, live: LiveModel | str, environment: str | DeploymentEnvironment
+    ) -> LiveModel:
         """Say that a live model is at another environment now, because its server has moved.
 
         Raises:
@@ -341,7 +345,7 @@ class Deployer:
             DeploymentError: It is not there.
         """
         target = self._environment(environment)
-        live = self._catalog.levels.get(LiveModel, live.name)
+        live = self._catalog.levels.meant("live", live, LiveModel)
         old = self._catalog.levels.get(DeploymentEnvironment, live.environment)
         served = evolve(live.served, endpoint=_moved(live.served.endpoint, old, target))
         status = open_backend(target, self._tools).status(served)
@@ -375,17 +379,17 @@ class Deployer:
         return recover_deployments(self._catalog, self._shelf, self._tools)
 
     async def deploy_async(
-        self, model: CustomizedModel | CompleteModel, **arguments: Any
+        self, model: CustomizedModel | CompleteModel | str, **arguments: Any
     ) -> Job[LiveModel]:
         """As `deploy`, without keeping the event loop from other work meanwhile."""
         return await asyncio.to_thread(self.deploy, model, **arguments)
 
-    async def status_async(self, live: LiveModel) -> Status:
+    async def status_async(self, live: LiveModel | str) -> Status:
         """As `status`, without keeping the event loop from other work meanwhile."""
         return await asyncio.to_thread(self.status, live)
 
     async def undeploy_async(
-        self, live: LiveModel, *, wait: float = UNLOAD_SECONDS, forget: bool = False
+        self, live: LiveModel | str, *, wait: float = UNLOAD_SECONDS, forget: bool = False
     ) -> LiveModel:
         """As `undeploy`, without keeping the event loop from other work meanwhile."""
         return await asyncio.to_thread(self.undeploy, live, wait=wait, forget=forget)

@@ -116,9 +116,18 @@ class _JobRows:
     state: str | None
     of: Callable[[Mapping[str, Any]], Job[Any]]
 
-    def numbers(self, limit: int | None) -> list[int]:
+    def numbers(self, limit: int | None = None, offset: int = 0) -> list[int]:
         """See `listing.Rows`."""
-        return self.catalog.jobs.numbers(self.state, limit)
+        every = self.catalog.jobs.numbers(self.state, None)
+        return every[offset:][:limit]
+
+    def count(self) -> int:
+        """See `listing.Rows`."""
+        return len(self.numbers())
+
+    def newest(self) -> int:
+        """See `listing.Rows`."""
+        return max(self.catalog.jobs.numbers(None, 1), default=0)
 
     def load(self, numbers: Sequence[int]) -> Mapping[int, Job[Any] | IntegrityError]:
         """See `listing.Rows`."""
