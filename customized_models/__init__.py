@@ -12,6 +12,7 @@ from .errors import (
     CustomizedModelsError,
     DatabaseError,
     DeploymentError,
+    EvictedError,
     IntegrityError,
     InUseError,
     InvalidArgumentError,
@@ -50,6 +51,7 @@ from .errors import (
 from .history import Event, Subscription
 from .jobs.job import Job
 from .labels import Labels
+from .lineage import Lineage, Link
 from .merging.merger import Merger
 from .merging.plan import MergePlan
 from .models import (
@@ -70,6 +72,7 @@ from .models import (
 from .registry import ModelRegistry
 from .search import metric, tag
 from .storage import LocalStorage, Storage
+from .usage import DeletionPlan, Usage
 
 __all__ = [
     "AlreadyExistsError",
@@ -81,12 +84,14 @@ __all__ = [
     "CustomizedModel",
     "CustomizedModelsError",
     "DatabaseError",
+    "DeletionPlan",
     "Deployer",
     "DeploymentEnvironment",
     "DeploymentError",
     "DeploymentTemplate",
     "EvaluationSummary",
     "Event",
+    "EvictedError",
     "InUseError",
     "IntegrityError",
     "InvalidArgumentError",
@@ -100,6 +105,8 @@ __all__ = [
     "JobTimeoutError",
     "Labels",
     "LeaseLostError",
+    "Lineage",
+    "Link",
     "Listing",
     "LiveModel",
     "LocalStorage",
@@ -137,6 +144,7 @@ __all__ = [
     "UnsupportedError",
     "UnsupportedQuantizationError",
     "UnsupportedVersionError",
+    "Usage",
     "metric",
     "tag",
 ]

@@ -296,6 +296,7 @@ class CompleteModel(Value):
         base_digest: The base model's digest.
         recipe: What the merged bits depend on: package versions, threads, CPU capability.
         card: How the adapter was trained.
+        evicted: Whether its bytes were dropped, to be rebuilt when they are needed.
     """
 
     name: str
@@ -309,11 +310,17 @@ class CompleteModel(Value):
     base_digest: str = field(repr=False)
     recipe: Mapping[str, Any] = field(factory=dict, hash=False, repr=False)
     card: ModelCard = field(factory=ModelCard, hash=False, repr=False)
+    evicted: bool = field(default=False, eq=False, repr=False)
 
     @property
     def key(self) -> str:
         """The key under which it is stored, and that a lease on it holds."""
         return f"complete/{self.name}"
+
+    @property
+    def recipe_key(self) -> str:
+        """The key under which its manifest and card are stored while it is evicted."""
+        return f"evicted/{self.name}"
 
 
 class Status(enum.Enum):
@@ -462,7 +469,7 @@ class JobRecord(Value):
 
     Attributes:
         id: Its id.
-        kind: "save" or "deploy".
+        kind: "save", "rebuild" or "deploy".
         name: Of the model that it makes.
         state: "lost" if its worker ended without recording how.
         progress: How far it has come.

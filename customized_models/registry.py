@@ -31,12 +31,14 @@ from .errors import (
     NotLocalError,
     shown,
 )
+from .evicting import evict, rebuild
 from .files.reading import existing_directory
 from .files.safetensors import Checkpoint
 from .history import ACTIONS, Action, Event, Subscription
 from .jobs.job import Job
 from .jobs.queue import JobQueue
 from .labels import Labels, checked_alias, checked_description, checked_tags
+from .lineage import Lineage, lineage_of
 from .models import (
     JOB_STATES,
     LIVE_STATES,
@@ -58,6 +60,7 @@ from .registering import Training, register
 from .search import Moment, is_pattern, since_and_until
 from .shelf import GRACE_SECONDS, Litter, Shelf
 from .storage import LocalStorage, Storage, open_storage
+from .usage import DeletionPlan, Usage, plan_deletion, usage_of
 from .values import value_of
 
 if TYPE_CHECKING:
@@ -544,6 +547,22 @@ class ModelRegistry:
         last = self.catalog.events.newest() if after is None else arguments.whole("after", after)
         return Subscription(self.catalog.events.newer, call, last)
 
+    def lineage(
+        self, model: BaseModel | CustomizedModel | CompleteModel | LiveModel | str
+    ) -> Lineage:
+        """Where a model comes from, and what was made of it: a tree, and a picture in a notebook.
+
+        >>> print(registry.lineage(live).verify())                   # doctest: +SKIP
+
+        What was deleted is told by the event log.
+
+        Raises:
+            NotFoundError: It is not there.
+        """
+        kinds = (BaseModel, CustomizedModel, CompleteModel, LiveModel)
+        known: Any = self.catalog.levels.meant("model", model, *kinds)
+        return lineage_of(self.catalog, self.shelf, known)
+
     # Environments and third parties
 
     def add_environment(self, environment: DeploymentEnvironment) -> DeploymentEnvironment:
@@ -585,13 +604,16 @@ class ModelRegistry:
     ) -> AbstractContextManager[Path]:
         """The model's directory, read-only, for as long as the block lasts; not deleted meanwhile.
 
+        A model that was evicted is rebuilt first, which takes as long as a save.
+
         Raises:
             NotFoundError: It has been deleted.
+            NotReproducible: It was evicted, and other bytes come out here.
             BaseModelMissingError, BaseModelMismatch: A base model is gone or changed.
             LeaseLostError: At the end of the block, if this process was stopped for so long that
                 the model may have been deleted meanwhile.
         """
-        return self.shelf.checkout(self._with_bytes(model))
+        return self.shelf.checkout(self._whole(model))
 
     def local_path(self, model: BaseModel | CustomizedModel | CompleteModel | str) -> Path:
         """The model's directory on this host, for a look; `checkout` keeps it from being deleted.
@@ -600,15 +622,49 @@ class ModelRegistry:
             NotFoundError: It has been deleted.
             NotLocalError: The storage is not on this host.
         """
-        known = self._with_bytes(model)
+        known = self._whole(model)
         with self.shelf.checkout(known) as directory:
             if not isinstance(known, BaseModel) and not isinstance(self._storage, LocalStorage):
                 raise NotLocalError(f"{known.name} is in {self._storage!r}; use checkout")
             return directory
 
-    def _with_bytes(self, model: object) -> WithBytes:
-        known = self.catalog.levels.meant("model", model, *get_args(WithBytes))
-        return cast(WithBytes, known)
+    def _whole(self, model: object) -> WithBytes:
+        """A model with its bytes, which are made again if they were evicted."""
+        known: WithBytes = self.catalog.levels.meant("model", model, *get_args(WithBytes))
+        if isinstance(known, CompleteModel) and known.evicted:
+            return self.rebuild(known).result(progress=False)
+        return known
+
+    def evict(self, complete: CompleteModel | str) -> CompleteModel:
+        """Drop the bytes of a complete model and keep its recipe, from which they can be rebuilt.
+
+        It stays in every list, with its name, digest and card. `checkout` and `Deployer.deploy`
+        rebuild it; so does `rebuild`. What it was made of cannot be deleted meanwhile. Evicting
+        again is fine.
+
+        Raises:
+            NotFoundError: It has been deleted, or what it was made of.
+            BaseModelMismatch: Its base model is another one now.
+            InUseError: Naming who reads it, or is served from its directory.
+            StorageError: A disk failed; if it is evicted all the same, `gc` removes its bytes.
+        """
+        known = self.catalog.levels.meant("complete", complete, CompleteModel)
+        evicted = evict(self.catalog, self.shelf, known)
+        _log.info("evicted %s", evicted.name)
+        return evicted
+
+    def rebuild(self, complete: CompleteModel | str) -> Job[CompleteModel]:
+        """Make the bytes of an evicted model again, under its name, in the background.
+
+        The job ends with `NotReproducible` if they do not have its digest. A model that was not
+        evicted is left as it is. `Merger.rebuild` makes a second model instead.
+
+        Raises:
+            NotFoundError: It has been deleted, or what it was made of.
+            BaseModelMismatch: Its base model is another one now.
+        """
+        known = self.catalog.levels.meant("complete", complete, CompleteModel)
+        return rebuild(self.catalog, self.queue, known)
 
     def verify(self, model: CustomizedModel | CompleteModel | str) -> None:
         """Read every byte of the model and compare it with what was recorded.
@@ -653,6 +709,29 @@ class ModelRegistry:
         else:
             self.catalog.levels.delete(known)
         _log.info("deleted %s %s", type(known).__name__, known.name)
+
+    def plan_deletion(
+        self,
+        value: BaseModel
+        | CustomizedModel
+        | CompleteModel
+        | LiveModel
+        | ThirdPartyModel
+        | DeploymentEnvironment
+        | str,
+    ) -> DeletionPlan:
+        """What `delete` would do: whether it is refused, what was made of it, the bytes freed.
+
+        Raises:
+            NotFoundError: It is not there.
+            InvalidArgumentError: Several have that name.
+        """
+        known = self.catalog.levels.meant("value", value, *KINDS)
+        return plan_deletion(self.catalog, known)
+
+    def usage(self) -> Usage:
+        """What the registry's bytes are spent on, and how many could be reclaimed."""
+        return usage_of(self.catalog, self.shelf)
 
     def recover(self) -> list[str]:
         """Finish or undo what killed processes left half-way, here and at deployment tools.

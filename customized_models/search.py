@@ -142,7 +142,7 @@ def is_pattern(text: str) -> bool:
 Order: TypeAlias = "Metric | str"
 """What `order_by` takes: a metric, or the name of a field, with `-` before it to descend."""
 
-FIELDS = ("created", "name", "train_name", "base")
+FIELDS = ("created", "name", "train_name", "base", "size")
 """The fields that a list can be ordered by."""
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from ..errors import EvictedError
 from ..models import BaseModel, CompleteModel, CustomizedModel
 from .bases import Bases
 from .database import Database
@@ -53,11 +54,16 @@ class Catalog:
 
         Raises:
             NotFoundError: It is not there.
+            EvictedError: Its bytes are not there.
             LeaseLostError: At the end of the block, if the hold was lost meanwhile.
         """
         lease = self.lease()
         with self.database.write() as connection:
-            self.levels.in_transaction(connection, type(model), model.name)
+            known = self.levels.in_transaction(connection, type(model), model.name)
+            if isinstance(known, CompleteModel) and known.evicted:
+                raise EvictedError(
+                    f"{known.name} is evicted: ModelRegistry.rebuild makes the same bytes again"
+                )
             lease.take(connection, [model.key], purpose)
         with lease:
             yield

@@ -71,14 +71,14 @@ def record_created(connection: Connection, action: Action, value: Any) -> None:
     record(connection, action, type(value), value.name, {}, after)
 
 
-def record_changed(connection: Connection, old: Any, new: Any) -> None:
+def record_changed(connection: Connection, action: Action, old: Any, new: Any) -> None:
     """Write down which fields of a value are others now, if any is."""
     before, after = to_document(old), to_document(new)
     changed = [key for key in after if before.get(key) != after[key]]
     if changed:
         record(
             connection,
-            "changed",
+            action,
             type(new),
             new.name,
             {key: before.get(key) for key in changed},
@@ -89,6 +89,15 @@ def record_changed(connection: Connection, old: Any, new: Any) -> None:
 def record_deleted(connection: Connection, value: Any) -> None:
     """Write down that a value is gone, and all that it was: see `Events.tombstone`."""
     record(connection, "deleted", type(value), value.name, to_document(value), {})
+
+
+@frozen
+class Tombstone:
+    """What is known of a value that was deleted: when, by whom, and all that it was."""
+
+    time: datetime
+    who: str
+    document: Mapping[str, Any]
 
 
 class Events:
@@ -123,8 +132,8 @@ class Events:
         query = select(events).where(events.c.seq > number).order_by(events.c.seq)
         return [_event(row) for row in self._database.rows(query)]
 
-    def tombstone(self, connection: Connection, kind: type[Any], name: str, digest: str) -> Any:
-        """All that a deleted value was, as a document; None if no such one was deleted here."""
+    def tombstone(self, kind: type[Any], name: str, digest: str) -> Tombstone | None:
+        """What is known of a value that was deleted here; None if no such one was."""
         query = (
             select(events)
             .join(event_subjects, event_subjects.c.event == events.c.seq)
@@ -135,10 +144,11 @@ class Events:
             )
             .order_by(events.c.seq.desc())
         )
-        for row in connection.execute(query).mappings():
+        for row in self._database.rows(query):
             before = json.loads(row["before"])
-            if before.get("digest") == digest:
-                return before
+            if digest in ("", before.get("digest")):
+                when = datetime.fromtimestamp(row["time"], UTC)
+                return Tombstone(when, row["who"], before)
         return None
 
 

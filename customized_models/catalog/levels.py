@@ -25,6 +25,7 @@ from ..errors import (
     listed,
     shown,
 )
+from ..history import Action
 from ..models import (
     BaseModel,
     CompleteModel,
@@ -38,6 +39,7 @@ from .aliases import forget_labels, name_meant, refuse_if_protected
 from .database import Database
 from .events import record_deleted
 from .leases import Leases
+from .metrics import forget_metrics
 from .model_listing import ModelListing
 from .rows import (
     TABLES,
@@ -195,6 +197,16 @@ class Levels:
             if not any(find_row(connection, TABLES[k], name=name) is not None for k in referred):
                 required(connection, referred[0], name)  # raises, with the nearest name
 
+    def newest(self, kind: type[T], limit: int, **equals: Any) -> list[T]:
+        """The newest visible values whose columns equal these; damaged rows are left out."""
+        table = TABLES[kind]
+        query = select(table).where(
+            table.c.stage == VISIBLE, *(table.c[key] == value for key, value in equals.items())
+        )
+        rows = self._database.rows(query.order_by(table.c.seq.desc()).limit(limit))
+        found = [value_or_error(kind, row) for row in rows]
+        return [value for value in found if not isinstance(value, IntegrityError)]
+
     def settled(self, connection: Connection, kind: type[T], **equals: Any) -> list[T]:
         """The values whose columns equal these, newest first.
 
@@ -291,6 +303,7 @@ class Levels:
             raise InUseError(f"{value.name} is being {_DOING[row['stage']]} by another process")
         self._refuse_while_needed(connection, value, row)
         if row["stage"] == VISIBLE:
+            forget_metrics(connection, TABLES[type(value)], value.name)
             forget_labels(connection, value)
             record_deleted(connection, value)
         table = TABLES[type(value)]
@@ -323,10 +336,17 @@ class Levels:
             raise JobLost(f"{value.name} was given up while this process was stopped")
         update_value(connection, value)
 
-    def put(self, connection: Connection, value: Any, **columns: Any) -> None:
+    def put(
+        self,
+        connection: Connection,
+        value: Any,
+        *,
+        action: Action = "changed",
+        **columns: Any,
+    ) -> None:
         """Put a changed value in place of the visible one of its name."""
         self.in_transaction(connection, type(value), value.name)
-        update_value(connection, value, **columns)
+        update_value(connection, value, action=action, **columns)
 
     def follow(self, connection: Connection, live: LiveModel) -> None:
         """Let what third parties see of a live model say where it is now."""
@@ -389,6 +409,32 @@ class Levels:
         change_row(connection, table, change.value.name, operation=operation)
         return True
 
+    def refuse_while_served_from(self, connection: Connection, complete: CompleteModel) -> None:
+        """Refuse if a tool serves the model from its stored directory.
+
+        Raises:
+            InUseError: Naming the live models.
+        """
+        table = TABLES[LiveModel]
+        query = select(table).where(
+            table.c.source == complete.name,
+            table.c.state.in_(DEPLOYED),
+            table.c.artifact.is_(None),
+        )
+        served = [value_of(LiveModel, row) for row in connection.execute(query).mappings()]
+        if of := [live.name for live in served if not live.served.copied]:
+            raise InUseError(f"{complete.name} is what {listed(of)} is served from")
+
+    def refuse_to_delete(self, connection: Connection, value: Any) -> None:
+        """Raise what deleting a value would raise.
+
+        Raises:
+            NotFoundError: It is not there.
+            InUseError: Naming what still needs it.
+        """
+        row = required(connection, type(value), value.name)
+        self._refuse_while_needed(connection, value, row)
+
     def _refuse_while_needed(self, connection: Connection, value: Any, row: Any) -> None:
         refuse_if_protected(connection, value)
         if isinstance(value, BaseModel | CustomizedModel | CompleteModel):
@@ -397,6 +443,13 @@ class Levels:
             of = names(connection, TABLES[CustomizedModel], base=value.name)
             if of:
                 raise InUseError(f"{value.name} is the base of {listed(of)}")
+        if isinstance(value, CustomizedModel):
+            evicted = names(connection, TABLES[CompleteModel], customized=value.name, evicted=1)
+            if evicted:
+                raise InUseError(
+                    f"{value.name} is what {listed(evicted)} would be rebuilt from, which was "
+                    f"evicted; ModelRegistry.rebuild it first, or delete it"
+                )
         if isinstance(value, DeploymentEnvironment):
             table = TABLES[LiveModel]
             query = select(table.c.name).where(

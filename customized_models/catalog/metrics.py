@@ -1,4 +1,4 @@
-"""Metrics in a table of their own, so that a search finds them by an index."""
+"""Metrics of visible values in a table of their own, so that a search finds them by an index."""
 
 from __future__ import annotations
 

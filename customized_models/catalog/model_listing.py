@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import Generic, Protocol, TypeVar
 
+from attrs import frozen
+
+from .. import arguments
+from ..pictures import scatter_svg
 from ..search import Condition, Key, Order, conditions_of
 from .listing import Listing, Rows
 
@@ -18,6 +22,28 @@ class SearchableRows(Rows[T], Protocol[T]):
 
     def order_by(self, keys: tuple[Key, ...]) -> SearchableRows[T]:
         """The same in another order."""
+
+    def measured(self, metric: str) -> list[tuple[str, float]]:
+        """Name and value of a metric of those that have it, in their order."""
+
+
+@frozen
+class MetricPlot:
+    """A metric over models: a picture in a notebook, and points for any plotting package.
+
+    >>> MetricPlot("eval_loss", (("a", 1.5), ("b", 0.5)))
+    MetricPlot(metric='eval_loss', points=(('a', 1.5), ('b', 0.5)))
+
+    Attributes:
+        metric: Its name.
+        points: The name of each model and its value, from left to right.
+    """
+
+    metric: str
+    points: tuple[tuple[str, float], ...]
+
+    def _repr_html_(self) -> str:
+        return scatter_svg(self.metric, self.points)
 
 
 class ModelListing(Listing[T], Generic[T]):
@@ -52,8 +78,8 @@ class ModelListing(Listing[T], Generic[T]):
         """These models in another order; where it leaves that open, newest first.
 
         Args:
-            keys: Each `metric(...)`, "created", "name", "train_name" or "base". A minus sign before
-                it descends. Models without the metric come last.
+            keys: Each `metric(...)`, "created", "name", "train_name", "base" or "size"; descending
+                with a minus sign before it. Models without the metric come last.
 
         Raises:
             InvalidArgumentError: It is none of these.
@@ -61,3 +87,16 @@ class ModelListing(Listing[T], Generic[T]):
         wanted = tuple(map(Key.of, keys))
         order = f"by {', '.join(map(str, wanted))}" if wanted else "newest first"
         return ModelListing(self._kind, self._columns, self._searchable.order_by(wanted), order)
+
+    def plot(self, metric: str) -> MetricPlot:
+        """A metric of these models as a picture in a notebook; those without it are left out.
+
+        The first of the list is at the right: the newest one, as long as the list is not ordered.
+
+        >>> registry.customized_models(train_name="sweep-*").plot("eval_loss")  # doctest: +SKIP
+
+        Args:
+            metric: Its name, as for `customized_models.metric`.
+        """
+        wanted = arguments.text("metric", metric)
+        return MetricPlot(wanted, tuple(reversed(self._searchable.measured(wanted))))

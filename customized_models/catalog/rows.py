@@ -176,21 +176,31 @@ def insert_value(
             found = getattr(value, column)
             columns[column] = found.timestamp() if isinstance(found, datetime) else str(found)
     add_row(connection, table, name=value.name, value=as_text(value), **columns)
-    index_metrics(connection, table, value)
     if columns.get("stage", VISIBLE) == VISIBLE:
+        index_metrics(connection, table, value)
         record_created(connection, action, value)
 
 
-def update_value(connection: Connection, value: Any, **columns: Any) -> None:
-    """Put a changed value in place of the one of its name."""
+def update_value(
+    connection: Connection, value: Any, *, action: Action = "changed", **columns: Any
+) -> None:
+    """Put a changed value in place of the one of its name.
+
+    Args:
+        connection: Of the transaction.
+        value: What the row holds from now on.
+        action: What the event log says of it, if the row was visible before.
+        columns: Further columns that change.
+    """
     table = TABLES[type(value)]
     row = find_row(connection, table, name=value.name)
     if row is None:
         return
     stage = row.get("stage", VISIBLE)
     change_row(connection, table, value.name, value=as_text(value), **columns)
-    index_metrics(connection, table, value)
+    if columns.get("stage", stage) == VISIBLE:
+        index_metrics(connection, table, value)
     if stage == VISIBLE:
-        record_changed(connection, value_of(type(value), row), value)
+        record_changed(connection, action, value_of(type(value), row), value)
     elif columns.get("stage") == VISIBLE:
         record_created(connection, "created", value)

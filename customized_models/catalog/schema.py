@@ -57,6 +57,10 @@ def _created() -> Column[Any]:
     return Column("created", Float, nullable=False, index=True)  # seconds since the epoch
 
 
+def _size() -> Column[Any]:
+    return Column("size", Integer, nullable=True)  # bytes of all content files; None before
+
+
 def _stages() -> tuple[Column[Any], Column[Any]]:
     """How far a change that reaches beyond the database has come, and whose change it is.
 
@@ -79,6 +83,7 @@ customized_models = _level(
     _text("train_name", index=True),
     _text("training_id", unique=True),
     _created(),
+    _size(),
     *_stages(),
 )
 complete_models = _level(
@@ -87,6 +92,8 @@ complete_models = _level(
     _text("base", index=True),
     _text("train_name", index=True),
     _created(),
+    _size(),
+    Column("evicted", Integer, nullable=True),  # 1 while its bytes are dropped
     *_stages(),
 )
 live_models = _level(

@@ -86,6 +86,20 @@ class ModelRows(Generic[T]):
         rows = self.database.rows(select(self._table).where(self._table.c.seq.in_(numbers)))
         return {row["seq"]: value_or_error(self.kind, row) for row in rows}
 
+    def measured(self, metric: str) -> list[tuple[str, float]]:
+        """See `model_listing.SearchableRows`."""
+        table, every = self._table, self.numbers()
+        query = select(table.c.seq, table.c.name, metrics.c.value).join(
+            metrics,
+            and_(
+                metrics.c.level == table.name,
+                metrics.c.name == metric,
+                metrics.c.seq == table.c.seq,
+            ),
+        )
+        found = {row["seq"]: (row["name"], row["value"]) for row in self.database.rows(query)}
+        return [found[number] for number in every if number in found]
+
     @property
     def _table(self) -> Table:
         return TABLES[self.kind]
@@ -100,24 +114,31 @@ class ModelRows(Generic[T]):
     def _by_metric(self, key: Key) -> tuple[Select[Any], Select[Any]]:
         """The rows that have a metric, in its order, and those that do not have it.
 
-        Two queries, because each can then be read from an index and end with its page.
+        Two queries, because each can then be read from an index and end with its page. Only visible
+        rows have metrics, so that without a condition the first needs no other table.
         """
         table = self._table
         having = (metrics.c.level == table.name, metrics.c.name == key.name)
         value = metrics.c.value.desc() if key.descending else metrics.c.value
-        measured = self._found.join(metrics, and_(*having, metrics.c.seq == table.c.seq))
+        measured = select(metrics.c.seq).where(*having).order_by(value)
+        if rest := self.order[1:]:
+            measured = measured.join(table, table.c.seq == metrics.c.seq)
+        if self.conditions:
+            measured = measured.where(metrics.c.seq.in_(self._found))
         others = self._found.where(table.c.seq.not_in(select(metrics.c.seq).where(*having)))
-        rest = self.order[1:]
-        return self._ordered(measured.order_by(value), rest), self._ordered(others, rest)
+        return self._ordered(measured, rest, metrics), self._ordered(others, rest)
 
-    def _ordered(self, query: Select[Any], keys: Sequence[Key]) -> Select[Any]:
+    def _ordered(
+        self, query: Select[Any], keys: Sequence[Key], numbered: Table | None = None
+    ) -> Select[Any]:
+        """The query in an order; `numbered` has the numbers, if the level's own table does not."""
         table = self._table
         for key in keys:
             column: ColumnElement[Any] = (
                 _metric_of(table, key) if key.is_metric else table.c[key.name]
             )
             query = query.order_by((column.desc() if key.descending else column).nulls_last())
-        return query.order_by(table.c.seq.desc())
+        return query.order_by((table if numbered is None else numbered).c.seq.desc())
 
     def _page(self, query: Select[Any], limit: int | None, offset: int) -> list[int]:
         with self.database.read() as connection:

@@ -32,6 +32,7 @@ from ..errors import (
     listed,
     shown,
 )
+from ..evicting import rebuild
 from ..files.documents import to_document
 from ..jobs.isolated import run_isolated
 from ..jobs.job import Job
@@ -129,7 +130,8 @@ class Deployer:
 
         A customized model needs no complete model on disk: it is merged on the way. What can be
         refused is refused here, before the job starts and before anything is sent. The model takes
-        the served name once it is proven; if a proof fails, whatever had the name keeps it.
+        the served name once it is proven; if a proof fails, whatever had the name keeps it. A
+        complete model that was evicted is rebuilt before this returns.
 
         Args:
             model: What to deploy.
@@ -160,6 +162,8 @@ class Deployer:
         """
         target = self._environment(environment)
         known: Stored = self._catalog.levels.meant("model", model, CustomizedModel, CompleteModel)
+        if isinstance(known, CompleteModel) and known.evicted:
+            known = rebuild(self._catalog, self._queue, known).result(progress=False)
         base = self._catalog.levels.get(BaseModel, known.base)
         recover_deployments(self._catalog, self._shelf, self._tools, environment=target.name)
         backend = open_backend(target, self._tools)

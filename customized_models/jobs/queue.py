@@ -52,7 +52,7 @@ class JobQueue:
         """Record a job and start its worker; returns at once.
 
         Args:
-            kind: Of the job: "save" or "deploy".
+            kind: Of the job: "save", "rebuild" or "deploy".
             name: Gives for an id the name of the model that it makes.
             arguments: All that the work depends on, as JSON can hold it.
             holds: Keys that must not be deleted while it runs.

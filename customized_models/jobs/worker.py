@@ -15,6 +15,7 @@ from ..catalog.leases import Lease
 from ..deploying.running import run_deploy
 from ..errors import CustomizedModelsError, JobCancelled, JobFailed, JobLost
 from ..merging.merger import run_save
+from ..merging.rebuilding import run_rebuild
 from ..shelf import Shelf
 from .work import Work
 
@@ -22,7 +23,7 @@ _log = logging.getLogger(__name__)
 
 REPORT_SECONDS = 0.5  # between two writes of the progress
 
-RUN: Mapping[str, Any] = {"save": run_save, "deploy": run_deploy}
+RUN: Mapping[str, Any] = {"save": run_save, "rebuild": run_rebuild, "deploy": run_deploy}
 """What does the work of each kind of job."""
 
 

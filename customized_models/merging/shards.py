@@ -52,6 +52,7 @@ def stream_shard(
     check: FileCheck,
     sink: Sink,
     told: Callable[[int], None],
+    metadata: Mapping[str, str],
 ) -> None:
     """Give `sink` the bytes of one shard.
 
@@ -63,17 +64,18 @@ def stream_shard(
         check: Opens the base's shard, and compares it once it has been read.
         sink: What takes the bytes.
         told: Called with how many bytes of tensors went; raises to stop.
+        metadata: What its header says besides the layout's.
 
     Raises: as `write_checkpoint`.
     """
     infos = [source.infos[name] for name in source.shards[file]]
     if file not in layout.shards:
-        sink.write(_header(file, infos, layout))
+        sink.write(_header(file, infos, layout, metadata))
         for info in infos:
             _stream_elsewhere(info, source, layout, changed, sink, told)
         return
     with check.reading(file) as reader:
-        _stream_header(file, infos, layout, reader, sink)
+        _stream_header(file, infos, layout, reader, sink, metadata)
         for info in infos:
             stored = layout.infos.get(info.name)
             if stored is None or stored.file != file or stored.start < reader.position:
@@ -90,21 +92,30 @@ def stream_shard(
 
 
 def _stream_header(
-    file: str, infos: list[TensorInfo], layout: Checkpoint, reader: FileReader, sink: Sink
+    file: str,
+    infos: list[TensorInfo],
+    layout: Checkpoint,
+    reader: FileReader,
+    sink: Sink,
+    metadata: Mapping[str, str],
 ) -> None:
-    """The shard's first bytes: the layout's own where every name, dtype and shape is the same."""
+    """The shard's first bytes: the layout's own where nothing is to be said that it does not."""
     old = layout.shards[file]
     before = [(info.name, info.dtype, info.shape) for info in old.tensors.values()]
-    if before == [(info.name, info.dtype, info.shape) for info in infos]:
+    same = before == [(info.name, info.dtype, info.shape) for info in infos]
+    if same and metadata.items() <= old.metadata.items():
         reader.copy_to(sink, old.data_start)
     else:
-        sink.write(_header(file, infos, layout))
+        sink.write(_header(file, infos, layout, metadata))
 
 
-def _header(file: str, infos: list[TensorInfo], layout: Checkpoint) -> bytes:
+def _header(
+    file: str, infos: list[TensorInfo], layout: Checkpoint, metadata: Mapping[str, str]
+) -> bytes:
     """A safetensors header: its length in eight bytes, and JSON, padded to a multiple of eight."""
     old = layout.shards.get(file, next(iter(layout.shards.values())))
-    document: dict[str, Any] = {"__metadata__": dict(old.metadata)} if old.metadata else {}
+    said = {**old.metadata, **metadata}
+    document: dict[str, Any] = {"__metadata__": said} if said else {}
     position = 0
     for info in infos:
         offsets = [position, position := position + info.size]
