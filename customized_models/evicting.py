@@ -102,7 +102,7 @@ def put_back(
     with catalog.database.write() as connection:
         lease.check(connection)
         here = evolve(complete, evicted=False)
-        catalog.levels.put(connection, here, action="rebuilt", evicted=None)
+        catalog.levels.put(connection, here, action="rebuilt", evicted=0)
     shelf.remove(complete.recipe_key)
 
 

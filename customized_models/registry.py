@@ -351,11 +351,9 @@ class ModelRegistry:
             since: Made then or later; a date begins at midnight in UTC.
             until: Made before that.
 
-        This and the other lists with filters:
-
         Raises:
             NotFoundError: What a filter names is not there, and was not when anything listed was
-                made.
+                made. Other lists with filters raise the same.
             InvalidArgumentError: A filter is of another type, or there is no such state.
         """
         return self.catalog.levels.listing(
@@ -371,16 +369,29 @@ class ModelRegistry:
         base: BaseModel | str | None = None,
         train_name: str | None = None,
         customized: CustomizedModel | str | None = None,
+        evicted: bool | None = None,
         since: Moment | None = None,
         until: Moment | None = None,
     ) -> ModelListing[CompleteModel]:
-        """Complete models, newest first; filtered as `customized_models`, or of one of these."""
+        """Complete models, newest first; filtered as `customized_models`, or by what they are.
+
+        Args:
+            base: Of this base model.
+            train_name: Of this training, or a pattern.
+            customized: Made of this one.
+            evicted: Whether their bytes were dropped.
+            since: Made then or later.
+            until: Made before that.
+        """
+        if evicted is not None:
+            arguments.truth("evicted", evicted)
         return self.catalog.levels.listing(
             CompleteModel,
             since_and_until(since, until),
             base=base,
             train_name=_filter(train_name),
             customized=customized,
+            evicted=evicted,
         )
 
     def live_models(

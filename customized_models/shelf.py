@@ -356,7 +356,6 @@ class Shelf:
         is_place = key == model.key
         if isinstance(model, CompleteModel) and key == model.recipe_key:
             model, is_place = evolve(model, evicted=True), True
-            columns["evicted"] = 1
         if not is_place or (model.digest, base.name) != (manifest.digest, model.base):
             raise IntegrityError(f"the record in {MANIFEST} of {shown(key)} is of another model")
         levels, made = self._catalog.levels, []

@@ -177,6 +177,7 @@ def registry_calls() -> Iterator[Call]:
     yield Call("events", "since", lambda r, v: r.events(since=v), OPTIONAL)
     yield Call("subscribe", "call", lambda r, v: r.subscribe(v), frozenset({"class"}))
     yield Call("subscribe", "after", lambda r, v: r.subscribe(print, after=v), OPTIONAL | {"int"})
+    yield listing("complete_models", "evicted", OPTIONAL | {"bool"})
     yield Call("live_models", "since", lambda r, v: r.live_models(since=v), OPTIONAL)
     yield Call("complete_models", "until", lambda r, v: r.complete_models(until=v), OPTIONAL)
     yield Call("where", "where", lambda r, v: r.customized_models().where(v))

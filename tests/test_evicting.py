@@ -49,6 +49,8 @@ def test_an_evicted_model_is_rebuilt_to_the_same_bytes(
     assert registry.evict(complete.name) == complete  # again is fine
     assert stored(registry) == []
     assert list(registry.complete_models()) == [complete]
+    assert list(registry.complete_models(evicted=True)) == [complete]
+    assert list(registry.complete_models(evicted=False)) == []
     with pytest.raises(EvictedError, match="rebuild"):
         registry.verify(complete)
     assert registry.gc(grace_seconds=0) == []

@@ -212,6 +212,7 @@ def test_usage_counts_the_bytes_of_all_files(
     assert (usage.customized, usage.complete) == (size(customized), size(complete))
     assert usage.total == usage.customized + usage.complete
     assert usage.reclaimable == usage.complete
+    assert registry.gc(grace_seconds=0) == []
     registry.delete(customized)
     assert registry.usage().reclaimable == 0
     (registry.root / "registry.db").unlink()

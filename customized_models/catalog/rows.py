@@ -173,12 +173,18 @@ def insert_value(
     table = TABLES[type(value)]
     for column in table.columns.keys() - columns.keys() - {"seq", "name", "value", "digest"}:
         if hasattr(value, column):
-            found = getattr(value, column)
-            columns[column] = found.timestamp() if isinstance(found, datetime) else str(found)
+            columns[column] = _as_column(getattr(value, column))
     add_row(connection, table, name=value.name, value=as_text(value), **columns)
     if columns.get("stage", VISIBLE) == VISIBLE:
         index_metrics(connection, table, value)
         record_created(connection, action, value)
+
+
+def _as_column(field: Any) -> Any:
+    """A field as the column of its name has it."""
+    if isinstance(field, datetime):
+        return field.timestamp()
+    return int(field) if isinstance(field, bool) else str(field)
 
 
 def update_value(

@@ -93,7 +93,7 @@ complete_models = _level(
     _text("train_name", index=True),
     _created(),
     _size(),
-    Column("evicted", Integer, nullable=True),  # 1 while its bytes are dropped
+    Column("evicted", Integer, nullable=False),  # 1 while its bytes are dropped, else 0
     *_stages(),
 )
 live_models = _level(

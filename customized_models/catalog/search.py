@@ -159,15 +159,14 @@ def value_or_error(kind: type[T], row: Any) -> T | IntegrityError:
 
 
 def _metric_of(table: Table, key: Key) -> Any:
-    return (
-        select(metrics.c.value)
-        .where(
-            metrics.c.level == table.name,
-            metrics.c.name == key.name,
-            metrics.c.seq == table.c.seq,
-        )
-        .scalar_subquery()
+    """A metric of a row, beside the one that the rows may be read by."""
+    other = metrics.alias()
+    mine = (
+        other.c.level == table.name,
+        other.c.name == key.name,
+        other.c.seq == table.c.seq,
     )
+    return select(other.c.value).where(*mine).correlate(table).scalar_subquery()
 
 
 def _clause(table: Table, condition: Condition) -> ColumnElement[bool]:

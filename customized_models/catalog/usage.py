@@ -30,7 +30,7 @@ def sizes(connection: Connection) -> Sizes:
         found = connection.execute(select(func.sum(table.c.size)).where(*visible)).scalar()
         return int(found or 0)
 
-    here = complete_models.c.evicted.is_(None)
+    here = complete_models.c.evicted == 0
     with_parent = complete_models.c.customized.in_(select(customized_models.c.name))
     return Sizes(
         customized=total(customized_models),

@@ -115,6 +115,9 @@ def test_an_ordered_list_is_a_sequence(sweep: ModelRegistry, part: slice, index:
 def test_a_list_is_ordered_by_several_things(sweep: ModelRegistry) -> None:
     every = sweep.customized_models()
     assert numbers(every.order_by(-metric("eval_loss"), "created")) == [6, 0, 3, 1, 4, 2, 5]
+    assert numbers(every.order_by(metric("eval_loss"), metric("steps"))) == [1, 4, 3, 0, 6, 2, 5]
+    kept = every.where(tag("*")).order_by(metric("eval_loss"), -metric("steps"))
+    assert numbers(kept) == [3, 0, 5, 2]
     assert numbers(every.order_by("train_name")) == [0, 1, 2, 3, 4, 5, 6]
     assert numbers(every.order_by("-name")) == [6, 5, 4, 3, 2, 1, 0]
     assert numbers(every.order_by(-metric("steps"))) == [6, 5, 4, 3, 2, 1, 0]
