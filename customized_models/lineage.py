@@ -16,6 +16,7 @@ from .errors import (
     BaseModelMissingError,
     CustomizedModelsError,
     DeploymentError,
+    EvictedError,
     MalformedError,
     NotFoundError,
 )
@@ -252,6 +253,8 @@ def _checked_bytes(catalog: Catalog, shelf: Shelf, link: Link) -> Link:
                 return _asked(catalog, link)
             case "training":
                 return link
+    except EvictedError:  # its note says so; it can be made again, to this digest or not at all
+        return link
     except (NotFoundError, BaseModelMissingError) as error:
         return evolve(link, state="missing", note=str(error))
     except CustomizedModelsError as error:

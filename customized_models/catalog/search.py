@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 from attrs import evolve, frozen
 from sqlalchemy import ColumnElement, Select, Table, and_, func, not_, or_, select
@@ -63,7 +63,8 @@ class ModelRows(Generic[T]):
     def numbers(self, limit: int | None = None, offset: int = 0) -> list[int]:
         """See `listing.Rows`. Rows without the metric that they are ordered by come last."""
         if not self.order or not self.order[0].is_metric:
-            return self._page(self._ordered(self._found, self.order), limit, offset)
+            found = select(self._table.c.seq).where(*self._clauses(self._is_common))
+            return self._page(self._ordered(found, self.order), limit, offset)
         measured, others = self._by_metric(self.order[0])
         page = self._page(measured, limit, offset)
         if limit is not None and len(page) == limit:
@@ -107,9 +108,18 @@ class ModelRows(Generic[T]):
     @property
     def _found(self) -> Select[Any]:
         """The numbers of the rows, in no order."""
+        return select(self._table.c.seq).where(*self._clauses(lambda condition: False))
+
+    def _clauses(self, is_common: IsCommon) -> list[ColumnElement[bool]]:
         table = self._table
-        query = select(table.c.seq).where(*(_clause(table, one) for one in self.conditions))
-        return query.where(table.c.stage.not_in(BEING_CHANGED)) if "stage" in table.c else query
+        clauses = [_clause(table, one, is_common) for one in self.conditions]
+        visible = [table.c.stage.not_in(BEING_CHANGED)] if "stage" in table.c else []
+        return [*clauses, *visible]
+
+    def _is_common(self, condition: OnMetric) -> bool:
+        """Whether so many rows fulfil it that a page is full after a look at some of them."""
+        having = _having(self._table, condition, metrics).limit(_COMMON)
+        return len(self.database.rows(having)) == _COMMON
 
     def _by_metric(self, key: Key) -> tuple[Select[Any], Select[Any]]:
         """The rows that have a metric, in its order, and those that do not have it.
@@ -120,10 +130,13 @@ class ModelRows(Generic[T]):
         table = self._table
         having = (metrics.c.level == table.name, metrics.c.name == key.name)
         value = metrics.c.value.desc() if key.descending else metrics.c.value
-        measured = select(metrics.c.seq).where(*having).order_by(value)
-        if rest := self.order[1:]:
+        measured, rest = select(metrics.c.seq).where(*having).order_by(value), self.order[1:]
+        if rest:
             measured = measured.join(table, table.c.seq == metrics.c.seq)
-        if self.conditions:
+        if all(map(_is_of_metrics, self.conditions)):
+            asked = (_clause(table, c, self._is_common, metrics.c.seq) for c in self.conditions)
+            measured = measured.where(*asked)
+        else:
             measured = measured.where(metrics.c.seq.in_(self._found))
         others = self._found.where(table.c.seq.not_in(select(metrics.c.seq).where(*having)))
         return self._ordered(measured, rest, metrics), self._ordered(others, rest)
@@ -169,19 +182,47 @@ def _metric_of(table: Table, key: Key) -> Any:
     return select(other.c.value).where(*mine).correlate(table).scalar_subquery()
 
 
-def _clause(table: Table, condition: Condition) -> ColumnElement[bool]:
+IsCommon: TypeAlias = Callable[[OnMetric], bool]
+
+_COMMON = 2000  # rows: where more fulfil a condition, each row is asked, else they are collected
+
+
+def _having(table: Table, condition: OnMetric, among: Any) -> Select[Any]:
+    """The numbers of the rows of a level that fulfil a condition, by the table of metrics."""
+    compare = _OPERATORS[condition.operator]
+    return select(among.c.seq).where(
+        among.c.level == table.name,
+        among.c.name == condition.name,
+        compare(among.c.value, condition.value),
+    )
+
+
+def _is_of_metrics(condition: Condition) -> bool:
+    """Whether the table of metrics alone tells which rows fulfil a condition."""
+    match condition:
+        case Joined():
+            return all(map(_is_of_metrics, condition.conditions))
+        case Inverted():
+            return _is_of_metrics(condition.condition)
+    return isinstance(condition, OnMetric)
+
+
+def _clause(
+    table: Table, condition: Condition, is_common: IsCommon, seq: Any = None
+) -> ColumnElement[bool]:
+    """A condition in SQL; `seq` has the rows' numbers, if the level's own table does not."""
+    seq = table.c.seq if seq is None else seq
     match condition:
         case OnColumn():
             compare = _OPERATORS[condition.operator]
             return compare(table.c[condition.column], condition.value)
         case OnMetric():
-            compare = _OPERATORS[condition.operator]
-            having = select(metrics.c.seq).where(
-                metrics.c.level == table.name,
-                metrics.c.name == condition.name,
-                compare(metrics.c.value, condition.value),
-            )
-            return table.c.seq.in_(having)
+            among = metrics.alias()
+            having = _having(table, condition, among)
+            if not is_common(condition):
+                found: ColumnElement[bool] = seq.in_(having)
+                return found
+            return having.where(among.c.seq == seq).correlate(seq.table).exists()
         case Tagged():
             having = select(tags.c.name).where(
                 tags.c.level == table.name, _glob(tags.c.tag, condition.pattern)
@@ -189,9 +230,9 @@ def _clause(table: Table, condition: Condition) -> ColumnElement[bool]:
             return table.c.name.in_(having)
         case Joined():
             join = and_ if condition.operator == "and" else or_
-            return join(*(_clause(table, one) for one in condition.conditions))
+            return join(*(_clause(table, one, is_common, seq) for one in condition.conditions))
         case Inverted():
-            return not_(_clause(table, condition.condition))
+            return not_(_clause(table, condition.condition, is_common, seq))
     raise NotImplementedError(f"no clause for {condition}")
 
 

@@ -19,6 +19,8 @@ from datetime import UTC, datetime, timedelta
 from itertools import islice
 from pathlib import Path
 
+from sqlalchemy import insert
+
 from customized_models import (
     BaseModel,
     BaseModelCard,
@@ -32,6 +34,7 @@ from customized_models import (
 )
 from customized_models.base_models import Location
 from customized_models.catalog.rows import insert_value
+from customized_models.catalog.schema import tags
 from customized_models.naming import customized_name
 
 MODELS = 100_000
@@ -79,6 +82,9 @@ def filled(root: Path, models: int) -> ModelRegistry:
             for number in range(first, min(first + 10_000, models)):
                 made = model(number, draws)
                 insert_value(connection, made, stage="visible", operation="")
+                if number % 100 == 0:
+                    row = {"level": "customized_models", "name": made.name, "tag": "keep"}
+                    connection.execute(insert(tags).values(**row))
     return registry
 
 
