@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from .catalog.listing import Listing
+from .catalog.model_listing import ModelListing
 from .deploying.deployer import Deployer
 from .errors import (
     AlreadyExistsError,
@@ -11,6 +12,7 @@ from .errors import (
     CustomizedModelsError,
     DatabaseError,
     DeploymentError,
+    EvictedError,
     HubError,
     IntegrityError,
     InUseError,
@@ -47,8 +49,11 @@ from .errors import (
     UnsupportedQuantizationError,
     UnsupportedVersionError,
 )
+from .history import Event, Subscription
 from .hub import HubCommit
 from .jobs.job import Job
+from .labels import Labels
+from .lineage import Lineage, Link
 from .merging.merger import Merger
 from .merging.plan import MergePlan
 from .models import (
@@ -67,7 +72,9 @@ from .models import (
     TrainingConfiguration,
 )
 from .registry import ModelRegistry
+from .search import metric, tag
 from .storage import LocalStorage, Storage
+from .usage import DeletionPlan, Usage
 
 __all__ = [
     "AlreadyExistsError",
@@ -79,11 +86,14 @@ __all__ = [
     "CustomizedModel",
     "CustomizedModelsError",
     "DatabaseError",
+    "DeletionPlan",
     "Deployer",
     "DeploymentEnvironment",
     "DeploymentError",
     "DeploymentTemplate",
     "EvaluationSummary",
+    "Event",
+    "EvictedError",
     "HubCommit",
     "HubError",
     "InUseError",
@@ -97,7 +107,10 @@ __all__ = [
     "JobFailed",
     "JobLost",
     "JobTimeoutError",
+    "Labels",
     "LeaseLostError",
+    "Lineage",
+    "Link",
     "Listing",
     "LiveModel",
     "LocalStorage",
@@ -107,6 +120,7 @@ __all__ = [
     "Merger",
     "MissingDependencyError",
     "ModelCard",
+    "ModelListing",
     "ModelRegistry",
     "NoEnvironmentError",
     "NoTemplateError",
@@ -122,6 +136,7 @@ __all__ = [
     "Status",
     "Storage",
     "StorageError",
+    "Subscription",
     "ThirdPartyModel",
     "TrainingConfiguration",
     "UnchangedTargetsError",
@@ -133,6 +148,9 @@ __all__ = [
     "UnsupportedError",
     "UnsupportedQuantizationError",
     "UnsupportedVersionError",
+    "Usage",
+    "metric",
+    "tag",
 ]
 
 if TYPE_CHECKING:

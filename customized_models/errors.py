@@ -2,6 +2,7 @@
 
     CustomizedModelsError
         NotFoundError                       (also a LookupError)
+            EvictedError
         AlreadyExistsError                  (also a FileExistsError)
         InUseError
         LeaseLostError
@@ -81,6 +82,10 @@ class CustomizedModelsError(Exception):
 
 class NotFoundError(CustomizedModelsError, LookupError):
     """No object with this name exists."""
+
+
+class EvictedError(NotFoundError):
+    """The model's bytes were evicted. `ModelRegistry.rebuild` makes the same ones again."""
 
 
 class AlreadyExistsError(CustomizedModelsError, FileExistsError):

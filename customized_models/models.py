@@ -317,6 +317,7 @@ class CompleteModel(Value):
         base_digest: The base model's digest.
         recipe: What the merged bits depend on: package versions, threads, CPU capability.
         card: How the adapter was trained.
+        evicted: Whether its bytes were dropped, to be rebuilt when they are needed.
     """
 
     name: str
@@ -330,11 +331,17 @@ class CompleteModel(Value):
     base_digest: str = field(repr=False)
     recipe: Mapping[str, Any] = field(factory=dict, hash=False, repr=False)
     card: ModelCard = field(factory=ModelCard, hash=False, repr=False)
+    evicted: bool = field(default=False, eq=False, repr=False)
 
     @property
     def key(self) -> str:
         """The key under which it is stored, and that a lease on it holds."""
         return f"complete/{self.name}"
+
+    @property
+    def recipe_key(self) -> str:
+        """The key under which its manifest and card are stored while it is evicted."""
+        return f"evicted/{self.name}"
 
 
 class Status(enum.Enum):
@@ -483,7 +490,7 @@ class JobRecord(Value):
 
     Attributes:
         id: Its id.
-        kind: "save", "deploy" or "export".
+        kind: "save", "rebuild", "deploy" or "export".
         name: Of the model or file that it makes.
         state: "lost" if its worker ended without recording how.
         progress: How far it has come.

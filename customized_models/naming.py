@@ -13,6 +13,7 @@ from .errors import InvalidNameError, shown
 TECHNICAL_NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,23}", re.ASCII)
 TRAIN_NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,47}", re.ASCII)
 ENVIRONMENT_NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,47}", re.ASCII)
+ALIAS = re.compile(r"[a-z0-9][a-z0-9.-]{0,47}", re.ASCII)
 SERVED_NAME = re.compile(
     r"([a-z0-9_][a-z0-9_-]{0,79}/)?[a-z0-9][a-z0-9._-]{0,79}(:[a-z0-9_][a-z0-9._-]{0,79})?",
     re.ASCII,
@@ -22,7 +23,7 @@ SERVED_NAME = re.compile(
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
-_LONGEST = {TECHNICAL_NAME: 24, TRAIN_NAME: 48, ENVIRONMENT_NAME: 48, SERVED_NAME: 80}
+_LONGEST = {TECHNICAL_NAME: 24, TRAIN_NAME: 48, ENVIRONMENT_NAME: 48, ALIAS: 48, SERVED_NAME: 80}
 _LONGEST_LABEL = 200  # characters: what a table can still show
 
 

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,6 +20,7 @@ from .backends import check_environment, moved_endpoint
 from .base_models import Location, check_files, hash_base_model
 from .cards.reading import read_base_card
 from .catalog.listing import Listing
+from .catalog.model_listing import ModelListing
 from .deploying.recovery import recover_deployments
 from .errors import (
     BaseModelMissingError,
@@ -32,13 +33,17 @@ from .errors import (
     listed,
     shown,
 )
+from .evicting import evict, rebuild
 from .files.links import hub_id
 from .files.reading import existing_directory
 from .files.remote_code import check_remote_code
 from .files.safetensors import Checkpoint
+from .history import ACTIONS, Action, Event, Subscription
 from .hub import HubCommit
 from .jobs.job import Job
 from .jobs.queue import JobQueue
+from .labels import Labels, checked_alias, checked_description, checked_tags
+from .lineage import Lineage, lineage_of
 from .models import (
     JOB_STATES,
     LIVE_STATES,
@@ -59,8 +64,10 @@ from .naming import TECHNICAL_NAME, checked_name, train_name_of
 from .outbox import Outbox
 from .processes import cores, refuse_windows
 from .registering import Training, register
+from .search import Moment, is_pattern, since_and_until
 from .shelf import GRACE_SECONDS, Litter, Shelf
 from .storage import LocalStorage, Storage, open_storage
+from .usage import DeletionPlan, Usage, plan_deletion, usage_of
 from .values import value_of
 
 if TYPE_CHECKING:
@@ -79,7 +86,7 @@ Model = TypeVar(
 )
 
 Evaluated = TypeVar("Evaluated", CustomizedModel, CompleteModel)
-
+Labelled: TypeAlias = CustomizedModel | CompleteModel | LiveModel
 WithBytes: TypeAlias = BaseModel | CustomizedModel | CompleteModel
 
 KINDS = (
@@ -473,24 +480,42 @@ class ModelRegistry:
             raise InvalidArgumentError(f"kind takes one of the classes {classes}")
         return self.catalog.levels.get(kind, arguments.text("name", name))
 
-    def base_models(self) -> Listing[BaseModel]:
+    def base_models(self) -> ModelListing[BaseModel]:
         """All base models, newest first."""
         return self.catalog.levels.listing(BaseModel)
 
     def customized_models(
-        self, *, base: BaseModel | str | None = None, train_name: str | None = None
-    ) -> Listing[CustomizedModel]:
-        """Customized models, newest first; of one base model, of one train name.
+        self,
+        *,
+        base: BaseModel | str | None = None,
+        train_name: str | None = None,
+        since: Moment | None = None,
+        until: Moment | None = None,
+    ) -> ModelListing[CustomizedModel]:
+        """Customized models, newest first. What is found is narrowed and ordered further.
 
-        This and the other lists with filters:
+        >>> good = registry.customized_models(train_name="sweep-*").where(  # doctest: +SKIP
+        ...     metric("eval_loss") < 1.2
+        ... )
+        >>> good.order_by(metric("eval_loss"))[:10]                         # doctest: +SKIP
+
+        Args:
+            base: Of this base model.
+            train_name: Of this training; a pattern if it has `*` for any text or `?` for any
+                character.
+            since: Made then or later; a date begins at midnight in UTC.
+            until: Made before that.
 
         Raises:
             NotFoundError: What a filter names is not there, and was not when anything listed was
-                made.
+                made. Other lists with filters raise the same.
             InvalidArgumentError: A filter is of another type, or there is no such state.
         """
         return self.catalog.levels.listing(
-            CustomizedModel, base=base, train_name=_filter(train_name)
+            CustomizedModel,
+            since_and_until(since, until),
+            base=base,
+            train_name=_filter(train_name),
         )
 
     def complete_models(
@@ -499,10 +524,29 @@ class ModelRegistry:
         base: BaseModel | str | None = None,
         train_name: str | None = None,
         customized: CustomizedModel | str | None = None,
-    ) -> Listing[CompleteModel]:
-        """Complete models, newest first; of one base, train name or customized model."""
+        evicted: bool | None = None,
+        since: Moment | None = None,
+        until: Moment | None = None,
+    ) -> ModelListing[CompleteModel]:
+        """Complete models, newest first; filtered as `customized_models`, or by what they are.
+
+        Args:
+            base: Of this base model.
+            train_name: Of this training, or a pattern.
+            customized: Made of this one.
+            evicted: Whether their bytes were dropped.
+            since: Made then or later.
+            until: Made before that.
+        """
+        if evicted is not None:
+            arguments.truth("evicted", evicted)
         return self.catalog.levels.listing(
-            CompleteModel, base=base, train_name=_filter(train_name), customized=customized
+            CompleteModel,
+            since_and_until(since, until),
+            base=base,
+            train_name=_filter(train_name),
+            customized=customized,
+            evicted=evicted,
         )
 
     def live_models(
@@ -513,12 +557,25 @@ class ModelRegistry:
         source: CustomizedModel | CompleteModel | str | None = None,
         environment: DeploymentEnvironment | str | None = None,
         state: LiveState | None = None,
-    ) -> Listing[LiveModel]:
-        """Live models, newest first; `source`: the complete or customized model."""
+        since: Moment | None = None,
+        until: Moment | None = None,
+    ) -> ModelListing[LiveModel]:
+        """Live models, newest first; filtered as `customized_models`, or by what they are.
+
+        Args:
+            base: Of this base model.
+            train_name: Of this training, or a pattern.
+            source: Of this complete or customized model.
+            environment: Deployed there.
+            state: "live", "superseded" or "undeployed".
+            since: Deployed then or later.
+            until: Deployed before that.
+        """
         if state is not None:
             arguments.choice("state", state, LIVE_STATES)
         return self.catalog.levels.listing(
             LiveModel,
+            since_and_until(since, until),
             base=base,
             train_name=_filter(train_name),
             source=source,
@@ -543,6 +600,134 @@ class ModelRegistry:
     def job(self, id: uuid.UUID | str) -> Job[Any]:
         """The job with that id, whichever process started it; `NotFoundError` if there is none."""
         return self.queue.job(arguments.identifier("id", id))
+
+    # What people say of models, and what has happened
+
+    def labels(self, model: Labelled | str) -> Labels:
+        """The tags, aliases and description of a model.
+
+        Raises:
+            NotFoundError: It is not there.
+        """
+        return self.catalog.labels.of(self._labelled(model))
+
+    def tag(self, model: Labelled | str, *tags: str) -> None:
+        """Give a model tags, besides those that it has; `customized_models.tag` searches by them.
+
+        Raises:
+            NotFoundError: It is not there.
+            InvalidNameError: A tag is empty, longer than 100 characters, or has `*` or `?`.
+        """
+        self.catalog.labels.tag(self._labelled(model), checked_tags(tags))
+
+    def untag(self, model: Labelled | str, *tags: str) -> None:
+        """Take tags from a model; those that it does not have are no error."""
+        self.catalog.labels.untag(self._labelled(model), checked_tags(tags))
+
+    def set_description(self, model: Labelled | str, description: str) -> None:
+        """Give a model another description, of up to 10,000 characters; an empty one removes it.
+
+        Raises:
+            NotFoundError: It is not there.
+        """
+        self.catalog.labels.describe(self._labelled(model), checked_description(description))
+
+    def set_alias(
+        self, model: Labelled | str, alias: str, *, protected: bool | None = None
+    ) -> None:
+        """Let `alias` mean this model from now on, and no longer the one that had it.
+
+        Wherever a model's name is taken, so is `alias@train-name`. An alias belongs to one level:
+        customized, complete and live models of a training may each have a champion.
+
+        >>> registry.set_alias(best, "champion", protected=True)     # doctest: +SKIP
+        >>> registry.get(CustomizedModel, "champion@support")        # doctest: +SKIP
+
+        Args:
+            model: The model.
+            alias: Lower-case letters, digits, `.` and `-`.
+            protected: Whether what has the alias cannot be deleted. As before if None, and at first
+                it can.
+
+        Raises:
+            NotFoundError: The model is not there.
+            InvalidNameError: The alias has a character that is not allowed.
+        """
+        if protected is not None:
+            arguments.truth("protected", protected)
+        self.catalog.labels.set_alias(self._labelled(model), checked_alias(alias), protected)
+
+    def remove_alias(self, model: Labelled | str, alias: str) -> None:
+        """Let an alias of a model mean nothing any more, protected or not.
+
+        Raises:
+            NotFoundError: The model does not have it.
+        """
+        self.catalog.labels.remove_alias(self._labelled(model), checked_alias(alias))
+
+    def _labelled(self, model: object) -> Labelled:
+        known = self.catalog.levels.meant("model", model, *get_args(Labelled))
+        return cast(Labelled, known)
+
+    def events(
+        self,
+        about: Any = None,
+        *,
+        action: Action | None = None,
+        since: Moment | None = None,
+        until: Moment | None = None,
+    ) -> Listing[Event]:
+        """What has happened, newest first.
+
+        The log is only added to. Each event is written in the transaction of the change itself.
+
+        Args:
+            about: A value or a name, also of what was deleted, or an alias such as
+                "champion@support", which was given to one model after the other.
+            action: Only these.
+            since: Then or later.
+            until: Before that.
+        """
+        name = None if about is None else arguments.name_of("about", about, *KINDS)
+        if action is not None:
+            arguments.choice("action", action, ACTIONS)
+        return self.catalog.events.listing(name, action, since_and_until(since, until))
+
+    def subscribe(
+        self, call: Callable[[Event], object], *, after: int | None = None
+    ) -> Subscription:
+        """Call a function with every event from now on, whichever process makes the change.
+
+        It is called in a thread, within a second of the change. Close what is returned to end it.
+
+        >>> with registry.subscribe(print):                          # doctest: +SKIP
+        ...     registry.tag(model, "keep")
+
+        Args:
+            call: What is called.
+            after: The number of an event: all later ones are told as well, so that nothing is
+                missed between two runs of a program.
+        """
+        if not callable(call):
+            raise arguments.refused("call", call, "a function that takes an event")
+        last = self.catalog.events.newest() if after is None else arguments.whole("after", after)
+        return Subscription(self.catalog.events.newer, call, last)
+
+    def lineage(
+        self, model: BaseModel | CustomizedModel | CompleteModel | LiveModel | str
+    ) -> Lineage:
+        """Where a model comes from, and what was made of it: a tree, and a picture in a notebook.
+
+        >>> print(registry.lineage(live).verify())                   # doctest: +SKIP
+
+        What was deleted is told by the event log.
+
+        Raises:
+            NotFoundError: It is not there.
+        """
+        kinds = (BaseModel, CustomizedModel, CompleteModel, LiveModel)
+        known: Any = self.catalog.levels.meant("model", model, *kinds)
+        return lineage_of(self.catalog, self.shelf, known)
 
     # Environments and third parties
 
@@ -620,13 +805,16 @@ class ModelRegistry:
     ) -> AbstractContextManager[Path]:
         """The model's directory, read-only, for as long as the block lasts; not deleted meanwhile.
 
+        A model that was evicted is rebuilt first, which takes as long as a save.
+
         Raises:
             NotFoundError: It has been deleted.
+            NotReproducible: It was evicted, and other bytes come out here.
             BaseModelMissingError, BaseModelMismatch: A base model is gone or changed.
             LeaseLostError: At the end of the block, if this process was stopped for so long that
                 the model may have been deleted meanwhile.
         """
-        return self.shelf.checkout(self._with_bytes(model))
+        return self.shelf.checkout(self._whole(model))
 
     def local_path(self, model: BaseModel | CustomizedModel | CompleteModel | str) -> Path:
         """The model's directory on this host, for a look; `checkout` keeps it from being deleted.
@@ -635,15 +823,49 @@ class ModelRegistry:
             NotFoundError: It has been deleted.
             NotLocalError: The storage is not on this host.
         """
-        known = self._with_bytes(model)
+        known = self._whole(model)
         with self.shelf.checkout(known) as directory:
             if not isinstance(known, BaseModel) and not isinstance(self._storage, LocalStorage):
                 raise NotLocalError(f"{known.name} is in {self._storage!r}; use checkout")
             return directory
 
-    def _with_bytes(self, model: object) -> WithBytes:
-        known = self.catalog.levels.meant("model", model, *get_args(WithBytes))
-        return cast(WithBytes, known)
+    def _whole(self, model: object) -> WithBytes:
+        """A model with its bytes, which are made again if they were evicted."""
+        known: WithBytes = self.catalog.levels.meant("model", model, *get_args(WithBytes))
+        if isinstance(known, CompleteModel) and known.evicted:
+            return self.rebuild(known).result(progress=False)
+        return known
+
+    def evict(self, complete: CompleteModel | str) -> CompleteModel:
+        """Drop the bytes of a complete model and keep its recipe, from which they can be rebuilt.
+
+        It stays in every list, with its name, digest and card. `checkout` and `Deployer.deploy`
+        rebuild it; so does `rebuild`. What it was made of cannot be deleted meanwhile. Evicting
+        again is fine.
+
+        Raises:
+            NotFoundError: It has been deleted, or what it was made of.
+            BaseModelMismatch: Its base model is another one now.
+            InUseError: Naming who reads it, or is served from its directory.
+            StorageError: A disk failed; if it is evicted all the same, `gc` removes its bytes.
+        """
+        known = self.catalog.levels.meant("complete", complete, CompleteModel)
+        evicted = evict(self.catalog, self.shelf, known)
+        _log.info("evicted %s", evicted.name)
+        return evicted
+
+    def rebuild(self, complete: CompleteModel | str) -> Job[CompleteModel]:
+        """Make the bytes of an evicted model again, under its name, in the background.
+
+        The job ends with `NotReproducible` if they do not have its digest. A model that was not
+        evicted is left as it is. `Merger.rebuild` makes a second model instead.
+
+        Raises:
+            NotFoundError: It has been deleted, or what it was made of.
+            BaseModelMismatch: Its base model is another one now.
+        """
+        known = self.catalog.levels.meant("complete", complete, CompleteModel)
+        return rebuild(self.catalog, self.queue, known)
 
     def verify(self, model: CustomizedModel | CompleteModel | str) -> None:
         """Read every byte of the model and compare it with what was recorded.
@@ -688,6 +910,29 @@ class ModelRegistry:
         else:
             self.catalog.levels.delete(known)
         _log.info("deleted %s %s", type(known).__name__, known.name)
+
+    def plan_deletion(
+        self,
+        value: BaseModel
+        | CustomizedModel
+        | CompleteModel
+        | LiveModel
+        | ThirdPartyModel
+        | DeploymentEnvironment
+        | str,
+    ) -> DeletionPlan:
+        """What `delete` would do: whether it is refused, what was made of it, the bytes freed.
+
+        Raises:
+            NotFoundError: It is not there.
+            InvalidArgumentError: Several have that name.
+        """
+        known = self.catalog.levels.meant("value", value, *KINDS)
+        return plan_deletion(self.catalog, known)
+
+    def usage(self) -> Usage:
+        """What the registry's bytes are spent on, and how many could be reclaimed."""
+        return usage_of(self.catalog, self.shelf)
 
     def recover(self) -> list[str]:
         """Finish or undo what killed processes left half-way, here and at deployment tools.
@@ -791,6 +1036,9 @@ def _with_metrics(card: ModelCard, new: Mapping[str, float]) -> ModelCard:
 
 
 def _filter(label: object) -> str | None:
+    """A train name, or a pattern of some, which are in lower case."""
+    if isinstance(label, str) and is_pattern(label):
+        return label.lower()
     return None if label is None else train_name_of(label)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -102,14 +102,15 @@ class Shelf:
             JobLost: The lease has ended, and someone else has taken over.
         """
         try:
-            self._put(staging, model.key)
+            size = Manifest.read(staging).size
+            self.put(staging, model.key)
         except BaseException:
             self._undo(model, lease)
             raise
         try:
             with self._catalog.database.write() as connection:
                 lease.check(connection)
-                self._catalog.levels.make_visible(connection, model, lease.owner)
+                self._catalog.levels.make_visible(connection, model, lease.owner, size=size)
                 if with_it is not None:
                     with_it(connection)
                 lease.end(connection)
@@ -128,8 +129,11 @@ class Shelf:
         purpose = f"the publication of {model.name} in process {os.getpid()}"
         lease.take(connection, [model.key], purpose)
 
-    def _put(self, staging: Path, key: str) -> None:
-        """Whoever has the row owns the key: bytes under it are what a killed process left."""
+    def put(self, staging: Path, key: str) -> None:
+        """Publish a staged directory under a key that a row says is the caller's.
+
+        Whoever has the row owns the key: bytes under it are what a killed process left.
+        """
         with disk_errors(f"{shown(key)} cannot be published"):
             try:
                 self.storage.publish(staging, key)
@@ -140,7 +144,7 @@ class Shelf:
     def _undo(self, model: Stored, lease: Lease) -> None:
         """Take back what was announced; where that fails, `recover` does it later."""
         with suppress(StorageError, DatabaseError):
-            self._delete(model.key)
+            self.remove(model.key)
             with self._catalog.database.write() as connection:
                 self._catalog.levels.drop(connection, model, lease.owner)
                 lease.end(connection)
@@ -290,12 +294,15 @@ class Shelf:
                 lease.take(connection, [model.key], purpose)
             self._finish_deletion(model, lease)
 
-    def _delete(self, key: str) -> None:
+    def remove(self, key: str) -> None:
+        """Remove the bytes under a key that a row says is the caller's."""
         with disk_errors(f"{shown(key)} cannot be deleted"):
             self.storage.delete(key)
 
     def _finish_deletion(self, model: Stored, lease: Lease) -> None:
-        self._delete(model.key)
+        self.remove(model.key)
+        if isinstance(model, CompleteModel):
+            self.remove(model.recipe_key)
         with self._catalog.database.write() as connection:
             self._catalog.levels.drop(connection, model, lease.owner)
             lease.end(connection)
@@ -333,28 +340,39 @@ class Shelf:
             if change.stage == "deleting":
                 self._finish_deletion(model, lease)
                 return [f"finished deleting {model.name}"]
-            if not self._is_whole(model):
+            size = self._size_if_whole(model)
+            if size is None:
                 self._finish_deletion(model, lease)
                 return [f"undid the publication of {model.name}"]
             with catalog.database.write() as connection:
-                catalog.levels.make_visible(connection, model, lease.owner)
+                catalog.levels.make_visible(connection, model, lease.owner, size=size)
                 catalog.jobs.finish_for(connection, model.name, "succeeded")
                 lease.end(connection)
             return [f"finished publishing {model.name}"]
 
-    def _is_whole(self, model: Stored) -> bool:
-        """Whether the bytes of `model` are published, which a storage does as a whole or not."""
+    def _size_if_whole(self, model: Stored) -> int | None:
+        """The size of `model` if it is published, which a storage does as a whole or not."""
         try:
-            with self.storage.open(model.key, MANIFEST) as file:
-                return Manifest.parse(file.read(MAX_JSON)).digest == model.digest
+            manifest = self.manifest(model.key)
         except (NotFoundError, MalformedError, IntegrityError):
-            return False
+            return None
+        return manifest.size if manifest.digest == model.digest else None
+
+    def manifest(self, key: str) -> Manifest:
+        """What is stored under a key, by its manifest; nothing else is read.
+
+        Raises:
+            NotFoundError: Nothing is.
+            MalformedError, IntegrityError: The manifest is damaged.
+        """
+        with self.storage.open(key, MANIFEST) as file:
+            return Manifest.parse(file.read(MAX_JSON))
 
     def reindex(self) -> list[str]:
         """See `ModelRegistry.reindex`."""
         made, damaged = list[str](), dict[str, CustomizedModelsError]()
-        for kind in (CustomizedModel, CompleteModel):
-            for key in self.storage.keys(f"{kind.__name__.removesuffix('Model').lower()}/"):
+        for place, kind in _PLACES.items():
+            for key in self.storage.keys(f"{place}/"):
                 try:
                     made += self._reindex(kind, key)
                 except (MalformedError, IntegrityError, NotFoundError) as error:
@@ -367,17 +385,20 @@ class Shelf:
         return made
 
     def _reindex(self, kind: type[Stored], key: str) -> list[str]:
-        with self.storage.open(key, MANIFEST) as file:
-            manifest = Manifest.parse(file.read(MAX_JSON))
+        manifest = self.manifest(key)
         model = from_document(kind, manifest.record["model"])
         base = from_document(BaseModel, manifest.record["base"])
-        if (model.key, model.digest, base.name) != (key, manifest.digest, model.base):
+        columns: dict[str, Any] = {"size": manifest.size}
+        is_place = key == model.key
+        if isinstance(model, CompleteModel) and key == model.recipe_key:
+            model, is_place = evolve(model, evicted=True), True
+        if not is_place or (model.digest, base.name) != (manifest.digest, model.base):
             raise IntegrityError(f"the record in {MANIFEST} of {shown(key)} is of another model")
         levels, made = self._catalog.levels, []
         with self._catalog.database.write() as connection:
             if levels.restore(connection, base, path=None, files="{}"):
                 made.append(base.name)
-            if levels.restore(connection, model):
+            if levels.restore(connection, model, **columns):
                 made.append(model.name)
         return made
 
@@ -439,9 +460,17 @@ class Shelf:
                 if key in self._catalog.litter.known_keys(connection):
                     return False
                 lease.take(connection, [key], "the removal of what nobody needs")
-            self._delete(key)
+            self.remove(key)
             return True
         return False
+
+
+_PLACES: Mapping[str, type[Stored]] = {
+    "customized": CustomizedModel,
+    "complete": CompleteModel,
+    "evicted": CompleteModel,  # after those that are whole: bytes count more than their recipe
+}
+"""Where the manifests of which models are."""
 
 
 def _manifest_of(model: Stored, directory: Path) -> Manifest:

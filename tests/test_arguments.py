@@ -28,6 +28,8 @@ from customized_models import (
     ModelRegistry,
     NotFoundError,
     Served,
+    metric,
+    tag,
 )
 from customized_models.models import LiveModel, ThirdPartyModel
 from customized_models.testing import tiny_lora
@@ -159,6 +161,41 @@ def registry_calls() -> Iterator[Call]:
     for method in ("checkout", "local_path", "verify"):
         yield Call(method, "model", lambda r, v, method=method: getattr(r, method)(v), NAME)
     yield Call("delete", "value", lambda r, v: r.delete(v), NAME | {"environment"})
+    for method in ("labels", "lineage"):
+        yield Call(method, "model", lambda r, v, method=method: getattr(r, method)(v), NAME)
+    yield Call("tag", "model", lambda r, v: r.tag(v, "a"), NAME)
+    yield Call("tag", "tags", lambda r, v: r.tag(r.customized, v), NAME)
+    yield Call("untag", "tags", lambda r, v: r.untag(r.customized, v), NAME)
+    yield Call(
+        "set_description", "description", lambda r, v: r.set_description(r.customized, v), NAME
+    )
+    yield Call("set_alias", "alias", lambda r, v: r.set_alias(r.customized, v), NAME)
+    yield Call(
+        "set_alias",
+        "protected",
+        lambda r, v: r.set_alias(r.customized, "a", protected=v),
+        OPTIONAL | {"bool"},
+    )
+    yield Call("remove_alias", "alias", lambda r, v: r.remove_alias(r.customized, v), NAME)
+    for method in ("evict", "rebuild"):
+        yield Call(method, "complete", lambda r, v, method=method: getattr(r, method)(v), NAME)
+    yield Call("plan_deletion", "value", lambda r, v: r.plan_deletion(v), NAME | {"environment"})
+    yield Call("events", "about", lambda r, v: r.events(v), NAME | OPTIONAL | {"environment"})
+    yield Call("events", "action", lambda r, v: r.events(action=v), OPTIONAL)
+    yield Call("events", "since", lambda r, v: r.events(since=v), OPTIONAL)
+    yield Call("subscribe", "call", lambda r, v: r.subscribe(v), frozenset({"class"}))
+    yield Call("subscribe", "after", lambda r, v: r.subscribe(print, after=v), OPTIONAL | {"int"})
+    yield listing("complete_models", "evicted", OPTIONAL | {"bool"})
+    yield Call("live_models", "since", lambda r, v: r.live_models(since=v), OPTIONAL)
+    yield Call("complete_models", "until", lambda r, v: r.complete_models(until=v), OPTIONAL)
+    yield Call("where", "where", lambda r, v: r.customized_models().where(v))
+    yield Call("order_by", "order_by", lambda r, v: r.customized_models().order_by(v))
+    yield Call("plot", "metric", lambda r, v: r.customized_models().plot(v), NAME)
+    yield Call("metric", "metric", lambda r, v: metric(v), NAME)
+    yield Call(
+        "metric(...) <", "compared with", lambda r, v: metric("a") < v, frozenset({"int", "float"})
+    )
+    yield Call("tag(...)", "tag", lambda r, v: tag(v), NAME)
     yield Call("gc", "grace_seconds", lambda r, v: r.gc(grace_seconds=v))
     yield Call("gc", "dry_run", lambda r, v: r.gc(dry_run=v), frozenset({"bool"}))
     yield Call(
@@ -193,12 +230,14 @@ def known(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> ModelReg
     registry.add_base_model("llama-tiny", tiny_base)
     registry.base = tiny_base
     registry.adapter = tiny_lora(directory / "adapter", tiny_base)
+    registry.customized = registry.register(registry.adapter, train_name="known")
     return registry
 
 
 class Known(ModelRegistry):
     base: Path
     adapter: Path
+    customized: CustomizedModel
 
     @property
     def job_of_old(self) -> Job[Any]:
@@ -328,6 +367,8 @@ def test_reading_makes_no_registry(tmp_path: Path) -> None:
         registry.third_party_models(),
         registry.environments(),
         registry.jobs(),
+        registry.events(),
+        registry.customized_models().where(metric("a") < 1).order_by(metric("b"), "created"),
     ):
         assert (list(listing), len(listing), bool(listing)) == ([], 0, False)
     with pytest.raises(NotFoundError):
@@ -335,6 +376,7 @@ def test_reading_makes_no_registry(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError):
         registry.delete("a")
     assert registry.recover() == []
+    assert registry.usage().total == 0
     assert not (tmp_path / "typo").exists()
 
 

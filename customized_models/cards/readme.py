@@ -142,16 +142,31 @@ def _storable(value: Any, depth: int) -> Any:
 
 
 def render_customized(model: CustomizedModel, base: BaseModel) -> str:
-    """The `README.md` of a customized model."""
-    facts = {"name": model.name, "base": base.name, "train_name": model.train_name}
+    """The `README.md` of a customized model, with the digests of its lineage in the header."""
+    facts = {
+        "name": model.name,
+        "digest": model.digest,
+        "base": base.name,
+        "base_digest": base.digest,
+        "train_name": model.train_name,
+        "training_id": str(model.training_id),
+    }
     relation = "adapter" if is_adapter(model) else "finetune"
     return _render(relation, facts, base, model.card)
 
 
 def render_complete(model: CompleteModel, base: BaseModel) -> str:
-    """The `README.md` of a complete model."""
-    facts = {"name": model.name, "base": base.name, "train_name": model.train_name}
-    return _render("finetune", facts | {"customized": model.customized}, base, model.card)
+    """The `README.md` of a complete model, with the digests of its lineage in the header."""
+    facts = {
+        "name": model.name,
+        "digest": model.digest,
+        "customized": model.customized,
+        "customized_digest": model.customized_digest,
+        "base": base.name,
+        "base_digest": model.base_digest,
+        "train_name": model.train_name,
+    }
+    return _render("finetune", facts, base, model.card)
 
 
 def _render(relation: str, facts: dict[str, str], base: BaseModel, card: ModelCard) -> str:

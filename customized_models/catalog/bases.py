@@ -22,6 +22,7 @@ from ..files.documents import from_document, to_document
 from ..files.links import hub_id
 from ..models import BaseModel
 from .database import Database
+from .events import record
 from .rows import (
     change_row,
     checked_row,
@@ -74,13 +75,17 @@ class Bases:
             BaseModelMismatch: Other bytes lie there.
         """
         with self._database.write() as connection:
-            known = value_of(BaseModel, required(connection, BaseModel, name))
+            row = required(connection, BaseModel, name)
+            known = value_of(BaseModel, row)
             if location.digest != known.digest:
                 raise BaseModelMismatch(
                     f"{shown(location.path)} holds {location.digest}, "
                     f"but base model {known.name} is {known.digest}"
                 )
             change_row(connection, base_models, name, **_columns(location))
+            if location.path != row["path"]:
+                places = ({"path": row["path"]}, {"path": location.path})
+                record(connection, "relocated", BaseModel, name, *places)
         return known
 
     def location(self, connection: Connection, name: str) -> Location:
@@ -126,7 +131,7 @@ def _added_again(new: BaseModel, known: BaseModel) -> BaseModel:
     )
 
 
-def _columns(location: Location) -> dict[str, str]:
+def _columns(location: Location) -> dict[str, Any]:
     """A base model's location as its row has it."""
     return {"path": location.path, "files": canonical_json(to_document(location.files)).decode()}
 

@@ -6,10 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from ..errors import EvictedError
 from ..models import BaseModel, CompleteModel, CustomizedModel
 from .bases import Bases
 from .database import Database
+from .events import Events
 from .jobs import Jobs
+from .labels import LabelRows
 from .leases import Lease, Leases
 from .levels import Levels
 from .litter import LitterRows
@@ -26,6 +29,8 @@ class Catalog:
         self.database = Database(url)
         self.leases = Leases(self.database)
         self.levels = Levels(self.database, self.leases)
+        self.labels = LabelRows(self.database, self.levels)
+        self.events = Events(self.database)
         self.bases = Bases(self.database)
         self.reservations = Reservations(self.database)
         self.jobs = Jobs(self.database, self.leases)
@@ -49,11 +54,16 @@ class Catalog:
 
         Raises:
             NotFoundError: It is not there.
+            EvictedError: Its bytes are not there.
             LeaseLostError: At the end of the block, if the hold was lost meanwhile.
         """
         lease = self.lease()
         with self.database.write() as connection:
-            self.levels.in_transaction(connection, type(model), model.name)
+            known = self.levels.in_transaction(connection, type(model), model.name)
+            if isinstance(known, CompleteModel) and known.evicted:
+                raise EvictedError(
+                    f"{known.name} is evicted: ModelRegistry.rebuild makes the same bytes again"
+                )
             lease.take(connection, [model.key], purpose)
         with lease:
             yield

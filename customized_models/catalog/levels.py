@@ -7,8 +7,9 @@ shown to anyone. Whoever finds such a row whose operation has ended without a wo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Generic, TypeVar, overload
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any, TypeVar, overload
 
 from attrs import evolve, frozen
 from sqlalchemy import Connection, select
@@ -24,6 +25,7 @@ from ..errors import (
     listed,
     shown,
 )
+from ..history import Action
 from ..models import (
     BaseModel,
     CompleteModel,
@@ -32,11 +34,16 @@ from ..models import (
     LiveModel,
     ThirdPartyModel,
 )
+from ..search import Condition, OnColumn, Operator, is_pattern
+from .aliases import forget_labels, name_meant, refuse_if_protected
 from .database import Database
+from .events import record_deleted
 from .leases import Leases
-from .listing import Listing
+from .metrics import forget_metrics
+from .model_listing import ModelListing
 from .rows import (
     TABLES,
+    VISIBLE,
     change_row,
     differences,
     find_row,
@@ -47,6 +54,7 @@ from .rows import (
     update_value,
     value_of,
 )
+from .search import BEING_CHANGED, ModelRows, value_or_error
 
 T = TypeVar("T", bound=Any)
 
@@ -94,10 +102,10 @@ class Levels:
 
     def in_transaction(self, connection: Connection, kind: type[T], name: str) -> T:
         """As `get`, in a transaction that is open already."""
-        row = required(connection, kind, name)
+        row = required(connection, kind, name_meant(connection, kind, name))
         value = value_of(kind, row)
-        if row.get("stage", "visible") != "visible":
-            raise NotFoundError(f"{kind.__name__} {name} is being {_DOING[row['stage']]}")
+        if row.get("stage", VISIBLE) != VISIBLE:
+            raise NotFoundError(f"{kind.__name__} {value.name} is being {_DOING[row['stage']]}")
         return value
 
     @overload
@@ -123,12 +131,12 @@ class Levels:
         if len(kinds) == 1:
             return self.get(kinds[0], name)
         with self._database.read() as connection:
-            found = [k for k in kinds if find_row(connection, TABLES[k], name=name) is not None]
+            found = [kind for kind in kinds if _exists(connection, kind, name)]
             if len(found) > 1:
                 classes = " and a ".join(kind.__name__ for kind in found)
                 raise InvalidArgumentError(
-                    f"{argument}: a {classes} are named {shown(name)}; pass the one that is meant, "
-                    f"registry.get({found[0].__name__}, name)"
+                    f"{argument}: a {classes} are called {shown(name)}; pass the one that is "
+                    f"meant, registry.get({found[0].__name__}, name)"
                 )
             if not found:
                 classes = " or ".join(kind.__name__ for kind in kinds)
@@ -143,27 +151,42 @@ class Levels:
             return False
         return found
 
-    def listing(self, kind: type[T], **equals: Any) -> Listing[T]:
-        """The visible values whose columns equal those that are not None, newest first.
+    def listing(
+        self,
+        kind: type[T],
+        conditions: tuple[Condition, ...] = (),
+        **equals: Any,
+    ) -> ModelListing[T]:
+        """The visible values that fulfil conditions and whose columns equal those given.
 
-        A column that names another value takes that value or its name.
+        None is given for any. A column that names another value takes that value or its name, and
+        `train_name` may be a pattern.
 
         Raises:
             InvalidArgumentError: What is given for a column is neither text nor such a value.
             NotFoundError: It names a value that neither is there nor has any of the listed.
         """
         given = {
-            column: arguments.name_of(column, value, *_REFERENCES[column])
-            if column in _REFERENCES
-            else value
+            column: self._name(column, value) if column in _REFERENCES else value
             for column, value in equals.items()
             if value is not None
         }
-        rows = _LevelRows(self._database, kind, given)
+        columns = tuple(
+            OnColumn(name, _operator(name, value), value) for name, value in given.items()
+        )
+        rows = ModelRows(self._database, kind, (*columns, *conditions))
         if not rows.numbers(1):
             for column in given.keys() & _REFERENCES.keys():
                 self._refuse_unknown(kind, column, given[column])
-        return Listing(kind.__name__, _COLUMNS[kind], rows)
+        return ModelListing(kind.__name__, _COLUMNS[kind], rows)
+
+    def _name(self, column: str, value: object) -> str:
+        """The name of what a column refers to, given by itself, its name or an alias."""
+        name = arguments.name_of(column, value, *_REFERENCES[column])
+        if "@" not in name:  # it need not exist any more
+            return name
+        meant: str = self.meant(column, name, *_REFERENCES[column]).name
+        return meant
 
     def _refuse_unknown(self, kind: type[Any], column: str, name: str) -> None:
         """An empty list answers a question about what there is, and not a mistyped name."""
@@ -173,6 +196,16 @@ class Levels:
             referred = _REFERENCES[column]
             if not any(find_row(connection, TABLES[k], name=name) is not None for k in referred):
                 required(connection, referred[0], name)  # raises, with the nearest name
+
+    def newest(self, kind: type[T], limit: int, **equals: Any) -> list[T]:
+        """The newest visible values whose columns equal these; damaged rows are left out."""
+        table = TABLES[kind]
+        query = select(table).where(
+            table.c.stage == VISIBLE, *(table.c[key] == value for key, value in equals.items())
+        )
+        rows = self._database.rows(query.order_by(table.c.seq.desc()).limit(limit))
+        found = [value_or_error(kind, row) for row in rows]
+        return [value for value in found if not isinstance(value, IntegrityError)]
 
     def settled(self, connection: Connection, kind: type[T], **equals: Any) -> list[T]:
         """The values whose columns equal these, newest first.
@@ -221,18 +254,19 @@ class Levels:
         with self._database.write() as connection:
             row = required(connection, type(value), value.name)
             self._refuse_while_needed(connection, value, row)
+            record_deleted(connection, value_of(type(value), row))
             remove_row(connection, TABLES[type(value)], value.name)
 
     def restore(self, connection: Connection, value: Any, **columns: Any) -> bool:
         """Make the row of a value that has none, or a damaged one; False if it has a sound one."""
         kind: Any = type(value)
         row = find_row(connection, TABLES[kind], name=value.name)
-        if row is not None and not isinstance(_value_or_error(kind, row), IntegrityError):
+        if row is not None and not isinstance(value_or_error(kind, row), IntegrityError):
             return False
         remove_row(connection, TABLES[kind], value.name)
         if kind in STAGED:
-            columns |= {"stage": "visible", "operation": ""}
-        insert_value(connection, value, **columns)
+            columns |= {"stage": VISIBLE, "operation": ""}
+        insert_value(connection, value, action="reindexed", **columns)
         return True
 
     # Changes that reach beyond the database
@@ -271,6 +305,10 @@ class Levels:
         if row["stage"] != "visible" and self._leases.holds(connection, row["operation"]):
             raise InUseError(f"{value.name} is being {_DOING[row['stage']]} by another process")
         self._refuse_while_needed(connection, value, row)
+        if row["stage"] == VISIBLE:
+            forget_metrics(connection, TABLES[type(value)], value.name)
+            forget_labels(connection, value)
+            record_deleted(connection, value)
         table = TABLES[type(value)]
         change_row(connection, table, value.name, stage="deleting", operation=operation)
 
@@ -315,10 +353,17 @@ class Levels:
             raise JobLost(f"{value.name} was given up while this process was stopped")
         update_value(connection, value)
 
-    def put(self, connection: Connection, value: Any, **columns: Any) -> None:
+    def put(
+        self,
+        connection: Connection,
+        value: Any,
+        *,
+        action: Action = "changed",
+        **columns: Any,
+    ) -> None:
         """Put a changed value in place of the visible one of its name."""
         self.in_transaction(connection, type(value), value.name)
-        update_value(connection, value, **columns)
+        update_value(connection, value, action=action, **columns)
 
     def follow(self, connection: Connection, live: LiveModel) -> None:
         """Let what third parties see of a live model say where it is now."""
@@ -365,7 +410,7 @@ class Levels:
                 query = select(table).where(table.c.stage != "visible").order_by(table.c.seq)
                 for row in connection.execute(query).mappings().all():
                     if not self._leases.holds(connection, row["operation"]):
-                        value = _value_or_error(kind, row)
+                        value = value_or_error(kind, row)
                         if not isinstance(value, IntegrityError):
                             artifact = row.get("artifact")
                             found.append(
@@ -382,13 +427,47 @@ class Levels:
         change_row(connection, table, change.value.name, operation=operation)
         return True
 
+    def refuse_while_served_from(self, connection: Connection, complete: CompleteModel) -> None:
+        """Refuse if a tool serves the model from its stored directory.
+
+        Raises:
+            InUseError: Naming the live models.
+        """
+        table = TABLES[LiveModel]
+        query = select(table).where(
+            table.c.source == complete.name,
+            table.c.state.in_(DEPLOYED),
+            table.c.artifact.is_(None),
+        )
+        served = [value_of(LiveModel, row) for row in connection.execute(query).mappings()]
+        if of := [live.name for live in served if not live.served.copied]:
+            raise InUseError(f"{complete.name} is what {listed(of)} is served from")
+
+    def refuse_to_delete(self, connection: Connection, value: Any) -> None:
+        """Raise what deleting a value would raise.
+
+        Raises:
+            NotFoundError: It is not there.
+            InUseError: Naming what still needs it.
+        """
+        row = required(connection, type(value), value.name)
+        self._refuse_while_needed(connection, value, row)
+
     def _refuse_while_needed(self, connection: Connection, value: Any, row: Any) -> None:
+        refuse_if_protected(connection, value)
         if isinstance(value, BaseModel | CustomizedModel | CompleteModel):
             self._leases.refuse_if_held(connection, value.key)
         if isinstance(value, BaseModel):
             of = names(connection, TABLES[CustomizedModel], base=value.name)
             if of:
                 raise InUseError(f"{value.name} is the base of {listed(of)}")
+        if isinstance(value, CustomizedModel):
+            evicted = names(connection, TABLES[CompleteModel], customized=value.name, evicted=1)
+            if evicted:
+                raise InUseError(
+                    f"{value.name} is what {listed(evicted)} would be rebuilt from, which was "
+                    f"evicted; ModelRegistry.rebuild it first, or delete it"
+                )
         if isinstance(value, DeploymentEnvironment):
             table = TABLES[LiveModel]
             query = select(table.c.name).where(
@@ -401,6 +480,17 @@ class Levels:
                 )
         if isinstance(value, LiveModel) and row["state"] in DEPLOYED:
             raise InUseError(f"{value.name} is deployed; Deployer.undeploy it first")
+
+
+def _operator(column: str, value: str) -> Operator:
+    return "glob" if column == "train_name" and is_pattern(value) else "=="
+
+
+def _exists(connection: Connection, kind: type[Any], name: str) -> bool:
+    with suppress(NotFoundError):
+        named = name_meant(connection, kind, name)
+        return find_row(connection, TABLES[kind], name=named) is not None
+    return False
 
 
 _REFERENCES: Mapping[str, tuple[type[Any], ...]] = {
@@ -421,35 +511,4 @@ _COLUMNS: Mapping[type[Any], tuple[str, ...]] = {
 }
 """What a list shows in a notebook, by class."""
 
-_DOING = {"pending": "made", "deleting": "deleted"}
-
-
-@frozen
-class _LevelRows(Generic[T]):
-    """The visible rows of a class whose columns have certain values."""
-
-    database: Database
-    kind: type[T]
-    equals: Mapping[str, Any]
-
-    def numbers(self, limit: int | None) -> list[int]:
-        """See `listing.Rows`."""
-        table = TABLES[self.kind]
-        query = select(table.c.seq).where(*(table.c[k] == v for k, v in self.equals.items()))
-        if self.kind in STAGED:  # not `== "visible"`: a damaged row is to be seen
-            query = query.where(table.c.stage.not_in(_DOING))
-        rows = self.database.rows(query.order_by(table.c.seq.desc()).limit(limit))
-        return [row["seq"] for row in rows]
-
-    def load(self, numbers: Sequence[int]) -> Mapping[int, T | IntegrityError]:
-        """See `listing.Rows`."""
-        table = TABLES[self.kind]
-        rows = self.database.rows(select(table).where(table.c.seq.in_(numbers)))
-        return {row["seq"]: _value_or_error(self.kind, row) for row in rows}
-
-
-def _value_or_error(kind: type[T], row: Any) -> T | IntegrityError:
-    try:
-        return value_of(kind, row)
-    except IntegrityError as error:
-        return error
+_DOING = dict(zip(BEING_CHANGED, ("made", "deleted"), strict=True))

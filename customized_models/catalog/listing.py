@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, Protocol, TypeVar, overload
 
 from ..arguments import refused
@@ -27,8 +29,19 @@ class DamagedRowWarning(UserWarning):
 class Rows(Protocol[T_co]):
     """Where a listing finds what it lists."""
 
-    def numbers(self, limit: int | None) -> list[int]:
-        """The numbers of the rows, newest first; at most `limit` of them if not None."""
+    def numbers(self, limit: int | None = None, offset: int = 0) -> list[int]:
+        """The numbers of the rows, in the listing's order.
+
+        Args:
+            limit: At most so many, if not None.
+            offset: So many of the first are left out.
+        """
+
+    def count(self) -> int:
+        """How many rows there are."""
+
+    def newest(self) -> int:
+        """A number that no row has been given yet that is made from now on; rows count upwards."""
 
     def load(self, numbers: Sequence[int]) -> Mapping[int, T_co | IntegrityError]:
         """By number, what these rows hold; the error that it gives if one is damaged.
@@ -53,26 +66,38 @@ class Listing(Sequence[T], Generic[T]):
         kind: The class of what is listed, for the message.
         columns: What a table shows of each.
         rows: Where it is.
+        order: Of the rows, in words.
     """
 
-    __slots__ = ("_columns", "_kind", "_rows")
+    __slots__ = ("_columns", "_kind", "_order", "_rows")
 
-    def __init__(self, kind: str, columns: tuple[str, ...], rows: Rows[T]) -> None:
+    def __init__(
+        self, kind: str, columns: tuple[str, ...], rows: Rows[T], order: str = "newest first"
+    ) -> None:
         self._kind = kind
         self._columns = columns
         self._rows = rows
+        self._order = order
 
     def __len__(self) -> int:
-        return len(self._rows.numbers(None))
+        return self._rows.count()
 
     def __bool__(self) -> bool:
         return bool(self._rows.numbers(1))
 
     def __iter__(self) -> Iterator[T]:
-        return self._values(self._rows.numbers(None))
+        return self._values(self._numbers())
+
+    def _numbers(self) -> Iterator[int]:
+        """The first page at once; all others, of what there was then, once they are asked for."""
+        newest, page = self._rows.newest(), self._rows.numbers(PAGE)
+        yield from page
+        if len(page) == PAGE:
+            seen = set(page)
+            yield from (n for n in self._rows.numbers() if n <= newest and n not in seen)
 
     def __reversed__(self) -> Iterator[T]:
-        return self._values(self._rows.numbers(None)[::-1])
+        return self._values(self._rows.numbers()[::-1])
 
     @overload
     def __getitem__(self, index: int) -> T: ...
@@ -80,10 +105,14 @@ class Listing(Sequence[T], Generic[T]):
     def __getitem__(self, index: slice) -> list[T]: ...
     def __getitem__(self, index: int | slice) -> T | list[T]:
         if isinstance(index, slice):
-            return list(self._values(self._rows.numbers(None)[index]))
+            return list(self._values(self._part(index)))
         if not hasattr(index, "__index__"):
             raise refused("the index of a listing", index, "a whole number or a slice")
-        number = self._rows.numbers(None)[index]
+        if (place := operator.index(index)) < 0:
+            place += len(self)
+        number = next(iter(self._rows.numbers(1, place) if place >= 0 else ()), None)
+        if number is None:
+            raise IndexError("listing index out of range")
         value = self._rows.load([number]).get(number)
         if value is None:
             raise IndexError("the row was removed while it was read")
@@ -91,8 +120,16 @@ class Listing(Sequence[T], Generic[T]):
             raise value
         return value
 
+    def _part(self, part: slice) -> list[int]:
+        """The numbers in a slice; one that counts from the front is read as a page."""
+        start, stop, step = part.start or 0, part.stop, part.step or 1
+        if start < 0 or step < 0 or (stop is not None and stop < 0):
+            return self._rows.numbers()[part]
+        count = None if stop is None else max(0, stop - start)
+        return self._rows.numbers(count, start)[::step]
+
     def first(self) -> T | None:
-        """The newest one; None if there is none."""
+        """The first one; None if there is none."""
         return next(self._values(self._rows.numbers(1)), None)
 
     def to_pandas(self) -> pandas.DataFrame:
@@ -123,21 +160,21 @@ class Listing(Sequence[T], Generic[T]):
 
     def __repr__(self) -> str:
         count = len(self)
-        return f"<{count} {self._kind}{'' if count == 1 else 's'}, newest first>"
+        return f"<{count} {self._kind}{'' if count == 1 else 's'}, {self._order}>"
 
     def _repr_html_(self) -> str:
-        numbers = self._rows.numbers(None)
-        found = self._rows.load(numbers[:SHOWN])
+        numbers = self._rows.numbers(SHOWN)
+        found = self._rows.load(numbers)
         newest = [v for n in numbers if (v := found.get(n)) and not isinstance(v, IntegrityError)]
         table = html_table(
             self._columns, [tuple(getattr(v, c) for c in self._columns) for v in newest]
         )
-        older = len(numbers) - SHOWN
-        return table + (f"<p>and {older} older</p>" if older > 0 else "")
+        more = len(self) - SHOWN
+        return table + (f"<p>and {more} more</p>" if more > 0 else "")
 
-    def _values(self, numbers: list[int]) -> Iterator[T]:
-        for start in range(0, len(numbers), PAGE):
-            page = numbers[start : start + PAGE]
+    def _values(self, numbers: Iterable[int]) -> Iterator[T]:
+        left = iter(numbers)
+        while page := list(islice(left, PAGE)):
             found = self._rows.load(page)
             for number in page:
                 value = found.get(number)

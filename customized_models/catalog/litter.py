@@ -20,14 +20,14 @@ class LitterRows:
     def known_keys(self, connection: Connection) -> set[str]:
         """The keys that a row of any stage names, or that a lease holds."""
         customized = connection.execute(select(customized_models.c.name)).scalars()
-        complete = connection.execute(select(complete_models.c.name)).scalars()
+        complete = connection.execute(select(complete_models.c.name, complete_models.c.evicted))
         served = connection.execute(
             select(live_models.c.artifact).where(live_models.c.state != "undeployed")
         ).scalars()
         held = connection.execute(select(leases.c.key)).scalars()
         return {
             *(f"customized/{name}" for name in customized),
-            *(f"complete/{name}" for name in complete),
+            *(f"{'evicted' if evicted else 'complete'}/{name}" for name, evicted in complete),
             *filter(None, served),
             *held,
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from datetime import datetime
 from difflib import get_close_matches
 from typing import Any, TypeVar
 
@@ -12,6 +13,7 @@ from sqlalchemy import Connection, Table, delete, insert, select, update
 from ..errors import CustomizedModelsError, IntegrityError, NotFoundError, shown
 from ..files.digests import canonical_json, digest_of
 from ..files.documents import from_document, to_document
+from ..history import Action
 from ..models import (
     BaseModel,
     CompleteModel,
@@ -21,6 +23,8 @@ from ..models import (
     ThirdPartyModel,
 )
 from . import schema
+from .events import record_changed, record_created
+from .metrics import forget_metrics, index_metrics
 
 T = TypeVar("T")
 
@@ -68,6 +72,7 @@ def change_row(connection: Connection, table: Table, name: str, **values: Any) -
 
 def remove_row(connection: Connection, table: Table, name: str) -> None:
     """Delete the row with that name, if there is one."""
+    forget_metrics(connection, table, name)
     connection.execute(delete(table).where(table.c.name == name))
 
 
@@ -147,8 +152,20 @@ def differences(known: Any, new: Any) -> str:
     )
 
 
-def insert_value(connection: Connection, value: Any, **columns: Any) -> None:
+VISIBLE = "visible"
+"""The stage of a row that everyone sees."""
+
+
+def insert_value(
+    connection: Connection, value: Any, *, action: Action = "created", **columns: Any
+) -> None:
     """Add a value's row; columns that bear a field's name are filled from it.
+
+    Args:
+        connection: Of the transaction.
+        value: What the row holds.
+        action: What the event log says of it, once it is visible.
+        columns: Further columns.
 
     Raises:
         AlreadyExistsError: A unique column has that value already.
@@ -156,11 +173,40 @@ def insert_value(connection: Connection, value: Any, **columns: Any) -> None:
     table = TABLES[type(value)]
     for column in table.columns.keys() - columns.keys() - {"seq", "name", "value", "digest"}:
         if hasattr(value, column):
-            columns[column] = str(getattr(value, column))
+            columns[column] = _as_column(getattr(value, column))
     add_row(connection, table, name=value.name, value=as_text(value), **columns)
+    if columns.get("stage", VISIBLE) == VISIBLE:
+        index_metrics(connection, table, value)
+        record_created(connection, action, value)
 
 
-def update_value(connection: Connection, value: Any, **columns: Any) -> None:
-    """Put a changed value in place of the one of its name."""
+def _as_column(field: Any) -> Any:
+    """A field as the column of its name has it."""
+    if isinstance(field, datetime):
+        return field.timestamp()
+    return int(field) if isinstance(field, bool) else str(field)
+
+
+def update_value(
+    connection: Connection, value: Any, *, action: Action = "changed", **columns: Any
+) -> None:
+    """Put a changed value in place of the one of its name.
+
+    Args:
+        connection: Of the transaction.
+        value: What the row holds from now on.
+        action: What the event log says of it, if the row was visible before.
+        columns: Further columns that change.
+    """
     table = TABLES[type(value)]
+    row = find_row(connection, table, name=value.name)
+    if row is None:
+        return
+    stage = row.get("stage", VISIBLE)
     change_row(connection, table, value.name, value=as_text(value), **columns)
+    if columns.get("stage", stage) == VISIBLE:
+        index_metrics(connection, table, value)
+    if stage == VISIBLE:
+        record_changed(connection, action, value_of(type(value), row), value)
+    elif columns.get("stage") == VISIBLE:
+        record_created(connection, "created", value)

@@ -8,9 +8,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import Column, Float, ForeignKey, Integer, MetaData, String, Table, Text
+from sqlalchemy import (
+    DDL,
+    Column,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    event,
+)
 
-VERSION = 2
+VERSION = 3
 """Of the tables below; a database of another version is refused."""
 
 metadata = MetaData()
@@ -21,8 +33,12 @@ def _text(name: str, **options: Any) -> Column[Any]:
 
 
 def _level(name: str, *columns: Column[Any]) -> Table:
-    """A level's table: `seq` orders, `name` is unique."""
-    return Table(
+    """A level's table: `seq` orders, `name` is unique.
+
+    The index holds what a long list is made of. Without it, listing the numbers of all rows would
+    read all of their values.
+    """
+    table = Table(
         name,
         metadata,
         Column("seq", Integer, primary_key=True),
@@ -32,6 +48,17 @@ def _level(name: str, *columns: Column[Any]) -> Table:
         _text("digest"),
         sqlite_autoincrement=True,
     )
+    if "stage" in table.c:
+        Index(f"{name}_listed", table.c.seq, table.c.stage)
+    return table
+
+
+def _created() -> Column[Any]:
+    return Column("created", Float, nullable=False, index=True)  # seconds since the epoch
+
+
+def _size() -> Column[Any]:
+    return Column("size", Integer, nullable=True)  # bytes of all content files; None before
 
 
 def _stages() -> tuple[Column[Any], Column[Any]]:
@@ -48,12 +75,15 @@ base_models = _level(
     _text("model_name", unique=True),
     Column("path", String, nullable=True),  # None after `reindex`, until it is relocated
     Column("files", Text, nullable=False),
+    _created(),
 )
 customized_models = _level(
     "customized_models",
     Column("base", String, ForeignKey("base_models.name"), nullable=False, index=True),
     _text("train_name", index=True),
     _text("training_id", unique=True),
+    _created(),
+    _size(),
     *_stages(),
 )
 complete_models = _level(
@@ -61,6 +91,9 @@ complete_models = _level(
     _text("customized", index=True),
     _text("base", index=True),
     _text("train_name", index=True),
+    _created(),
+    _size(),
+    Column("evicted", Integer, nullable=False),  # 1 while its bytes are dropped, else 0
     *_stages(),
 )
 live_models = _level(
@@ -71,10 +104,83 @@ live_models = _level(
     _text("environment", index=True),
     _text("state", index=True),
     Column("artifact", String, nullable=True),  # the key of the file that it is served from
+    _created(),
     *_stages(),
 )
 third_party_models = _level("third_party_models")
 environments = _level("environments")
+
+# What is found beside the values: `level` is the name of a level's table.
+
+metrics = Table(  # made from the values, for searches
+    "metrics",
+    metadata,
+    Column("level", String, primary_key=True),
+    Column("seq", Integer, primary_key=True),
+    Column("name", String, primary_key=True),
+    Column("value", Float, nullable=False),
+    sqlite_with_rowid=False,
+)
+Index("metrics_by_value", metrics.c.level, metrics.c.name, metrics.c.value, metrics.c.seq)
+
+tags = Table(
+    "tags",
+    metadata,
+    Column("level", String, primary_key=True),
+    Column("name", String, primary_key=True),
+    Column("tag", String, primary_key=True),
+    sqlite_with_rowid=False,
+)
+Index("tags_by_tag", tags.c.level, tags.c.tag, tags.c.name)
+descriptions = Table(
+    "descriptions",
+    metadata,
+    Column("level", String, primary_key=True),
+    Column("name", String, primary_key=True),
+    Column("text", Text, nullable=False),
+    sqlite_with_rowid=False,
+)
+aliases = Table(
+    "aliases",
+    metadata,
+    Column("level", String, primary_key=True),
+    Column("train_name", String, primary_key=True),
+    Column("alias", String, primary_key=True),
+    _text("name"),  # of the model that it stands for now
+    Column("protected", Integer, nullable=False),
+    sqlite_with_rowid=False,
+)
+Index("aliases_by_name", aliases.c.level, aliases.c.name)
+
+events = Table(
+    "events",
+    metadata,
+    Column("seq", Integer, primary_key=True),
+    Column("time", Float, nullable=False, index=True),  # seconds since the epoch
+    _text("who"),
+    _text("action", index=True),
+    _text("kind"),
+    _text("name"),
+    Column("before", Text, nullable=False),
+    Column("after", Text, nullable=False),
+    sqlite_autoincrement=True,
+)
+event_subjects = Table(  # the names under which an event is found
+    "event_subjects",
+    metadata,
+    Column("subject", String, primary_key=True),
+    Column("event", Integer, primary_key=True),
+    sqlite_with_rowid=False,
+)
+for _change in ("UPDATE", "DELETE"):
+    event.listen(
+        events,
+        "after_create",
+        DDL(  # type: ignore[no-untyped-call]
+            f"CREATE TRIGGER events_refuse_{_change} BEFORE {_change} ON events "
+            f"BEGIN SELECT RAISE(ABORT, 'events are only added'); END"
+        ).execute_if(dialect="sqlite"),
+    )
 
 reservations = Table(
     "reservations",

@@ -36,6 +36,7 @@ from ..errors import (
     listed,
     shown,
 )
+from ..evicting import rebuild
 from ..files.documents import to_document
 from ..jobs.isolated import run_isolated
 from ..jobs.job import Job
@@ -89,6 +90,8 @@ class EnvironmentReport:
 class Deployer:
     """Hands models of a registry to deployment tools, and takes them back.
 
+    A model may be given by its name, or by an alias such as "champion@support".
+
     >>> live = Deployer(registry).deploy(complete, quantization="q8_0").result()  # doctest: +SKIP
 
     Args:
@@ -133,7 +136,8 @@ class Deployer:
 
         A customized model needs no complete model on disk: it is merged on the way. What can be
         refused is refused here, before the job starts and before anything is sent. The model takes
-        the served name once it is proven; if a proof fails, whatever had the name keeps it.
+        the served name once it is proven; if a proof fails, whatever had the name keeps it. A
+        complete model that was evicted is rebuilt before this returns.
 
         Args:
             model: What to deploy.
@@ -163,13 +167,15 @@ class Deployer:
             InvalidNameError, InvalidOptionError, AlreadyExistsError: See `backends.Backend`.
         """
         target = self._environment(environment)
-        model = self._stored(model)
-        base = self._catalog.levels.get(BaseModel, model.base)
+        known = self._stored(model)
+        if isinstance(known, CompleteModel) and known.evicted:
+            known = rebuild(self._catalog, self._queue, known).result(progress=False)
+        base = self._catalog.levels.get(BaseModel, known.base)
         recover_deployments(self._catalog, self._shelf, self._tools, environment=target.name)
         backend = open_backend(target, self._tools)
         request = DeployRequest(
-            kind="customized" if isinstance(model, CustomizedModel) else "complete",
-            model=model.name,
+            kind="customized" if isinstance(known, CustomizedModel) else "complete",
+            model=known.name,
             environment=target.name,
             quantization=checked_quantization(quantization),
             served_name=_text_or_none("served_name", served_name),
@@ -181,13 +187,13 @@ class Deployer:
             accept_failed=checked_proofs(accept_failed, "accept_failed"),
         )
         if template == "infer":
-            request = evolve(request, template=self.propose_template(model).template)
-        self._preflight(backend, target, model, request, options)
+            request = evolve(request, template=self.propose_template(known).template)
+        self._preflight(backend, target, known, request, options)
         return self._queue.submit(
             "deploy",
-            lambda id: live_name(model.name, id, request.quantization),
+            lambda id: live_name(known.name, id, request.quantization),
             request.document,
-            (model.key, base.key) if isinstance(model, CustomizedModel) else (model.key,),
+            (known.key, base.key) if isinstance(known, CustomizedModel) else (known.key,),
             self._tools,
         )
 

@@ -60,6 +60,11 @@ class Manifest:
             }
         )
 
+    @property
+    def size(self) -> int:
+        """Bytes of all content files."""
+        return sum(file.size for file in self.content.values())
+
     def write(self, directory: Path) -> None:
         """Write `manifest.json` into `directory`, which must not have one."""
         write_file(directory / MANIFEST, self.to_bytes())

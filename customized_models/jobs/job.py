@@ -39,7 +39,11 @@ if TYPE_CHECKING:
 
 T_co = TypeVar("T_co", covariant=True)
 
-RESULT_TYPES: Mapping[str, type[Any]] = {"save": CompleteModel, "deploy": LiveModel}
+RESULT_TYPES: Mapping[str, type[Any]] = {
+    "save": CompleteModel,
+    "rebuild": CompleteModel,
+    "deploy": LiveModel,
+}
 """The class of the model that each kind of job makes; an "export" gives the path of a file."""
 
 _POLL_SECONDS = 0.1
@@ -50,7 +54,7 @@ workers: dict[str, Worker] = {}
 
 
 class Job(Generic[T_co]):
-    """A save or a deployment that waits, is under way, or is over.
+    """A save, a rebuild or a deployment that waits, is under way, or is over.
 
     Jobs of a registry begin in the order in which they were submitted, `max_running` at a time.
 
@@ -61,7 +65,7 @@ class Job(Generic[T_co]):
 
     Attributes:
         id: Its id; `ModelRegistry.job(id)` finds it again.
-        kind: "save", "deploy" or "export".
+        kind: "save", "rebuild", "deploy" or "export".
         name: Of the model that it makes.
         created: When it was submitted.
     """
@@ -71,7 +75,7 @@ class Job(Generic[T_co]):
         self._log = log
         self.id = uuid.UUID(row["id"])
         self.kind: str = row["kind"]
-        self.name: str = row["name"]
+        self.name: str = json.loads(row["arguments"]).get("rebuilds", row["name"])
         self.created = datetime.fromisoformat(row["created"])
 
     def __repr__(self) -> str:

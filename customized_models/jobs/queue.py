@@ -52,7 +52,7 @@ class JobQueue:
         """Record a job and start its worker; returns at once.
 
         Args:
-            kind: Of the job: "save", "deploy" or "export".
+            kind: Of the job: "save", "rebuild", "deploy" or "export".
             name: Gives for an id the name of the model that it makes.
             arguments: All that the work depends on, as JSON can hold it.
             holds: Keys that must not be deleted while it runs.
@@ -116,9 +116,18 @@ class _JobRows:
     state: str | None
     of: Callable[[Mapping[str, Any]], Job[Any]]
 
-    def numbers(self, limit: int | None) -> list[int]:
+    def numbers(self, limit: int | None = None, offset: int = 0) -> list[int]:
         """See `listing.Rows`."""
-        return self.catalog.jobs.numbers(self.state, limit)
+        every = self.catalog.jobs.numbers(self.state, None)
+        return every[offset:][:limit]
+
+    def count(self) -> int:
+        """See `listing.Rows`."""
+        return len(self.numbers())
+
+    def newest(self) -> int:
+        """See `listing.Rows`."""
+        return max(self.catalog.jobs.numbers(None, 1), default=0)
 
     def load(self, numbers: Sequence[int]) -> Mapping[int, Job[Any] | IntegrityError]:
         """See `listing.Rows`."""

@@ -16,6 +16,7 @@ from ..deploying.exporting import run_export
 from ..deploying.running import run_deploy
 from ..errors import CustomizedModelsError, JobCancelled, JobFailed, JobLost
 from ..merging.merger import run_save
+from ..merging.rebuilding import run_rebuild
 from ..shelf import Shelf
 from .work import Work
 
@@ -23,7 +24,12 @@ _log = logging.getLogger(__name__)
 
 REPORT_SECONDS = 0.5  # between two writes of the progress
 
-RUN: Mapping[str, Any] = {"save": run_save, "deploy": run_deploy, "export": run_export}
+RUN: Mapping[str, Any] = {
+    "save": run_save,
+    "rebuild": run_rebuild,
+    "deploy": run_deploy,
+    "export": run_export,
+}
 """What does the work of each kind of job."""
 
 

@@ -13,12 +13,11 @@ from attrs import evolve
 from ..arguments import instance
 from ..cards.readme import render_complete
 from ..errors import (
-    BaseModelMismatch,
-    NotFoundError,
     UnmergedTensorsError,
     UnsupportedQuantizationError,
     shown,
 )
+from ..evicting import parents_of
 from ..files.checking import FileCheck
 from ..files.digests import FileDigest, digest_of
 from ..files.documents import to_document
@@ -35,7 +34,7 @@ from ..sources import CompletedSource, proven_merge
 from .journal import Journal
 from .plan import MergePlan, plan_merge
 from .proof import check_rebuilt, derive_again, prove
-from .writing import write_checkpoint
+from .writing import lineage_metadata, write_checkpoint
 
 
 class Merger:
@@ -151,7 +150,8 @@ class Merger:
     def rebuild(self, complete: CompleteModel | str) -> Job[CompleteModel]:
         """Save again what `complete` was, deleted or not: the same digest under a new name.
 
-        The job ends with `NotReproducible` if other bytes come out; nothing is published then.
+        The job ends with `NotReproducible` if other bytes come out; nothing is published then. The
+        bytes of a model that was evicted come back with `ModelRegistry.rebuild`.
 
         Raises:
             NotFoundError: The customized model or the base model has been deleted.
@@ -165,24 +165,7 @@ class Merger:
     @contextmanager
     def _parents(self, complete: CompleteModel) -> Iterator[tuple[BaseModel, CustomizedModel]]:
         """What it was made of, kept while the block lasts."""
-        try:
-            base = self._catalog.levels.get(BaseModel, complete.base)
-            customized = self._catalog.levels.get(CustomizedModel, complete.customized)
-        except NotFoundError as error:
-            raise NotFoundError(
-                f"{complete.name} cannot be merged again: {error}. Once that has been added again "
-                f"under its name, with the same bytes, it can"
-            ) from error
-        if customized.digest != complete.customized_digest:
-            raise NotFoundError(
-                f"{complete.name} was made of {complete.customized_digest}, but {customized.name} "
-                f"is {customized.digest} now"
-            )
-        if base.digest != complete.base_digest:
-            raise BaseModelMismatch(
-                f"{complete.name} was made on {complete.base_digest}, but base model {base.name} "
-                f"is {base.digest} now"
-            )
+        base, customized = parents_of(self._catalog, complete)
         with self._shelf.checkout(customized), self._shelf.checkout(base):
             yield base, customized
 
@@ -192,19 +175,7 @@ def run_save(work: Work) -> None:
     catalog, shelf = work.catalog, work.shelf
     customized = catalog.levels.get(CustomizedModel, work.arguments["customized"])
     base = catalog.levels.get(BaseModel, customized.base)
-    with (
-        shelf.storage.staging(f"save-{work.id}") as staging,
-        proven_merge(shelf, base, customized) as (merged, check),
-    ):
-        parents = {"base": base.digest, "customized": customized.digest}
-        journal = Journal(staging, digest_of([parents, merged.merge.recipe]))
-        for lost in catalog.jobs.give_up_saves_of(customized.name):
-            with shelf.storage.staging(f"save-{lost}") as abandoned:
-                journal.take_over(abandoned, merged.merge.shards, work.progress)
-        content = _write(merged, staging, work.progress, check, journal)
-        prove(merged, staging, str(work.id), work.progress)
-        check.finish(work.progress)
-        manifest = Manifest("complete", content, parents, merged.merge.recipe, {})
+    with _merged(work, base, customized) as (staging, manifest):
         if expected := work.arguments.get("expected"):
             manifest = check_rebuilt(expected, manifest)
         complete = CompleteModel(
@@ -234,15 +205,63 @@ def run_save(work: Work) -> None:
         )
 
 
+@contextmanager
+def merged_again(
+    work: Work, base: BaseModel, customized: CustomizedModel, complete: CompleteModel
+) -> Iterator[Path]:
+    """A staging directory with the bytes that `complete` had, but for its manifest and card.
+
+    Raises:
+        NotReproducible: Other bytes come out.
+    """
+    with _merged(work, base, customized) as (staging, manifest):
+        check_rebuilt({"digest": complete.digest, "recipe": dict(complete.recipe)}, manifest)
+        yield staging
+
+
+@contextmanager
+def _merged(
+    work: Work, base: BaseModel, customized: CustomizedModel
+) -> Iterator[tuple[Path, Manifest]]:
+    """A staging directory with the merge of two models, proven, and its manifest without record."""
+    catalog, shelf = work.catalog, work.shelf
+    with (
+        shelf.storage.staging(f"save-{work.id}") as staging,
+        proven_merge(shelf, base, customized) as (merged, check),
+    ):
+        parents = {"base": base.digest, "customized": customized.digest}
+        journal = Journal(staging, digest_of([parents, merged.merge.recipe]))
+        for lost in catalog.jobs.give_up_saves_of(customized.name):
+            with shelf.storage.staging(f"save-{lost}") as abandoned:
+                journal.take_over(abandoned, merged.merge.shards, work.progress)
+        lineage = lineage_metadata(base, customized)
+        content = _write(merged, staging, work.progress, check, journal, lineage)
+        prove(merged, staging, str(work.id), work.progress)
+        check.finish(work.progress)
+        yield staging, Manifest("complete", content, parents, merged.merge.recipe, {})
+
+
 def _write(
-    merged: CompletedSource, staging: Path, progress: Progress, check: FileCheck, journal: Journal
+    merged: CompletedSource,
+    staging: Path,
+    progress: Progress,
+    check: FileCheck,
+    journal: Journal,
+    metadata: Mapping[str, str],
 ) -> dict[str, FileDigest]:
     """Weights and small files into `staging`; their digests."""
     merge, layout = merged.merge, merged.layout
     taken_over = {name for file in journal.shards for name in merge.shards[file]}
     content = dict(
         write_checkpoint(
-            merge, layout, staging, progress, merge.changed, check=check, journal=journal
+            merge,
+            layout,
+            staging,
+            progress,
+            merge.changed,
+            check=check,
+            journal=journal,
+            metadata=metadata,
         )
     )
     try:

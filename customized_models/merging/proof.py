@@ -16,7 +16,7 @@ from ..files.reading import opened, read_at
 from ..files.safetensors import Checkpoint, TensorInfo, tensor_bytes
 from ..models import BaseModel, CompleteModel, CustomizedModel, Progress
 from ..sources import CompletedSource, MergedSource, proven_merge
-from .writing import checkpoint_digests
+from .writing import checkpoint_digests, lineage_metadata
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -168,7 +168,10 @@ def derive_again(
         proven_merge(shelf, base, customized) as (merged, check),
     ):
         content, merge, layout = Manifest.read(directory).content, merged.merge, merged.layout
-        again = dict(checkpoint_digests(merge, layout, _silent, merge.changed, check=check))
+        said = lineage_metadata(base, customized)
+        again = dict(
+            checkpoint_digests(merge, layout, _silent, merge.changed, check=check, metadata=said)
+        )
         again |= {name: hash_file(path) for name, path in merged.source.files.items()}
         check.finish(_silent)
         if files := {name for name, _ in content.items() ^ again.items()}:

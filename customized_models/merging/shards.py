@@ -58,6 +58,7 @@ def stream_shard(
     check: FileCheck,
     sink: Sink,
     told: Callable[[int], None],
+    metadata: Mapping[str, str],
 ) -> None:
     """Give `sink` the bytes of one shard.
 
@@ -69,18 +70,19 @@ def stream_shard(
         check: Opens the base's shard, and compares it once it has been read.
         sink: What takes the bytes.
         told: Called with how many bytes of tensors went; raises to stop.
+        metadata: What its header says besides the layout's.
 
     Raises: as `write_checkpoint`.
     """
     infos = [source.infos[name] for name in source.shards[file]]
     if file not in layout.shards:
         first, *_ = layout.shards.values()
-        sink.write(header_bytes(infos, first.metadata))
+        sink.write(header_bytes(infos, {**first.metadata, **metadata}))
         for info in infos:
             _stream_elsewhere(info, source, layout, changed, sink, told)
         return
     with check.reading(file) as reader:
-        _stream_header(file, infos, layout, reader, sink)
+        _stream_header(file, infos, layout, reader, sink, metadata)
         for info in infos:
             stored = layout.infos.get(info.name)
             if stored is None or stored.file != file or stored.start < reader.position:
@@ -97,15 +99,21 @@ def stream_shard(
 
 
 def _stream_header(
-    file: str, infos: list[TensorInfo], layout: Checkpoint, reader: FileReader, sink: Sink
+    file: str,
+    infos: list[TensorInfo],
+    layout: Checkpoint,
+    reader: FileReader,
+    sink: Sink,
+    metadata: Mapping[str, str],
 ) -> None:
-    """The shard's first bytes: the layout's own where every name, dtype and shape is the same."""
+    """The shard's first bytes: the layout's own where nothing is to be said that it does not."""
     old = layout.shards[file]
     before = [(info.name, info.dtype, info.shape) for info in old.tensors.values()]
-    if before == [(info.name, info.dtype, info.shape) for info in infos]:
+    same = before == [(info.name, info.dtype, info.shape) for info in infos]
+    if same and metadata.items() <= old.metadata.items():
         reader.copy_to(sink, old.data_start)
     else:
-        sink.write(header_bytes(infos, old.metadata))
+        sink.write(header_bytes(infos, {**old.metadata, **metadata}))
 
 
 def _stream_elsewhere(

@@ -22,7 +22,7 @@ from ..files.digests import FileDigest
 from ..files.reading import json_object
 from ..files.safetensors import INDEX, SINGLE, Checkpoint, TensorInfo
 from ..files.streams import FileWriter, HashSink, parallel_files
-from ..models import Progress
+from ..models import BaseModel, CustomizedModel, Progress
 from .journal import Journal
 from .shards import ShardedSource, stream_shard
 
@@ -39,6 +39,7 @@ def write_checkpoint(
     *,
     check: FileCheck | None = None,
     journal: Journal | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> Mapping[str, FileDigest]:
     """Write the shards of `source`, and an index if they are several.
 
@@ -50,6 +51,7 @@ def write_checkpoint(
         changed: The names of tensors that come from `source`.
         check: Compares the shards of `layout` with what they must hold, as they are read.
         journal: Has shards that are complete, and is told about all others.
+        metadata: What the header of each shard says besides the layout's.
 
     Returns:
         The digest of each file by its name.
@@ -66,7 +68,9 @@ def write_checkpoint(
         return FileWriter(directory / file)
 
     done = dict(journal.shards) if journal else {}
-    digests = _stream_all(source, layout, write, progress, changed, check, journal, done)
+    digests = _stream_all(
+        source, layout, write, progress, changed, check, journal, done, metadata or {}
+    )
     if [*source.shards] != [SINGLE]:
         with FileWriter(directory / INDEX) as writer:
             writer.write(_index(source, layout))
@@ -81,13 +85,16 @@ def checkpoint_digests(
     changed: Collection[str],
     *,
     check: FileCheck | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> Mapping[str, FileDigest]:
     """The digests of what `write_checkpoint` would write; arguments and errors are the same."""
 
     def hash_only(file: str) -> HashSink:
         return HashSink()
 
-    digests = _stream_all(source, layout, hash_only, progress, changed, check, None, {})
+    digests = _stream_all(
+        source, layout, hash_only, progress, changed, check, None, {}, metadata or {}
+    )
     if [*source.shards] != [SINGLE]:
         with HashSink() as sink:
             sink.write(_index(source, layout))
@@ -104,6 +111,7 @@ def _stream_all(
     check: FileCheck | None,
     journal: Journal | None,
     digests: dict[str, FileDigest],
+    metadata: Mapping[str, str],
 ) -> dict[str, FileDigest]:
     """Stream all shards but those that `digests` has, and add theirs."""
     _refuse_contradictions(source, layout, changed)
@@ -114,7 +122,7 @@ def _stream_all(
 
     def stream(file: str, told: Callable[[int], None]) -> tuple[str, FileDigest]:
         with open_sink(file) as sink:
-            stream_shard(file, source, layout, changed, check, sink, told)
+            stream_shard(file, source, layout, changed, check, sink, told, metadata)
             return file, sink.finish()
 
     with closing(_side_by_side(left, stream, source.max_parallel_files)) as events:
@@ -195,3 +203,14 @@ def _index(source: ShardedSource, layout: Checkpoint) -> bytes:
     document["metadata"]["total_size"] = sum(info.size for info in source.infos.values())
     document["weight_map"] = {n: file for file, names in source.shards.items() for n in names}
     return json.dumps(document, indent=2, sort_keys=True).encode() + b"\n"
+
+
+def lineage_metadata(base: BaseModel, customized: CustomizedModel) -> dict[str, str]:
+    """What a complete model's weights say of where they come from, wherever they are copied to.
+
+    Digests alone: names may change while the bytes stay, and these bytes are rebuilt.
+    """
+    return {
+        "customized_models.base": base.digest,
+        "customized_models.customized": customized.digest,
+    }
