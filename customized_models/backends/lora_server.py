@@ -83,7 +83,7 @@ class LoraServer:
 
     # What differs
 
-    def load(self, server: JSONServer, name: str, path: str, *, in_place: bool) -> None:
+    def load_adapter(self, server: JSONServer, name: str, path: str, *, in_place: bool) -> None:
         """Load the adapter in a directory of the server's under a name.
 
         Args:
@@ -94,7 +94,7 @@ class LoraServer:
         """
         raise NotImplementedError
 
-    def unload(self, server: JSONServer, name: str) -> None:
+    def unload_adapter(self, server: JSONServer, name: str) -> None:
         """Let a name that is listed stand for nothing."""
         raise NotImplementedError
 
@@ -183,7 +183,9 @@ class LoraServer:
             self._directory.put_directory(version, files, progress)
         try:
             progress("loading", 0, 1)
-            self.load(server, version, self._directory.seen_by_server(version), in_place=False)
+            self.load_adapter(
+                server, version, self._directory.seen_by_server(version), in_place=False
+            )
             progress("loading", 1, 1)
         except BaseException:
             self._unload(server, version, version)
@@ -204,7 +206,7 @@ class LoraServer:
     def _unload(self, server: JSONServer, name: str, version: str) -> None:
         """Take a name away, if it stands for that version."""
         if self._version_of(cards(server).get(name)) == version:
-            self.unload(server, name)
+            self.unload_adapter(server, name)
 
     def _version_of(self, card: Mapping[str, Any] | None) -> str | None:
         """Which version of ours a listed model is; None for another model, or none."""
@@ -247,7 +249,7 @@ class LoraServer:
             if self._version_of(card) != version:
                 self.refuse_taken(name, replaced)
                 path = self._directory.seen_by_server(version)
-                self.load(server, listed, path, in_place=card is not None)
+                self.load_adapter(server, listed, path, in_place=card is not None)
                 if self._version_of(cards(server).get(listed)) != version:
                     raise ServerAnswerError(
                         f"{self.tool} at {server.url} does not serve {shown(name)} as it was told "

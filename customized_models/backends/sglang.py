@@ -43,10 +43,10 @@ class SGLang(LoraServer):
     default_port = 30000
     max_rank = None  # of the adapters that it was started with; the server refuses larger ones
 
-    def load(self, server: JSONServer, name: str, path: str, *, in_place: bool) -> None:
-        """See `LoraServer.load`."""
+    def load_adapter(self, server: JSONServer, name: str, path: str, *, in_place: bool) -> None:
+        """See `LoraServer.load_adapter`."""
         if in_place:
-            self.unload(server, name)
+            self.unload_adapter(server, name)
         try:
             told = server.post(
                 "/load_lora_adapter", {"lora_name": name, "lora_path": path}, seconds=LOAD_SECONDS
@@ -64,8 +64,8 @@ class SGLang(LoraServer):
                 f"{shown(told.get('error_message'))}"
             )
 
-    def unload(self, server: JSONServer, name: str) -> None:
-        """See `LoraServer.unload`."""
+    def unload_adapter(self, server: JSONServer, name: str) -> None:
+        """See `LoraServer.unload_adapter`."""
         server.post("/unload_lora_adapter", {"lora_name": name})
 
     def called(self, name: str, base: str) -> str:

@@ -52,8 +52,8 @@ class VLLM(LoraServer):
     default_port = 8000
     max_rank = 16  # what --max-lora-rank is if nothing is said
 
-    def load(self, server: JSONServer, name: str, path: str, *, in_place: bool) -> None:
-        """See `LoraServer.load`."""
+    def load_adapter(self, server: JSONServer, name: str, path: str, *, in_place: bool) -> None:
+        """See `LoraServer.load_adapter`."""
         body = {"lora_name": name, "lora_path": path, "load_inplace": in_place}
         try:
             server.post_for_text("/v1/load_lora_adapter", body, seconds=LOAD_SECONDS)
@@ -65,8 +65,8 @@ class VLLM(LoraServer):
                 )
             raise
 
-    def unload(self, server: JSONServer, name: str) -> None:
-        """See `LoraServer.unload`."""
+    def unload_adapter(self, server: JSONServer, name: str) -> None:
+        """See `LoraServer.unload_adapter`."""
         server.post_for_text("/v1/unload_lora_adapter", {"lora_name": name})
 
     def probe(self, served: Served) -> VLLMProbe:
