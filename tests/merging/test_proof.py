@@ -122,7 +122,6 @@ def test_bytes_that_change_behind_the_writer_are_found_and_nothing_is_published(
         catalog=registry.catalog,
         shelf=registry.shelf,
         lease=registry.catalog.lease(),
-        log=registry.root / "log",
         progress=damage,
     )
     with pytest.raises(MergeError, match="nothing was published") as caught:
