@@ -33,6 +33,7 @@ from customized_models.errors import (
 )
 from customized_models.files.safetensors import Checkpoint, ModelSource
 from customized_models.gguf import writing as _write
+from customized_models.gguf.family import registered
 from customized_models.gguf.quantization import MODES
 from customized_models.gguf.rotary import pairs_of_halves
 from customized_models.models import QUANTIZATIONS
@@ -462,7 +463,9 @@ class Newcomer(Llama):
 """
 
 
-def test_a_family_is_added_by_one_file(tmp_path: Path, tiny: Path) -> None:
+def test_a_family_is_added_by_one_file(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = values(convert(tiny, tmp_path / "before.gguf"))
     edit(tiny, "config.json", architectures=["NewcomerForCausalLM"])
     tensors = Checkpoint.open(tiny)
@@ -474,6 +477,7 @@ def test_a_family_is_added_by_one_file(tmp_path: Path, tiny: Path) -> None:
     with pytest.raises(UnsupportedArchitectureError, match="LlamaForCausalLM"):
         _gguf.check_architecture({"architectures": ["NewcomerForCausalLM"]})
     (tmp_path / "newcomer.py").write_text(FAMILY_FILE)
+    monkeypatch.setitem(registered(), "NewcomerForCausalLM", None)  # and gone after the test
     runpy.run_path(str(tmp_path / "newcomer.py"))
     _gguf.check_architecture({"architectures": ["NewcomerForCausalLM"]})
     after = values(convert(tiny, tmp_path / "after.gguf"))
