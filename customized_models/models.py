@@ -30,6 +30,10 @@ Progress = Callable[[str, int, int], None]
 """`progress(phase, done, total)`: called often, with bytes; raises `JobCancelled` to stop."""
 
 
+def no_progress(phase: str, done: int, total: int) -> None:
+    """A `Progress` that nobody watches."""
+
+
 def checked_quantization(quantization: object) -> Quantization:
     """One of `QUANTIZATIONS`. Upper and lower case are the same: llama.cpp says `Q4_K_M`.
 

@@ -53,6 +53,7 @@ from .models import (
     ModelCard,
     ThirdPartyModel,
     TrainingConfiguration,
+    no_progress,
 )
 from .naming import TECHNICAL_NAME, checked_name, train_name_of
 from .processes import cores, refuse_windows
@@ -208,7 +209,7 @@ class ModelRegistry:
         weights = Checkpoint.open(directory)
         check_remote_code(check_files(directory, weights), trusted=trust_remote_code)
         card = read_base_card(directory, weights)
-        location = hash_base_model(directory, _silent)
+        location = hash_base_model(directory, no_progress)
         name = (hub_id(directory) or directory.name) if model_name is None else model_name
         base = BaseModel(
             technical_name=technical_name,
@@ -684,11 +685,7 @@ def _filter(label: object) -> str | None:
 
 def _hashed(path: object) -> Location:
     directory = existing_directory(arguments.path("path", path), BaseModelMissingError)
-    return hash_base_model(directory, _silent)
-
-
-def _silent(phase: str, done: int, total: int) -> None:
-    """Progress that nobody watches."""
+    return hash_base_model(directory, no_progress)
 
 
 def _checked_model_name(given: object) -> str:

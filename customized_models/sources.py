@@ -17,7 +17,7 @@ from .files.checking import FileCheck
 from .files.model_directory import carried_files
 from .files.safetensors import Checkpoint, ModelSource
 from .merging import open_merge
-from .models import BaseModel, CompleteModel, CustomizedModel
+from .models import BaseModel, CompleteModel, CustomizedModel, no_progress
 from .shelf import Finish, Shelf
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def proven_merge(
         shelf.checked(base) as (base_directory, check),
         shelf.checked(customized) as (directory, adapter_check),
     ):
-        adapter_check.finish(_silent)
+        adapter_check.finish(no_progress)
         with merge_of(
             base_directory, directory, trust_remote_code=base.trust_remote_code
         ) as merged:
@@ -127,7 +127,3 @@ def small_files(
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, directory / name)
         yield directory, {name: directory / name for name in files}
-
-
-def _silent(phase: str, done: int, total: int) -> None:
-    """Progress that nobody watches."""

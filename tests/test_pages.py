@@ -15,6 +15,8 @@ from nbclient import NotebookClient
 from tests.pages import blocks_of, run_page
 from tests.servers.ollama_server import OllamaServer
 
+pytestmark = pytest.mark.slow
+
 DOCS = Path(__file__).parent.parent / "docs"
 OLLAMA_PORT = "11434"
 ENVIRONMENT = {

@@ -33,6 +33,7 @@ from ..models import (
     DeploymentTemplate,
     Progress,
     Quantization,
+    no_progress,
 )
 from ..shelf import Shelf
 from ..sources import model_source, small_files
@@ -233,7 +234,7 @@ class RegistryArtifact:
                 f"{self.model.name} is an adapter; save it with Merger(registry).save first"
             )
         with self._shelf.proven(self.model) as (directory, finish):
-            finish(_silent)
+            finish(no_progress)
             yield directory
 
     @contextmanager
@@ -245,8 +246,8 @@ class RegistryArtifact:
             self._shelf.proven(self._base) as (base, finish_base),
             self._shelf.proven(self.model) as (adapter, finish),
         ):
-            finish(_silent)
-            finish_base(_silent)
+            finish(no_progress)
+            finish_base(no_progress)
             yield AdapterBesideBase(adapter, base, self._base.digest)
 
 
@@ -263,7 +264,3 @@ def serving_keys(files: Mapping[str, Path], *, chat_template: bool) -> dict[str,
             adds = ChatTemplate.read(files).file_adds_bos
             keys["tokenizer.ggml.add_bos_token"] = adds
     return keys
-
-
-def _silent(phase: str, done: int, total: int) -> None:
-    """Progress that nobody watches."""

@@ -186,7 +186,7 @@ class Deployer:
         return self._queue.submit(
             "deploy",
             lambda id: live_name(model.name, id, request.quantization),
-            request.document,
+            to_document(request),
             (model.key, base.key) if isinstance(model, CustomizedModel) else (model.key,),
             self._tools,
         )
@@ -231,7 +231,7 @@ class Deployer:
         return self._queue.submit(
             "export",
             lambda id: f"{live_name(model.name, id, mode)}.gguf",
-            ExportRequest(kind, model.name, str(target), mode).document,
+            to_document(ExportRequest(kind, model.name, str(target), mode)),
             (model.key, base.key) if customized else (model.key,),
         )
 

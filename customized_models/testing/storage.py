@@ -16,7 +16,7 @@ import pytest
 
 from ..deploying.artifacts import RegistryArtifact
 from ..errors import AlreadyExistsError, InUseError, InvalidNameError, NotFoundError, shown
-from ..models import CustomizedModel
+from ..models import CustomizedModel, no_progress
 from ..registry import ModelRegistry
 from ..storage import Storage
 from .tiny_models import tiny_llama, tiny_lora
@@ -339,7 +339,7 @@ class StorageContract:
             with RegistryArtifact(
                 registry.catalog, registry.shelf, model, "live", "no_quantization", _hold_nothing
             ) as artifact:
-                with artifact.gguf(_ignore, chat_template=True) as file:
+                with artifact.gguf(no_progress, chat_template=True) as file:
                     pass
                 assert file.path.stat().st_size == file.size
                 with artifact.adapter() as beside:
@@ -386,7 +386,3 @@ class StorageContract:
 
 def _hold_nothing(key: str) -> None:
     """Nobody else removes anything here."""
-
-
-def _ignore(phase: str, done: int, total: int) -> None:
-    """Progress that nobody watches."""

@@ -31,7 +31,8 @@ from customized_models.testing import (
 )
 from tests.servers import stand_in as faults
 from tests.servers.artifact import at
-from tests.servers.ollama_server import OllamaServer, free_port
+from tests.servers.ollama_server import OllamaServer
+from tests.servers.process import free_port
 from tests.servers.stand_in import stand_in
 
 

@@ -36,7 +36,7 @@ from customized_models.gguf import writing as _write
 from customized_models.gguf.family import registered
 from customized_models.gguf.quantization import MODES
 from customized_models.gguf.rotary import pairs_of_halves
-from customized_models.models import QUANTIZATIONS
+from customized_models.models import QUANTIZATIONS, no_progress
 from customized_models.testing.tiny_models import (
     CHAT_TEMPLATE,
     SPECIAL_TOKENS,
@@ -63,10 +63,6 @@ of 2^bits levels over the range of a block, uniformly distributed, rounded up.""
 def source(directory: Path) -> ModelSource:
     files = {p.name: p for p in directory.iterdir() if p.suffix != ".safetensors"}
     return ModelSource(files, Checkpoint.open(directory))
-
-
-def no_progress(phase: str, done: int, total: int) -> None:
-    pass
 
 
 def convert(

@@ -29,6 +29,8 @@ from customized_models.jobs.workers import warm_up
 from customized_models.processes import Process
 from tests.waiting import until
 
+pytestmark = pytest.mark.slow
+
 linux = pytest.mark.skipif(sys.platform != "linux", reason="nothing is forked elsewhere")
 
 

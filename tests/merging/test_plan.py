@@ -311,6 +311,7 @@ print(plan_merge(registry.shelf, base, customized).memory, taken)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_a_save_stays_within_the_memory_that_its_plan_states(
