@@ -24,7 +24,7 @@ from .naming import ENVIRONMENT_NAME, checked_name
 from .values import Value, checked
 
 Quantization = Literal["no_quantization", "q8_0", "q4_K_M", "q4_K_S"]
-QUANTIZATIONS: tuple[Quantization, ...] = ("no_quantization", "q8_0", "q4_K_M", "q4_K_S")
+QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
 
 Progress = Callable[[str, int, int], None]
 """`progress(phase, done, total)`: called often, with bytes; raises `JobCancelled` to stop."""

@@ -113,7 +113,9 @@ class ModelRegistry:
 
     Raises:
         InvalidArgumentError: An argument is of another type, or `root` is a URL.
-        UnsupportedError: This is Windows.
+        InvalidOptionError: `storage` is no URL of a storage that is installed.
+        UnsupportedError: This is Windows. When something is first asked for: `database` is not one
+            of SQLite's.
 
     Attributes:
         root: The absolute path.
@@ -245,6 +247,7 @@ class ModelRegistry:
 
         Raises:
             NotFoundError: There is no such base model.
+            BaseModelMissingError: There is no such directory.
             BaseModelMismatch: Other bytes lie there.
             MalformedError, UnsafeFileError: The directory is no model.
         """
@@ -535,9 +538,9 @@ class ModelRegistry:
             NotLocalError: The storage is not on this host.
         """
         known = self._with_bytes(model)
+        if not isinstance(known, BaseModel) and not isinstance(self._storage, LocalStorage):
+            raise NotLocalError(f"{known.name} is in {self._storage!r}; use checkout")
         with self.shelf.checkout(known) as directory:
-            if not isinstance(known, BaseModel) and not isinstance(self._storage, LocalStorage):
-                raise NotLocalError(f"{known.name} is in {self._storage!r}; use checkout")
             return directory
 
     def _with_bytes(self, model: object) -> WithBytes:
@@ -613,6 +616,9 @@ class ModelRegistry:
         Args:
             grace_seconds: How long after `gc` has first seen them they are removed.
             dry_run: Only list them.
+
+        Raises:
+            StorageError: A disk or the storage failed; what was listed before is not removed.
         """
         grace = arguments.seconds("grace_seconds", grace_seconds)
         if not arguments.truth("dry_run", dry_run):
