@@ -51,6 +51,10 @@ Names end in `Error`, except five that state an outcome: `BaseModelMismatch`, `N
 
 Details are attributes. An error that ends a job keeps its class, message and attributes on the way
 to whoever calls `Job.result` (`to_record`, `from_record`).
+
+Any call may raise `InvalidArgumentError`, where it is given something of another type; what reads
+or writes a registry, `DatabaseError`, `IntegrityError` for a damaged row, and `StorageError`.
+Docstrings name these where more is to be said of them.
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ from .models import (
     DeploymentEnvironment,
     LiveModel,
     Status,
+    no_progress,
 )
 from .pictures import Box, graph_svg
 from .shelf import Shelf
@@ -244,7 +245,7 @@ def _checked_bytes(catalog: Catalog, shelf: Shelf, link: Link) -> Link:
             case "base":
                 base = catalog.levels.get(BaseModel, link.name)
                 with shelf.checkout(base), shelf.checked(base) as (_, check):
-                    check.finish(_silent)
+                    check.finish(no_progress)
             case "customized":
                 shelf.verify(catalog.levels.get(CustomizedModel, link.name))
             case "complete":
@@ -331,7 +332,3 @@ def _drawn(model: Link) -> str:
 
 def _depth(link: Link) -> int:
     return max((1 + _depth(parent) for parent in link.parents), default=0)
-
-
-def _silent(phase: str, done: int, total: int) -> None:
-    """Progress that nobody watches."""

@@ -24,10 +24,14 @@ from .naming import ENVIRONMENT_NAME, checked_name
 from .values import Value, checked
 
 Quantization = Literal["no_quantization", "q8_0", "q4_K_M", "q4_K_S"]
-QUANTIZATIONS: tuple[Quantization, ...] = ("no_quantization", "q8_0", "q4_K_M", "q4_K_S")
+QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
 
 Progress = Callable[[str, int, int], None]
 """`progress(phase, done, total)`: called often, with bytes; raises `JobCancelled` to stop."""
+
+
+def no_progress(phase: str, done: int, total: int) -> None:
+    """A `Progress` that nobody watches."""
 
 
 def checked_quantization(quantization: object) -> Quantization:

@@ -59,6 +59,7 @@ from .models import (
     ModelCard,
     ThirdPartyModel,
     TrainingConfiguration,
+    no_progress,
 )
 from .naming import TECHNICAL_NAME, checked_name, train_name_of
 from .outbox import Outbox
@@ -121,7 +122,9 @@ class ModelRegistry:
 
     Raises:
         InvalidArgumentError: An argument is of another type, or `root` is a URL.
-        UnsupportedError: This is Windows.
+        InvalidOptionError: `storage` is no URL of a storage that is installed.
+        UnsupportedError: This is Windows. When something is first asked for: `database` is not one
+            of SQLite's.
 
     Attributes:
         root: The absolute path.
@@ -231,7 +234,7 @@ class ModelRegistry:
         weights = Checkpoint.open(directory)
         check_remote_code(check_files(directory, weights), trusted=trust_remote_code)
         card = read_base_card(directory, weights)
-        location = hash_base_model(directory, _silent)
+        location = hash_base_model(directory, no_progress)
         name = (hub_id(directory) or directory.name) if model_name is None else model_name
         base = BaseModel(
             technical_name=technical_name,
@@ -267,6 +270,7 @@ class ModelRegistry:
 
         Raises:
             NotFoundError: There is no such base model.
+            BaseModelMissingError: There is no such directory.
             BaseModelMismatch: Other bytes lie there.
             MalformedError, UnsafeFileError: The directory is no model.
         """
@@ -823,10 +827,10 @@ class ModelRegistry:
             NotFoundError: It has been deleted.
             NotLocalError: The storage is not on this host.
         """
-        known = self._whole(model)
-        with self.shelf.checkout(known) as directory:
-            if not isinstance(known, BaseModel) and not isinstance(self._storage, LocalStorage):
-                raise NotLocalError(f"{known.name} is in {self._storage!r}; use checkout")
+        known: WithBytes = self.catalog.levels.meant("model", model, *get_args(WithBytes))
+        if not isinstance(known, BaseModel) and not isinstance(self._storage, LocalStorage):
+            raise NotLocalError(f"{known.name} is in {self._storage!r}; use checkout")
+        with self.shelf.checkout(self._whole(known)) as directory:
             return directory
 
     def _whole(self, model: object) -> WithBytes:
@@ -962,6 +966,9 @@ class ModelRegistry:
         Args:
             grace_seconds: How long after `gc` has first seen them they are removed.
             dry_run: Only list them.
+
+        Raises:
+            StorageError: A disk or the storage failed; what was listed before is not removed.
         """
         grace = arguments.seconds("grace_seconds", grace_seconds)
         if not arguments.truth("dry_run", dry_run):
@@ -1044,11 +1051,7 @@ def _filter(label: object) -> str | None:
 
 def _hashed(path: object) -> Location:
     directory = existing_directory(arguments.path("path", path), BaseModelMissingError)
-    return hash_base_model(directory, _silent)
-
-
-def _silent(phase: str, done: int, total: int) -> None:
-    """Progress that nobody watches."""
+    return hash_base_model(directory, no_progress)
 
 
 def _checked_model_name(given: object) -> str:

@@ -24,6 +24,7 @@ from .models import (
     CustomizedModel,
     is_adapter,
     is_trained_checkpoint,
+    no_progress,
 )
 from .shelf import Finish, Shelf
 
@@ -103,10 +104,10 @@ def proven_merge(
             with completed_checkpoint(base_directory, directory) as completed:
                 files = completed.source.files.items()
                 taken = {name for name, path in files if path.is_relative_to(base_directory)}
-                check.only(taken).finish(_silent)
+                check.only(taken).finish(no_progress)
                 yield completed, adapter_check
             return
-        adapter_check.finish(_silent)
+        adapter_check.finish(no_progress)
         with merge_of(
             base_directory, directory, trust_remote_code=base.trust_remote_code
         ) as merged:
@@ -167,7 +168,3 @@ def small_files(
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, directory / name)
         yield directory, {name: directory / name for name in files}
-
-
-def _silent(phase: str, done: int, total: int) -> None:
-    """Progress that nobody watches."""

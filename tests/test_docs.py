@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent.parent
 PYTHON = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
+@pytest.mark.slow
 def test_the_readmes_example_runs_as_it_stands(tmp_path: Path, ollama: object) -> None:
     blocks = PYTHON.findall((ROOT / "README.md").read_text())
     assert len(blocks) == 2
@@ -66,6 +67,7 @@ def test_links_lead_to_files(page: Path) -> None:
         assert (page.parent / target).exists(), target
 
 
+@pytest.mark.slow
 def test_the_quickstart_teaches_a_real_model_a_new_fact(tmp_path: Path, ollama: object) -> None:
     environment = os.environ | {"OLLAMA_HOST": f"{ollama.address}:{ollama.port}"}
     done = subprocess.run(

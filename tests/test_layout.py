@@ -44,6 +44,18 @@ def test_importing_the_package_loads_no_heavy_module() -> None:
     assert loaded_by(everything) & HEAVY == set()
 
 
+def test_the_package_can_be_imported_where_there_is_no_fork_and_no_fcntl() -> None:
+    """As on Windows; a registry says there that it does not work."""
+    without = (
+        "import os, psutil; "
+        "sys.modules.update(dict.fromkeys(['fcntl', 'resource', 'grp', 'pwd', 'termios'])); "
+        "del os.fork, os.register_at_fork, os.O_NOFOLLOW; "
+        "import customized_models as c; import customized_models.importing; "
+        "from customized_models import *"
+    )
+    assert "customized_models" in loaded_by(without)
+
+
 def test_listing_models_does_not_load_torch(tmp_path: Path) -> None:
     listing = (
         "import customized_models as c; "

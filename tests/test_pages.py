@@ -16,14 +16,16 @@ from tests.pages import blocks_of, run_page
 from tests.servers.hub_server import TOKEN, hub_server
 from tests.servers.ollama_server import OllamaServer
 
+pytestmark = pytest.mark.slow
+
 DOCS = Path(__file__).parent.parent / "docs"
 OLLAMA_PORT = "11434"
 ENVIRONMENT = {
-    **os.environ,
+    **{name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"},
     "HF_HUB_OFFLINE": "1",
     "PYTHONPATH": os.pathsep.join(filter(None, [str(DOCS), os.environ.get("PYTHONPATH")])),
 }
-"""`docs` is importable, so that the tutorial finds `quickstart.py`."""
+"""`docs` is importable, so that the tutorial finds `quickstart.py`; pytest on a page is plain."""
 
 PAGES = [page for page in sorted(DOCS.rglob("*.md")) if blocks_of(page.read_text())]
 WITH_OLLAMA = [page for page in PAGES if OLLAMA_PORT in page.read_text()]

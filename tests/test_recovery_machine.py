@@ -50,10 +50,13 @@ from customized_models.catalog.levels import Levels
 from customized_models.deploying.recovery import recover_deployments
 from customized_models.deploying.request import DeployRequest
 from customized_models.deploying.running import run_deploy
+from customized_models.files.documents import to_document
 from customized_models.jobs.work import Work
 from customized_models.naming import live_name
 from customized_models.processes import Process
 from customized_models.testing import tiny_llama, tiny_lora
+
+pytestmark = pytest.mark.slow
 
 MEMORY = Path("/dev/shm")  # what is pushed to the disk here need not survive a power cut
 
@@ -244,10 +247,10 @@ class Machine(RuleBasedStateMachine):
             quantization="no_quantization", served_name=None, options={}, template=None,
             gguf=None, replace=False, proofs=(), accept_failed=(),
         )  # fmt: skip
-        id = registry.catalog.jobs.add("deploy", name, request.document, (), max_running=1)
+        id = registry.catalog.jobs.add("deploy", name, to_document(request), (), max_running=1)
         lease = registry.catalog.lease(str(id))
         work = Work(
-            id, name(id), request.document, registry.catalog, registry.shelf, lease,
+            id, name(id), to_document(request), registry.catalog, registry.shelf, lease,
             lambda *_: None,
         )  # fmt: skip
         Tool.killed_after_creating = killed

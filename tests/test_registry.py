@@ -522,6 +522,7 @@ def test_a_registry_survives_a_fork(registry: ModelRegistry, tiny_adapter: Path)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
+@pytest.mark.slow
 def test_eight_processes_register_fifty_adapters_each(
     registry: ModelRegistry, tiny_adapter: Path, tmp_path: Path
 ) -> None:

@@ -27,7 +27,8 @@ _MAX_PAIRS = 20_000_000  # names in a list times modules, which PEFT compares: a
 _MAX_KEYS = 2_000_000  # likewise of keys that are patterns
 _CACHE_SIZE = "_MAXCACHE"  # of `re`, which does not document it
 _EXPRESSIONS = ("exclude_modules", "target_modules", "feedforward_modules", "layers_pattern")
-_PLAIN = re.compile(r"[\w.:/-]*", re.ASCII)  # a dot matches any character, in no time
+_PLAIN = re.compile(r"(?:[\w.:/-]|\\[.:/-])*", re.ASCII)
+"""A name, also as `re.escape` writes it: matched in no time, though a dot is any character."""
 
 
 def check_patterns(config: Mapping[str, Any], names: Collection[str]) -> None:

@@ -130,6 +130,7 @@ class AdapterType:
         changed: The parameters of the wrapped layer that a merge writes to.
         reads_base: Whether PEFT may look at the base's weights when it builds the layers.
         prepares_all_layers: Whether PEFT looks at all targeted weights before the first layer.
+        low_rank_factors: Whether it may be nothing but pairs of factors, which servers apply.
         merge_arguments: What PEFT's `merge` of a layer is called with.
     """
 
@@ -145,6 +146,7 @@ class AdapterType:
     changed: Callable[[Any], tuple[str, ...]] = field(default=_weight, kw_only=True)
     reads_base: Callable[[Config], bool] = field(default=_always, kw_only=True)
     prepares_all_layers: bool = field(default=False, kw_only=True)
+    low_rank_factors: bool = field(default=False, kw_only=True)
     merge_arguments: Mapping[str, Any] = field(
         factory=lambda: {"safe_merge": False, "adapter_names": None}, kw_only=True
     )
@@ -248,7 +250,7 @@ _TYPES = (
     )),
     AdapterType(
         "LORA", "LoRA", options=_LORA_OPTIONS, refused=_LORA_REFUSED, requires_rank=True,
-        changed=_weight_and_own_bias, reads_base=_lora_reads_base,
+        changed=_weight_and_own_bias, reads_base=_lora_reads_base, low_rank_factors=True,
     ),
     AdapterType("MISS", "MiSS", options=("mini_r", "miss_dropout")),
     AdapterType(

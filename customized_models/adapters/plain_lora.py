@@ -51,7 +51,7 @@ def refuse_unless_plain(config: Mapping[str, Any]) -> None:
         UnsupportedAdapterError: Naming the option and the reason.
     """
     kind = adapter_type(config)
-    if kind.name != "LORA":
+    if not kind.low_rank_factors:
         raise UnsupportedAdapterError(
             f"an adapter of type {kind.name} is not applied beside a base: only LoRA is. {_WAY_OUT}"
         )

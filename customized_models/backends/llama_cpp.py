@@ -19,7 +19,7 @@ from attrs import Attribute, asdict, field, frozen
 
 from ..deploying.templates.chat_template import ChatTemplate
 from ..deploying.templates.conversations import Conversation
-from ..deploying.templates.live import Tokenizer, prove_on_llama_cpp
+from ..deploying.templates.live import Server, Tokenizer, prove_on_llama_cpp
 from ..deploying.templates.proofs import TemplateProof
 from ..errors import (
     AlreadyExistsError,
@@ -235,9 +235,9 @@ class LlamaCpp:
 
 @frozen
 class LlamaCppProbe:
-    """What a llama.cpp server is asked for its proofs; see `Probe`."""
+    """What a llama.cpp server, or a router's model, is asked for its proofs; see `Probe`."""
 
-    server: JSONServer
+    server: Server
 
     def template(
         self, chat: ChatTemplate, tokenizer: Tokenizer, conversations: Sequence[Conversation]

@@ -10,7 +10,7 @@ Source: `tools/server/server-models.cpp` of llama.cpp b11434.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -18,10 +18,6 @@ from attrs import Attribute, evolve, field, frozen
 
 from ..adapters.intake import Adapter
 from ..adapters.plain_lora import refuse_unless_plain
-from ..deploying.templates.chat_template import ChatTemplate
-from ..deploying.templates.conversations import Conversation
-from ..deploying.templates.live import Tokenizer, prove_on_llama_cpp
-from ..deploying.templates.proofs import TemplateProof
 from ..errors import (
     AlreadyExistsError,
     DeploymentError,
@@ -35,9 +31,10 @@ from ..errors import (
 from ..files.model_directory import carried_files
 from ..files.safetensors import Checkpoint, ModelSource
 from ..gguf.adapter import plan_adapter
-from ..models import DeploymentEnvironment, Progress, Served, Status
+from ..models import DeploymentEnvironment, Progress, Served, Status, no_progress
 from .connection import Connection, Secrets, checked_settings, environment_variable
 from .http import JSONServer
+from .llama_cpp import LlamaCppProbe
 from .presets import FILE, VALUE, sections, with_section, without_section
 from .protocol import Artifact, Plan, checked_options, chosen_served_name
 from .router import Router
@@ -46,7 +43,6 @@ from .shared_directory import SETTINGS, SharedDirectory, version_name
 __all__ = ["LlamaServer", "LlamaServerOptions"]
 
 DEFAULT_PORT = 8080
-_ANSWER_SECONDS = 600.0  # a few tokens of a large model on a slow processor
 _OWN_NAMES = ("*", "default")  # sections that are no models
 
 
@@ -226,7 +222,7 @@ class LlamaServer:
             router.models(reload=True)
         router.unload(version)
         try:
-            router.load(name, _silent)
+            router.load(name, no_progress)
         except BaseException:
             self._give_back(router, name, version, before)
             raise
@@ -281,9 +277,9 @@ class LlamaServer:
         if base is not None and self._directory.seen_by_server(base) not in used:
             self._directory.remove(base, served.details["base_digest"])
 
-    def probe(self, served: Served) -> LlamaServerProbe:
+    def probe(self, served: Served) -> LlamaCppProbe:
         """See `Probing`."""
-        return LlamaServerProbe(_Named(self._server(), served.name))
+        return LlamaCppProbe(_Named(self._server(), served.name))
 
     def describe(self) -> Mapping[str, Any]:
         """See `Describing`: the build, and how many models may be loaded at a time."""
@@ -337,28 +333,3 @@ class _Named:
 
     def delete(self, path: str, body: Mapping[str, Any]) -> None:
         self.server.delete(path, body)
-
-
-@frozen
-class LlamaServerProbe:
-    """What a router is asked for a model's proofs; see `Probe`."""
-
-    server: _Named
-
-    def template(
-        self, chat: ChatTemplate, tokenizer: Tokenizer, conversations: Sequence[Conversation]
-    ) -> TemplateProof:
-        """See `Probe.template`: of the chat template in the file, by `/apply-template`."""
-        return prove_on_llama_cpp(self.server, chat, tokenizer, conversations=conversations)
-
-    def tensor_types(self) -> None:
-        """See `Probe.tensor_types`: llama.cpp does not tell; it reads our file itself."""
-
-    def greedy(self, prompt: str, count: int) -> str:
-        """See `Probe.greedy`."""
-        body = {"prompt": prompt, "n_predict": count, "temperature": 0, "top_k": 1, "seed": 0}
-        return str(self.server.post("/completion", body, seconds=_ANSWER_SECONDS).get("content"))
-
-
-def _silent(phase: str, done: int, total: int) -> None:
-    """Progress that nobody watches."""

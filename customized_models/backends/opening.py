@@ -17,6 +17,7 @@ from .llama_cpp import LlamaCpp
 from .llama_server import LlamaServer
 from .ollama import Ollama
 from .protocol import Addressed, Backend
+from .sglang import SGLang
 from .vllm import VLLM
 
 ENTRY_POINTS = "customized_models.backends"
@@ -28,6 +29,7 @@ BUILT_IN: Mapping[str, Callable[..., Backend]] = {
     "llama_cpp": LlamaCpp,
     "llama_server": LlamaServer,
     "ollama": Ollama,
+    "sglang": SGLang,
     "vllm": VLLM,
 }
 

@@ -6,7 +6,6 @@ server sees it, if that is another one.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import shutil
@@ -90,6 +89,8 @@ class SharedDirectory:
         Raises:
             StorageError: The file system has no locks.
         """
+        import fcntl  # Windows, where the package can be imported, has none
+
         with ExitStack() as stack:
             with disk_errors(f"{shown(self.here)} cannot be locked"):
                 lock = stack.enter_context((self.here / _LOCK).open("a"))

@@ -39,8 +39,18 @@ class Database:
             parsed: URL | None = make_url(url)
         except exc.ArgumentError:
             parsed = None
-        if parsed is None or parsed.get_backend_name() != "sqlite" or not parsed.database:
-            raise UnsupportedError("a registry's database is sqlite:///<path>")
+        if (
+            parsed is None
+            or parsed.drivername not in ("sqlite", "sqlite+pysqlite")
+            or parsed.query
+            or parsed.host
+            or not parsed.database
+            or parsed.database.startswith((":", "~", "file:"))
+        ):
+            raise UnsupportedError(
+                "a registry's database is a file of SQLite's, sqlite:///<path>, with the path as "
+                "it is: without ~, options or :memory:"
+            )
         self._file = Path(parsed.database)
 
     def __repr__(self) -> str:

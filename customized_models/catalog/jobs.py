@@ -243,8 +243,7 @@ class Jobs:
             lost = [
                 row
                 for row in connection.execute(under_way).mappings().all()
-                if json.loads(row["arguments"])["customized"] == customized
-                and not self._leases.holds(connection, row["id"])
+                if _saves(row, customized) and not self._leases.holds(connection, row["id"])
             ]
             for row in lost:
                 change_row(connection, jobs, row["name"], **_ended(row, "lost"))
@@ -255,6 +254,15 @@ class Jobs:
         row = find_row(connection, jobs, name=name)
         if row is not None and row["state"] in (*RUNNING, "lost"):
             change_row(connection, jobs, name, **_ended(row, state))
+
+
+def _saves(row: Any, customized: str) -> bool:
+    """Whether a job is the save of that model; a damaged row is of no model."""
+    try:
+        arguments = json.loads(checked_row(jobs, row)["arguments"])
+    except IntegrityError:
+        return False
+    return bool(arguments["customized"] == customized)
 
 
 def _ended(row: Any, state: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typing import Any
 from attrs import asdict, frozen
 from sqlalchemy import Connection, delete, select, update
 
-from ..errors import DatabaseError, InUseError, JobLost, LeaseLostError, shown
+from ..errors import DatabaseError, IntegrityError, InUseError, JobLost, LeaseLostError, shown
 from ..processes import Process, host_id
 from .database import Database
 from .rows import add_row
@@ -41,9 +41,19 @@ class Holder:
 
     @classmethod
     def of(cls, row: Any) -> Holder:
-        return cls(
-            row["owner"], row["purpose"], Process(**json.loads(row["process"])), row["renewed"]
-        )
+        """The holder that a row names.
+
+        Raises:
+            IntegrityError: The row is damaged.
+        """
+        try:
+            process = Process(**json.loads(row["process"]))
+            return cls(row["owner"], row["purpose"], process, float(row["renewed"]))
+        except (TypeError, ValueError) as error:
+            raise IntegrityError(
+                f"the lease of {shown(row['owner'])} on {shown(row['key'])} is damaged: "
+                f"{shown(error)}; ModelRegistry.gc() removes it"
+            ) from error
 
 
 class Leases:
@@ -95,13 +105,13 @@ class Leases:
         """Whether the lease of `owner` lasts, as far as is known without waiting."""
         query = select(leases).where(leases.c.owner == owner).limit(1)
         row = connection.execute(query).mappings().first()
-        return row is not None and not self._has_ended(Holder.of(row))
+        return row is not None and not self._row_has_ended(row)
 
     def held(self, connection: Connection, owners: Collection[str]) -> set[str]:
         """Those of `owners` whose leases last, as `holds` says of one."""
         query = select(leases).where(leases.c.owner.in_(owners))
-        holders = map(Holder.of, connection.execute(query).mappings().all())
-        return {h.owner for h in {h.owner: h for h in holders}.values() if not self._has_ended(h)}
+        rows = {row["owner"]: row for row in connection.execute(query).mappings().all()}
+        return {owner for owner, row in rows.items() if not self._row_has_ended(row)}
 
     def refuse_if_held(self, connection: Connection, key: str) -> None:
         """Raise `InUseError` if anyone holds `key`; take it from those whose lease has ended."""
@@ -114,9 +124,8 @@ class Leases:
     def forget_ended(self, connection: Connection) -> None:
         """Remove the rows of leases that have ended."""
         for row in connection.execute(select(leases)).mappings().all():
-            holder = Holder.of(row)
-            if self._has_ended(holder):
-                self.end(connection, holder.owner)
+            if self._row_has_ended(row):
+                self.end(connection, row["owner"])
 
     def wait_for_other_hosts(self, keys: Iterable[str]) -> None:
         """Watch those of `keys` that other hosts hold, until each is seen to be renewed or ended.
@@ -130,13 +139,21 @@ class Leases:
         while time.monotonic() < until:
             with self._database.read() as connection:
                 query = select(leases).where(leases.c.key.in_(wanted))
-                every = [Holder.of(row) for row in connection.execute(query).mappings()]
+                rows = connection.execute(query).mappings().all()
+            every = [Holder.of(row) for row in rows]
             others = [holder for holder in every if holder.process.host != host_id()]
             ended = [self._has_ended(holder) for holder in others]
             renewed = any(first.setdefault(h.owner, h.renewed) != h.renewed for h in others)
             if renewed or all(ended):
                 return
             time.sleep(WATCH_SECONDS)
+
+    def _row_has_ended(self, row: Any) -> bool:
+        """As `_has_ended`; nobody holds anything by a row that is damaged, and others go on."""
+        try:
+            return self._has_ended(Holder.of(row))
+        except IntegrityError:
+            return True
 
     def _has_ended(self, holder: Holder) -> bool:
         if holder.process.host == host_id():

@@ -35,6 +35,7 @@ from ..models import (
     Progress,
     Quantization,
     is_adapter,
+    no_progress,
 )
 from ..shelf import Shelf
 from ..sources import model_source, small_files
@@ -242,7 +243,7 @@ class RegistryArtifact:
                     f"{self.model.name} lacks {listed(lacking)}, which its base has; "
                     f"Merger(registry).save makes a complete model of it"
                 )
-            finish(_silent)
+            finish(no_progress)
             yield directory
 
     @contextmanager
@@ -254,8 +255,8 @@ class RegistryArtifact:
             self._shelf.proven(self._base) as (base, finish_base),
             self._shelf.proven(self.model) as (adapter, finish),
         ):
-            finish(_silent)
-            finish_base(_silent)
+            finish(no_progress)
+            finish_base(no_progress)
             yield AdapterBesideBase(adapter, base, self._base.digest)
 
 
@@ -272,7 +273,3 @@ def serving_keys(files: Mapping[str, Path], *, chat_template: bool) -> dict[str,
             adds = ChatTemplate.read(files).file_adds_bos
             keys["tokenizer.ggml.add_bos_token"] = adds
     return keys
-
-
-def _silent(phase: str, done: int, total: int) -> None:
-    """Progress that nobody watches."""

@@ -192,7 +192,7 @@ class Deployer:
         return self._queue.submit(
             "deploy",
             lambda id: live_name(known.name, id, request.quantization),
-            request.document,
+            to_document(request),
             (known.key, base.key) if isinstance(known, CustomizedModel) else (known.key,),
             self._tools,
         )
@@ -237,7 +237,7 @@ class Deployer:
         return self._queue.submit(
             "export",
             lambda id: f"{live_name(model.name, id, mode)}.gguf",
-            ExportRequest(kind, model.name, str(target), mode).document,
+            to_document(ExportRequest(kind, model.name, str(target), mode)),
             (model.key, base.key) if customized else (model.key,),
         )
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from attrs import frozen
 
 from ..errors import IntegrityError, shown
 from ..files.digests import SHA256, new_hash
-from ..files.documents import from_document, to_document
+from ..files.documents import from_document
 from ..files.writing import disk_errors, fsync, rename_without_replacing
 from ..gguf import GGUFFile
 from ..jobs.work import Work
@@ -24,31 +23,17 @@ _PIECE = 8 << 20  # bytes that are copied between two reports
 
 @frozen
 class ExportRequest:
-    """An export, as `Deployer.export_gguf` was called; `path` is absolute.
-
-    Law: `ExportRequest.read(r.document) == r`.
-    """
+    """An export, as `Deployer.export_gguf` was called; `path` is absolute."""
 
     kind: Literal["customized", "complete"]
     model: str
     path: str
     quantization: Quantization
 
-    @property
-    def document(self) -> dict[str, Any]:
-        """As JSON can hold it."""
-        document: dict[str, Any] = to_document(self)
-        return document
-
-    @classmethod
-    def read(cls, document: Mapping[str, Any]) -> ExportRequest:
-        """The request that `document` was made from."""
-        return from_document(cls, dict(document))
-
 
 def run_export(work: Work) -> None:
     """The worker's part of `Deployer.export_gguf`."""
-    catalog, request = work.catalog, ExportRequest.read(work.arguments)
+    catalog, request = work.catalog, from_document(ExportRequest, dict(work.arguments))
 
     def hold(key: str) -> None:
         with catalog.database.write() as connection:

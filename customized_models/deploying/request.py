@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 from attrs import frozen
 
-from ..files.documents import from_document, to_document
 from ..models import CompleteModel, CustomizedModel, DeploymentTemplate, Quantization
 
 KINDS: Mapping[str, type[CustomizedModel | CompleteModel]] = {
@@ -18,10 +17,7 @@ KINDS: Mapping[str, type[CustomizedModel | CompleteModel]] = {
 
 @frozen
 class DeployRequest:
-    """A deployment, as `Deployer.deploy` was called; options are the backend's own document.
-
-    Law: `DeployRequest.read(r.document) == r`.
-    """
+    """A deployment, as `Deployer.deploy` was called; options are the backend's own document."""
 
     kind: Literal["customized", "complete"]
     model: str
@@ -34,14 +30,3 @@ class DeployRequest:
     replace: bool
     proofs: tuple[str, ...]
     accept_failed: tuple[str, ...]
-
-    @property
-    def document(self) -> dict[str, Any]:
-        """As JSON can hold it."""
-        document: dict[str, Any] = to_document(self)
-        return document
-
-    @classmethod
-    def read(cls, document: Mapping[str, Any]) -> DeployRequest:
-        """The request that `document` was made from."""
-        return from_document(cls, dict(document))

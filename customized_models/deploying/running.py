@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 def run_deploy(work: Work, tools: Tools) -> None:
     """The worker's part of `Deployer.deploy`."""
     levels = work.catalog.levels
-    request = DeployRequest.read(work.arguments)
+    request = from_document(DeployRequest, dict(work.arguments))
     environment = levels.get(DeploymentEnvironment, request.environment)
     backend = open_backend(environment, tools)
     deployment = _Deployment(work, request, environment, backend)

@@ -9,7 +9,6 @@ be done by the `fsync` at the end. Where a file system refuses that, files are w
 from __future__ import annotations
 
 import errno
-import fcntl
 import mmap
 import os
 from collections.abc import Iterator
@@ -177,6 +176,8 @@ class FileWriter(HashSink):
                 if not self._direct or error.errno != errno.EINVAL:
                     raise
                 self._direct = False  # some file systems say so only now
+                import fcntl  # Windows, where the package can be imported, has none
+
                 flags = fcntl.fcntl(self._fd, fcntl.F_GETFL)
                 fcntl.fcntl(self._fd, fcntl.F_SETFL, flags & ~DIRECT)
                 self._write(buffer[:count])

@@ -14,15 +14,21 @@ from ..errors import AlreadyExistsError, CustomizedModelsError, StorageError, sh
 
 
 @contextmanager
-def disk_errors(what: str) -> Iterator[None]:
-    """Turn the system's errors in the block into `StorageError`; `what` failed."""
+def disk_errors(what: str, *, outcome_unknown: bool = False) -> Iterator[None]:
+    """Turn the system's errors in the block into `StorageError`.
+
+    Args:
+        what: What failed.
+        outcome_unknown: Whether the change is made before the block, which makes it last.
+    """
     try:
         yield
     except OSError as error:
         if isinstance(error, CustomizedModelsError):
             raise
         where = f" ({shown(error.filename)})" if error.filename else ""
-        raise StorageError(f"{what}: {error.strerror or shown(error)}{where}") from error
+        why = f"{what}: {error.strerror or shown(error)}{where}"
+        raise StorageError(why, outcome_unknown) from error
 
 
 def write_file(path: Path, data: bytes) -> None:

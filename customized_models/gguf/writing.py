@@ -25,18 +25,20 @@ _PLAIN_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloa
 def write(
     path: Path, preamble: bytes, tensors: Sequence[Tensor], source: ModelSource, progress: Progress
 ) -> tuple[int, str]:
-    """Write the file; its bytes and `sha256:` digest. What is cut short is removed.
+    """Write the file, in place of what is there; its bytes and `sha256:` digest.
+
+    What is cut short is removed.
 
     Raises:
         NonFiniteError: a tensor holds NaN or infinity, or a value its type cannot hold.
         IntegrityError: a tensor is not what the plan was made for.
-        AlreadyExistsError: something is at `path`.
         StorageError: the disk refused it.
     """
     total = len(preamble) + sum(padded(tensor.size) for tensor in tensors)
     plain = all(tensor.type.name in PLAIN for tensor in tensors)
     quantize = None if plain else quantizer()
     done = 0
+    path.unlink(missing_ok=True)  # the writer takes no file that is there
     with FileWriter(path, SHA256) as writer, ThreadPoolExecutor(parallel_files()) as pool:
         try:
             for data in _chunks(preamble, tensors, source, quantize, pool):

@@ -23,13 +23,14 @@ import pkgutil
 import select
 import signal
 import socket
+import subprocess
 import sys
 from contextlib import suppress
 
 from attrs import define, field
 
 from ..merging import preload
-from .workers import PID, add_search_path
+from .workers import FORKS, PID, add_search_path
 
 IDLE_SECONDS = 600.0
 """How long the server waits for work; a gigabyte of memory is not held longer for nothing."""
@@ -43,11 +44,25 @@ def main(fd: int) -> None:
     _import_all()
     if _may_fork():
         _Server(control).serve()
-    else:
-        received = _receive(control)
-        if received is not None:
-            control.close()
-            _work(received)
+        return
+    received = _receive(control)
+    if received is not None:
+        control.shutdown(socket.SHUT_RD)  # whoever sends from now on starts another server
+        while (sent_before := _receive(control)) is not None:
+            _start_fresh(sent_before)
+        control.close()
+        work(received)
+
+
+def _start_fresh(received: list[int]) -> None:
+    """Do a piece of work in an interpreter that imports for itself what it needs."""
+    code = (
+        f"import sys; sys.path[:] = {sys.path!r}; "
+        f"from customized_models.jobs.fork_server import work; work({received!r})"
+    )
+    subprocess.Popen([sys.executable, "-P", "-c", code], pass_fds=received)
+    for fd in received:
+        os.close(fd)
 
 
 def _import_all() -> None:
@@ -61,11 +76,8 @@ def _import_all() -> None:
 
 
 def _may_fork() -> bool:
-    """Whether a fork leaves this process with one thread, on a system where that is enough.
-
-    macOS is not such a system: its frameworks do not work in a forked process.
-    """
-    if sys.platform != "linux":
+    """Whether a fork leaves this process with one thread, on a system where that is enough."""
+    if not FORKS:
         return False
     pid = os.fork()  # OpenBLAS stops its threads before
     if pid == 0:
@@ -107,7 +119,7 @@ class _Server:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             self.control.close()
-            _work(received)
+            work(received)
         for fd in received:
             os.close(fd)
         self.running.add(pid)
@@ -127,9 +139,9 @@ def _receive(control: socket.socket) -> list[int] | None:
     return None
 
 
-def _work(received: list[int]) -> None:
-    """Do a piece of work in this process, and exit."""
-    connection_fd, directory, work, output = received
+def work(received: list[int]) -> None:
+    """Do the piece of work that these open files are in this process, and exit."""
+    connection_fd, directory, task, output = received
     code = 1
     try:
         if os.getsid(0) != os.getpid():
@@ -140,7 +152,7 @@ def _work(received: list[int]) -> None:
         connection = socket.socket(fileno=connection_fd)
         with suppress(OSError):  # who asked may be gone: a job goes on
             connection.sendall(PID.pack(os.getpid()))
-        with os.fdopen(work, "rb") as file:
+        with os.fdopen(task, "rb") as file:
             path, function = pickle.load(file)
             add_search_path(path)
             pkgutil.resolve_name(function)(connection, *pickle.load(file))

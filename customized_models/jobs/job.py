@@ -276,7 +276,8 @@ def _reap(catalog: Catalog, id: str) -> None:
     """If the worker is our child and has ended, nobody need wait for its lease."""
     worker = workers.get(id)
     if worker is not None and worker.has_ended:
-        workers.pop(id).close()
+        workers.pop(id, None)  # another thread may have seen it too
+        worker.close()
         with catalog.database.write() as connection:
             catalog.leases.end(connection, id)
 

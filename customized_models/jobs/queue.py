@@ -104,8 +104,10 @@ class JobQueue:
         with output:
             arguments = pickled(id, payload)
             workers[id] = start_worker("customized_models.jobs.worker:run", arguments, output)
-        for other in [other for other, known in workers.items() if known.has_ended]:
-            workers.pop(other).close()
+        for other, known in list(workers.items()):
+            if known.has_ended:
+                workers.pop(other, None)
+                known.close()
 
 
 @frozen

@@ -28,6 +28,9 @@ from attrs import frozen
 
 from ..errors import JobFailed, shown
 
+FORKS = sys.platform == "linux"
+"""Whether a process may fork after the imports: the frameworks of macOS do not work in a fork."""
+
 PID = struct.Struct("<q")
 """A child's first message on its connection: its process id."""
 
@@ -38,21 +41,23 @@ _MEMORY = {
 
 
 class Worker:
-    """A process that does one piece of work."""
+    """A process that does one piece of work. Any number of threads may wait for it."""
 
     def __init__(self, connection: socket.socket) -> None:
         """`connection`: to the process; nothing has been read from it."""
         self._connection = connection
         self._pid: int | None = None
+        self._reading = threading.RLock()  # of one message, by one thread
 
     @property
     def pid(self) -> int | None:
         """Its process id, once it has begun; None if it never did. Waits for it."""
-        if self._pid is None:
-            message = self._connection.recv(PID.size, socket.MSG_WAITALL)
-            if len(message) == PID.size:
-                (self._pid,) = PID.unpack(message)
-        return self._pid
+        with self._reading:
+            if self._pid is None and self._connection.fileno() >= 0:
+                message = self._connection.recv(PID.size, socket.MSG_WAITALL)
+                if len(message) == PID.size:
+                    (self._pid,) = PID.unpack(message)
+            return self._pid
 
     @property
     def has_ended(self) -> bool:
@@ -60,14 +65,29 @@ class Worker:
         return self.wait(0)
 
     def wait(self, seconds: float) -> bool:
-        """Wait until it has ended, but not longer than that; returns whether it has."""
-        said = select.poll()  # `select.select` takes no descriptors beyond 1023
-        said.register(self._connection, select.POLLIN)
-        if not said.poll(seconds * 1000):
+        """Wait until it has ended, but not longer than that; returns whether it has.
+
+        One that has been closed meanwhile, by another thread that saw it end, has.
+        """
+        if seconds and not self._has_said(seconds):
             return False
-        if self._pid is None:
-            return self.pid is None  # a worker that has just begun has not ended
-        return not self._connection.recv(1, socket.MSG_PEEK)
+        with self._reading:
+            if self._connection.fileno() < 0:
+                return True
+            if not self._has_said(0):
+                return False
+            if self._pid is None:
+                return self.pid is None  # a worker that has just begun has not ended
+            return not self._connection.recv(1, socket.MSG_PEEK)
+
+    def _has_said(self, seconds: float) -> bool:
+        """Whether there is something to read, or it has been closed."""
+        fd = self._connection.fileno()
+        if fd < 0:
+            return True
+        said = select.poll()  # `select.select` takes no descriptors beyond 1023
+        said.register(fd, select.POLLIN)
+        return bool(said.poll(seconds * 1000))
 
     def answer(self, seconds: float | None = None) -> bytes:
         """Wait until it ends; returns all that it has sent.
@@ -88,7 +108,8 @@ class Worker:
 
     def close(self) -> None:
         """Forget it; it goes on."""
-        self._connection.close()
+        with self._reading:
+            self._connection.close()
 
 
 def start_worker(function: str, arguments: bytes, output: IO[bytes]) -> Worker:
@@ -216,8 +237,11 @@ def _send(fds: list[int]) -> None:
             except (BrokenPipeError, ConnectionResetError):  # it has just ended
                 server.control.close()
                 _server = None
-            else:
-                return
+                continue
+            if not FORKS:  # it does this piece of work itself, and no other
+                server.control.close()
+                _server = None
+            return
 
 
 def _forget() -> None:
@@ -229,4 +253,5 @@ def _forget() -> None:
         _server = None
 
 
-os.register_at_fork(after_in_child=_forget)
+if hasattr(os, "register_at_fork"):  # Windows has no fork
+    os.register_at_fork(after_in_child=_forget)

@@ -12,7 +12,7 @@ from attrs import field, frozen
 from ..display import html_table, text_table
 from ..files.safetensors import ITEM_SIZE
 from ..files.streams import parallel_files
-from ..models import BaseModel, CustomizedModel, is_trained_checkpoint
+from ..models import BaseModel, CustomizedModel, is_trained_checkpoint, no_progress
 from ..sources import MergedSource, completed_checkpoint, merge_of
 from ..values import Value, checked
 
@@ -139,7 +139,7 @@ def plan_merge(shelf: Shelf, base: BaseModel, customized: CustomizedModel) -> Me
         shelf.checked(customized) as (directory, check),
         merge_of(base_directory, directory, trust_remote_code=base.trust_remote_code) as merged,
     ):
-        check.finish(_silent)
+        check.finish(no_progress)
         merge = merged.merge
         merge.check()
         targeted = [name for name in merge.infos if name in merge.changed]
@@ -203,7 +203,3 @@ def _memory(merged: MergedSource) -> int:
     waiting = max(strategy.cost.waiting for strategy in strategies)
     files = min(merge.max_parallel_files or parallel_files(), len(merge.shards))
     return held + working + files * (waiting + _BUFFERS) + _FIRST_USE
-
-
-def _silent(phase: str, done: int, total: int) -> None:
-    """Progress that nobody watches."""

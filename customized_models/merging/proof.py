@@ -14,7 +14,7 @@ from ..files.digests import hash_file
 from ..files.manifest import Manifest
 from ..files.reading import opened, read_at
 from ..files.safetensors import Checkpoint, TensorInfo, tensor_bytes
-from ..models import BaseModel, CompleteModel, CustomizedModel, Progress
+from ..models import BaseModel, CompleteModel, CustomizedModel, Progress, no_progress
 from ..sources import CompletedSource, MergedSource, proven_merge
 from .writing import checkpoint_digests, lineage_metadata
 
@@ -169,11 +169,12 @@ def derive_again(
     ):
         content, merge, layout = Manifest.read(directory).content, merged.merge, merged.layout
         said = lineage_metadata(base, customized)
-        again = dict(
-            checkpoint_digests(merge, layout, _silent, merge.changed, check=check, metadata=said)
+        digests = checkpoint_digests(
+            merge, layout, no_progress, merge.changed, check=check, metadata=said
         )
+        again = dict(digests)
         again |= {name: hash_file(path) for name, path in merged.source.files.items()}
-        check.finish(_silent)
+        check.finish(no_progress)
         if files := {name for name, _ in content.items() ^ again.items()}:
             wrong = _name_tensors(files, Checkpoint.open(directory), merged)
             _refuse(complete, merge.recipe, f"other bytes in {listed(wrong)}")
@@ -184,7 +185,9 @@ def _name_tensors(files: set[str], written: Checkpoint, merged: CompletedSource)
     merge = merged.merge
     shards = files & merge.shards.keys()
     names = [name for file in shards for name in merge.shards[file]]
-    return files - shards | different(written, merged.layout, merge, names, _silent, merge.blocks)
+    return files - shards | different(
+        written, merged.layout, merge, names, no_progress, merge.blocks
+    )
 
 
 def check_rebuilt(expected: Mapping[str, Any], manifest: Manifest) -> Manifest:
@@ -231,7 +234,3 @@ def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         if then.get(field) != now.get(field)
     ]
     return f"the recipes differ in {', '.join(fields) or 'nothing'}"
-
-
-def _silent(phase: str, done: int, total: int) -> None:
-    """Progress that nobody watches."""

@@ -63,6 +63,7 @@ class LocalStorage:
             directory.chmod(0o755)
             fsync(directory)
             rename_without_replacing(directory, target)
+        with disk_errors(f"{shown(key)} may not outlive a power cut", outcome_unknown=True):
             fsync(target.parent)
             fsync(directory.parent)
 
@@ -102,7 +103,10 @@ class LocalStorage:
             write_file(directory / "new", data)
             (directory / "new").chmod(0o644)
             os.replace(directory / "new", target)
-            fsync(target.parent)
+            with disk_errors(
+                f"{shown(file)} of {shown(key)} may not outlive a power cut", outcome_unknown=True
+            ):
+                fsync(target.parent)
 
     def delete(self, key: str) -> None:
         """See `Storage.delete`: renamed into the trash, then removed."""
@@ -114,6 +118,7 @@ class LocalStorage:
                 path.rename(trash / uuid.uuid4().hex)
             except FileNotFoundError:
                 return
+        with disk_errors(f"{shown(key)} may be back after a power cut", outcome_unknown=True):
             fsync(path.parent)
             for gone in trash.iterdir():  # also what an earlier, killed delete left
                 shutil.rmtree(gone, ignore_errors=True)

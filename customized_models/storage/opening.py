@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from importlib.metadata import entry_points
+from urllib.parse import unquote
 
 from ..errors import InvalidOptionError, shown
 from .local import LocalStorage
@@ -13,14 +15,25 @@ ENTRY_POINTS = "customized_models.storages"
 
 
 def open_storage(url: str) -> Storage:
-    """The storage at a URL such as `file:///srv/models` or one that a plug-in brings.
+    """The storage at a path, at a URL such as `file:///srv/models`, or one that a plug-in brings.
 
     Raises:
-        InvalidOptionError: No storage is installed for its scheme.
+        InvalidOptionError: No storage is installed for its scheme, or it is no URL as it stands.
     """
     scheme, separator, rest = url.partition("://")
-    if not separator or scheme == "file":
-        return LocalStorage(rest if separator else url)
+    if not separator:
+        if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", url):
+            raise InvalidOptionError(
+                f"storage takes a path, or a URL such as file:///srv/models, not {shown(url)}"
+            )
+        return LocalStorage(url)
+    if scheme == "file":
+        if not rest.startswith("/") or {"?", "#"} & set(rest):
+            raise InvalidOptionError(
+                "storage takes file:/// and an absolute path of this host, such as "
+                "file:///srv/models"
+            )
+        return LocalStorage(unquote(rest))
     further = entry_points(group=ENTRY_POINTS)
     for point in further.select(name=scheme):
         storage: Storage = point.load()(url)

@@ -16,9 +16,9 @@ import pytest
 
 from ..deploying.artifacts import RegistryArtifact
 from ..errors import AlreadyExistsError, InUseError, InvalidNameError, NotFoundError, shown
-from ..models import CustomizedModel
+from ..models import CustomizedModel, no_progress
 from ..registry import ModelRegistry
-from ..storage import Storage
+from ..storage import Storage, checked_key
 from .tiny_models import tiny_llama, tiny_lora
 
 
@@ -43,7 +43,7 @@ class MemoryStorage:
 
     def publish(self, directory: Path, key: str) -> None:
         """See `Storage.publish`."""
-        _check(key)
+        checked_key(key)
         files = {
             path.relative_to(directory).as_posix(): path.read_bytes()
             for path in directory.rglob("*")
@@ -81,7 +81,7 @@ class MemoryStorage:
 
     def delete(self, key: str) -> None:
         """See `Storage.delete`."""
-        _check(key)
+        checked_key(key)
         with self._lock:
             self._directories.pop(key, None)
 
@@ -91,16 +91,11 @@ class MemoryStorage:
             return iter(sorted(key for key in self._directories if key.startswith(prefix)))
 
     def _files(self, key: str) -> dict[str, bytes]:
-        _check(key)
+        checked_key(key)
         with self._lock:
             if key not in self._directories:
                 raise NotFoundError(f"nothing is stored under {shown(key)}")
             return self._directories[key]
-
-
-def _check(key: str) -> None:
-    if len(key.split("/")) != 2 or ".." in key or not all(key.split("/")):
-        raise InvalidNameError(f"not a key: {shown(key)}")
 
 
 def publish_files(storage: Storage, key: str, **files: bytes) -> None:
@@ -339,7 +334,7 @@ class StorageContract:
             with RegistryArtifact(
                 registry.catalog, registry.shelf, model, "live", "no_quantization", _hold_nothing
             ) as artifact:
-                with artifact.gguf(_ignore, chat_template=True) as file:
+                with artifact.gguf(no_progress, chat_template=True) as file:
                     pass
                 assert file.path.stat().st_size == file.size
                 with artifact.adapter() as beside:
@@ -386,7 +381,3 @@ class StorageContract:
 
 def _hold_nothing(key: str) -> None:
     """Nobody else removes anything here."""
-
-
-def _ignore(phase: str, done: int, total: int) -> None:
-    """Progress that nobody watches."""

@@ -12,27 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from customized_models.adapters.fitting import check_fits
 from customized_models.adapters.intake import WEIGHTS, Adapter
-from customized_models.adapters.settings import CONFIG
 from customized_models.errors import BaseModelMismatch
 from customized_models.files.safetensors import Checkpoint
-from customized_models.testing import tiny_llama, tiny_lora
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("adapter")
-    base = tiny_llama(directory / "base", tokenizer=False)
-    return tiny_lora(directory / "adapter", base)
-
-
-@pytest.fixture
-def untrusted(trained: Path, tmp_path: Path) -> Path:
-    """A copy of a good adapter, for a test to spoil."""
-    directory = tmp_path / "untrusted"
-    directory.mkdir()
-    for name in (CONFIG, WEIGHTS):
-        (directory / name).write_bytes((trained / name).read_bytes())
-    return directory
+from customized_models.testing import tiny_llama
 
 
 def save_weights(directory: Path, tensors: dict[str, torch.Tensor]) -> None:

@@ -19,24 +19,7 @@ from customized_models.errors import (
     UnsupportedAdapterError,
 )
 from customized_models.files.digests import hash_file
-from customized_models.testing import tiny_llama, tiny_lora, tiny_tokenizer
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("adapter")
-    base = tiny_llama(directory / "base", tokenizer=False)
-    return tiny_lora(directory / "adapter", base)
-
-
-@pytest.fixture
-def untrusted(trained: Path, tmp_path: Path) -> Path:
-    """A copy of a good adapter, for a test to spoil."""
-    directory = tmp_path / "untrusted"
-    directory.mkdir()
-    for name in (CONFIG, WEIGHTS):
-        (directory / name).write_bytes((trained / name).read_bytes())
-    return directory
+from customized_models.testing import tiny_tokenizer
 
 
 @pytest.fixture

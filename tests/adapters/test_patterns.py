@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import resource
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
-from customized_models.adapters.patterns import SECONDS, check_patterns, many_expressions
+from customized_models.adapters.patterns import check_patterns, many_expressions
 from customized_models.errors import MalformedError, UnsupportedAdapterError
 
 NAMES = [
@@ -115,14 +117,24 @@ def test_more_names_than_peft_can_compare_are_refused(config: dict[str, Any]) ->
         check_patterns({"peft_type": "LORA"} | config, NAMES)
 
 
-def test_what_passes_takes_peft_no_longer() -> None:
+def test_each_key_of_what_passes_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """With as many keys as modules, as EVA and AdaLoRA write them for large models."""
     ranks = {re.escape(name): 4 for name in NAMES[:800]}
     config = {"peft_type": "LORA", "target_modules": ["q_proj"], "rank_pattern": ranks}
     check_patterns(config, NAMES)
     settings = LoraConfig(target_modules=["q_proj"], rank_pattern=ranks)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_utime
+    compiled: Counter[str] = Counter()
+    compiler = importlib.import_module("re._compiler")
+    real = compiler.compile
+
+    def counted(pattern: str, flags: int) -> Any:
+        compiled[pattern] += 1
+        return real(pattern, flags)
+
+    monkeypatch.setattr(compiler, "compile", counted)
+    re.purge()
     with many_expressions():
         targets = [name for name in NAMES if check_target_module_exists(settings, name)]
         assert [get_pattern_key(ranks, name) for name in targets]
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_utime - before < 10 * SECONDS
+    assert len(compiled) >= len(ranks)
+    assert set(compiled.values()) == {1}

@@ -31,7 +31,8 @@ from customized_models.testing import (
 )
 from tests.servers import stand_in as faults
 from tests.servers.artifact import at
-from tests.servers.ollama_server import OllamaServer, free_port
+from tests.servers.ollama_server import OllamaServer
+from tests.servers.process import free_port
 from tests.servers.stand_in import stand_in
 
 
@@ -96,7 +97,8 @@ def test_a_backend_is_built_from_its_environment_and_sends_nothing() -> None:
 
 
 def test_an_unknown_backend_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(InvalidOptionError, match="known are llama_cpp, llama_server, ollama, vllm"):
+    known = "known are llama_cpp, llama_server, ollama, sglang, vllm"
+    with pytest.raises(InvalidOptionError, match=known):
         open_backend(DeploymentEnvironment("a", "olama"))
 
 

@@ -120,7 +120,7 @@ def shared(server: VLLMServer) -> set[str]:
         {"r": 16, "use_rslora": True},
         {"rank_pattern": {"q_proj": 8}, "alpha_pattern": {"down_proj": 7}},
         {"target_modules": ["embed_tokens", "lm_head", "v_proj"]},
-        {"target_modules": "all-linear", "layers_to_transform": [1]},
+        {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [1]},
     ],
     ids=lambda options: "-".join(options),
 )

@@ -46,7 +46,18 @@ def test_a_database_of_another_version_is_refused(tmp_path: Path) -> None:
         list(ModelRegistry(tmp_path).base_models())
 
 
-@pytest.mark.parametrize("url", ["postgresql://me:SECRET@host/db", "SECRET", "sqlite://"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://me:SECRET@host/db",
+        "SECRET",
+        "sqlite://",
+        "sqlite:///:memory:",
+        "sqlite:///~/SECRET.db",
+        "sqlite:///SECRET.db?mode=ro",
+        "sqlite+aiosqlite:///SECRET.db",
+    ],
+)
 def test_a_database_of_another_kind_is_refused_without_its_password(url: str) -> None:
     with pytest.raises(UnsupportedError, match="sqlite:///") as refused:
         Database(url)

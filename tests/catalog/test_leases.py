@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from customized_models import InUseError, JobLost, LeaseLostError
+from customized_models import IntegrityError, InUseError, JobLost, LeaseLostError
 from customized_models.catalog import leases as leases_module
 from customized_models.catalog.catalog import Catalog
 from customized_models.catalog.database import BUSY_SECONDS
@@ -192,6 +192,23 @@ def test_a_fork_does_not_end_what_its_parent_holds(catalog: Catalog) -> None:
             os._exit(0)
         os.waitpid(child, 0)
         assert refused(catalog)
+
+
+@pytest.mark.parametrize("process", ["{bad", '{"x": 1}', "[]", "7"])
+def test_a_damaged_lease_is_named_and_stands_in_nobodys_way(catalog: Catalog, process: str) -> None:
+    held(catalog)
+    held_elsewhere = "customized/b"
+    with catalog.database.write() as connection:
+        catalog.leases.take(connection, "other", [held_elsewhere], "a test")
+        connection.exec_driver_sql(
+            "UPDATE leases SET process = ? WHERE owner = 'owner'", (process,)
+        )
+    with pytest.raises(IntegrityError, match="the lease of 'owner' on 'customized/a'"):
+        refused(catalog)
+    with catalog.database.write() as connection:
+        assert catalog.leases.held(connection, {"owner", "other"}) == {"other"}
+        catalog.leases.forget_ended(connection)
+    assert not refused(catalog)
 
 
 def test_leases_of_the_dead_are_forgotten(catalog: Catalog) -> None:

@@ -230,6 +230,7 @@ def test_a_deployment_works_from_a_storage_on_another_host(
     deployer.undeploy(live)
 
 
+@pytest.mark.slow
 def test_what_others_write_passes_mypy() -> None:
     command = [sys.executable, "-m", "mypy", "--strict", "--no-incremental"]
     script = Path(__file__).with_name("third_party.py")

@@ -38,7 +38,9 @@ CALLS: dict[str, Call] = {
 }
 
 
-@pytest.mark.parametrize("value", [None, 3.5, b"x", ["x"], object()], ids=repr)
+@pytest.mark.parametrize(
+    "value", [None, 3.5, b"x", ["x"], object()], ids=lambda value: type(value).__name__
+)
 @pytest.mark.parametrize("name", CALLS)
 def test_a_wrong_type_is_an_error_that_names_what_to_pass(
     registry: ModelRegistry, tiny_adapter: Path, name: str, value: object

@@ -32,6 +32,8 @@ from customized_models.testing import tiny_llama, tiny_lora
 from tests.servers.artifact import at
 from tests.servers.stand_in import Handler, StandIn, stand_in
 
+pytestmark = pytest.mark.slow
+
 NAME = "support:latest"
 CHANGING = ("POST", "DELETE")
 CREATE = ("POST", "/api/create")

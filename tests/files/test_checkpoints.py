@@ -19,14 +19,11 @@ from customized_models.files.digests import FileDigest, hash_file
 from customized_models.files.safetensors import INDEX, SINGLE, Checkpoint, TensorInfo, read_header
 from customized_models.merging.journal import JOURNAL, Journal
 from customized_models.merging.writing import write_checkpoint
+from customized_models.models import no_progress
 from customized_models.testing import tiny_llama
 
 CHANGED = "model.layers.0.mlp.up_proj.weight"
 EMBEDDING = "model.embed_tokens.weight"
-
-
-def no_progress(phase: str, done: int, total: int) -> None:
-    pass
 
 
 class Doubled:

@@ -28,6 +28,7 @@ from customized_models.files.streams import (
     copy_range,
     reading,
 )
+from customized_models.models import no_progress
 
 MakeSystem = Callable[[pytest.MonkeyPatch], None]
 
@@ -230,10 +231,6 @@ def files(tmp_path: Path) -> dict[str, FileDigest]:
 
 def check_of(directory: Path, files: dict[str, FileDigest]) -> FileCheck:
     return FileCheck(directory, files, lambda names: BaseModelMismatch(f"{sorted(names)} changed"))
-
-
-def no_progress(phase: str, done: int, total: int) -> None:
-    pass
 
 
 def flip(path: Path) -> None:

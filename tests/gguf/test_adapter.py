@@ -13,6 +13,8 @@ import torch
 
 from customized_models.adapters.intake import Adapter
 from customized_models.errors import MergeError, UnsupportedAdapterError
+from customized_models.files.digests import FileDigest
+from customized_models.files.streams import FileWriter
 from customized_models.gguf import plan
 from customized_models.gguf.adapter import AdapterPlan, plan_adapter
 from customized_models.testing.tiny_models import tiny_adapter, tiny_llama, tiny_lora
@@ -199,12 +201,16 @@ def test_a_file_that_does_not_add_what_peft_adds_is_not_left(
     base = tiny_llama(tmp_path / "base")
     ready = planned(base, tiny_lora(tmp_path / "adapter", base))
 
-    def damaging(phase: str, done: int, total: int) -> None:
-        if done == total:
-            with (tmp_path / "a.gguf").open("r+b") as file:
-                file.seek(-200, 2)
-                file.write(b"\x3f" * 100)
+    finish = FileWriter.finish
 
+    def damaging(writer: FileWriter) -> FileDigest:
+        digest = finish(writer)
+        with (tmp_path / "a.gguf").open("r+b") as file:
+            file.seek(-200, 2)
+            file.write(b"\x3f" * 100)
+        return digest
+
+    monkeypatch.setattr(FileWriter, "finish", damaging)
     with pytest.raises(MergeError, match="not what PEFT adds"):
-        ready.write(tmp_path / "a.gguf", damaging)
+        ready.write(tmp_path / "a.gguf", no_progress)
     assert not (tmp_path / "a.gguf").exists()

@@ -12,11 +12,13 @@ from customized_models.adapters.intake import Adapter
 from customized_models.files.safetensors import Checkpoint, ModelSource
 from customized_models.gguf.family import registered
 from customized_models.merging import open_merge
-from customized_models.models import QUANTIZATIONS
+from customized_models.models import QUANTIZATIONS, no_progress
 from customized_models.testing.tiny_models import tiny_adapter
 from tests.gguf.models import MODELS, sentencepiece, tiny_model
 from tests.gguf.models import gemma as gemma_tokenizer
 from tests.servers.llama_cpp_oracle import Oracle
+
+pytestmark = pytest.mark.slow
 
 OUTTYPES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 LISTED = (sentencepiece, gemma_tokenizer)  # tokenizers whose pre-tokenizer has no name to find
@@ -25,10 +27,6 @@ LISTED = (sentencepiece, gemma_tokenizer)  # tokenizers whose pre-tokenizer has 
 def source(directory: Path) -> ModelSource:
     files = {p.name: p for p in directory.iterdir() if ".safetensors" not in p.name}
     return ModelSource(files, Checkpoint.open(directory))
-
-
-def no_progress(phase: str, done: int, total: int) -> None:
-    pass
 
 
 def ours(directory: Path, path: Path, mode: str) -> Path:

@@ -33,9 +33,10 @@ from customized_models.errors import (
 )
 from customized_models.files.safetensors import Checkpoint, ModelSource
 from customized_models.gguf import writing as _write
+from customized_models.gguf.family import registered
 from customized_models.gguf.quantization import MODES
 from customized_models.gguf.rotary import pairs_of_halves
-from customized_models.models import QUANTIZATIONS
+from customized_models.models import QUANTIZATIONS, no_progress
 from customized_models.testing.tiny_models import (
     CHAT_TEMPLATE,
     SPECIAL_TOKENS,
@@ -62,10 +63,6 @@ of 2^bits levels over the range of a block, uniformly distributed, rounded up.""
 def source(directory: Path) -> ModelSource:
     files = {p.name: p for p in directory.iterdir() if p.suffix != ".safetensors"}
     return ModelSource(files, Checkpoint.open(directory))
-
-
-def no_progress(phase: str, done: int, total: int) -> None:
-    pass
 
 
 def convert(
@@ -462,7 +459,9 @@ class Newcomer(Llama):
 """
 
 
-def test_a_family_is_added_by_one_file(tmp_path: Path, tiny: Path) -> None:
+def test_a_family_is_added_by_one_file(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = values(convert(tiny, tmp_path / "before.gguf"))
     edit(tiny, "config.json", architectures=["NewcomerForCausalLM"])
     tensors = Checkpoint.open(tiny)
@@ -474,6 +473,7 @@ def test_a_family_is_added_by_one_file(tmp_path: Path, tiny: Path) -> None:
     with pytest.raises(UnsupportedArchitectureError, match="LlamaForCausalLM"):
         _gguf.check_architecture({"architectures": ["NewcomerForCausalLM"]})
     (tmp_path / "newcomer.py").write_text(FAMILY_FILE)
+    monkeypatch.setitem(registered(), "NewcomerForCausalLM", None)  # and gone after the test
     runpy.run_path(str(tmp_path / "newcomer.py"))
     _gguf.check_architecture({"architectures": ["NewcomerForCausalLM"]})
     after = values(convert(tiny, tmp_path / "after.gguf"))

@@ -14,6 +14,8 @@ from tests.gguf.models import HEADS, SHAPE, Tiny, bpe, gpt2_vocabulary, tiny_mod
 from tests.gguf.test_families import differences, no_progress, source
 from tests.servers.llama_cpp_oracle import Oracle, OracleError
 
+pytestmark = pytest.mark.slow
+
 WORDS = {"vocab_size": 50257, "bos_token_id": 50256, "eos_token_id": 50256, "pad_token_id": 50256}
 LAYERS = ["conv", "full_attention", "conv", "full_attention"]
 OTHERS = {

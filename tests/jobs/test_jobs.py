@@ -7,6 +7,7 @@ import json
 import sqlite3
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -53,6 +54,14 @@ def end(
 def lose(registry: ModelRegistry, job: Job[CompleteModel]) -> None:
     with registry.catalog.database.write() as connection:
         registry.catalog.leases.end(connection, str(job.id))
+
+
+def test_a_damaged_job_is_in_no_other_models_way(registry: ModelRegistry) -> None:
+    job = submitted(registry)
+    lose(registry, job)
+    with registry.catalog.database.write() as connection:
+        connection.exec_driver_sql("UPDATE jobs SET arguments = '{bad'")
+    assert registry.catalog.jobs.give_up_saves_of("other") == []
 
 
 # What is known of a job
@@ -167,6 +176,18 @@ def test_the_second_does_not_wait_for_a_worker_that_was_killed(
 
 
 # Waiting
+
+
+def test_many_threads_may_wait_for_one_job(
+    registry: ModelRegistry, customized: CustomizedModel
+) -> None:
+    def result(job: Job[CompleteModel]) -> str:
+        return job.result(120, progress=False).name
+
+    for _ in range(3):
+        job = Merger(registry).save(customized)
+        with ThreadPoolExecutor(8) as pool:
+            assert set(pool.map(result, [job] * 8)) == {job.name}
 
 
 def test_one_thread_tells_all_who_wait(registry: ModelRegistry) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,8 @@ from customized_models.jobs.job import workers
 from customized_models.jobs.workers import warm_up
 from customized_models.processes import Process
 from tests.waiting import until
+
+pytestmark = pytest.mark.slow
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="nothing is forked elsewhere")
 
@@ -232,6 +235,21 @@ def test_where_threads_are_left_after_the_imports_each_process_does_one_piece_of
     assert ran(Merger(registry).save(customized)) == server
     until(lambda: Process.of(server) is None)
     assert run_isolated(os.getpid) != server
+
+
+@linux
+def test_work_that_comes_before_all_is_imported_is_done_where_threads_are_left(
+    when_peft_is_imported: Callable[[str], None],
+) -> None:
+    when_peft_is_imported(
+        "import threading; threading.Thread(target=time.sleep, args=[3600], daemon=True).start(); "
+        "time.sleep(1)"
+    )
+    server = warm_up()
+    with ThreadPoolExecutor(3) as pool:
+        pids = list(pool.map(lambda _: run_isolated(os.getpid), range(3)))
+    assert server in pids
+    assert len(set(pids)) == 3
 
 
 # What a worker answers

@@ -619,8 +619,6 @@ def test_a_targeted_head_whose_saved_base_is_not_the_base_is_refused(
         ("use_qalora", True),
         ("bias", "some"),
         ("arrow_config", {"top_k": 2}),
-        ("corda_config", {"corda_method": "kpm"}),
-        ("loftq_config", {"loftq_bits": 4}),
         ("init_lora_weights", "pissa_niter_4"),
         ("init_lora_weights", "loftq"),
         ("init_lora_weights", 1.5),

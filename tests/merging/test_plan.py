@@ -128,16 +128,13 @@ REFUSED_CONFIGURATIONS: list[tuple[dict[str, Any], type[CustomizedModelsError]]]
     ({"r": 5}, MalformedError),
 ]
 ONE = "layers.1.self_attn.q_proj"
-ONE_B = f"{ONE}.lora_B"
 REFUSED_WEIGHTS: list[tuple[str, Callable[[Tensors], Tensors], type[CustomizedModelsError]]] = [
     ("more", with_more, UnmergedTensorsError),
     ("fewer", lambda t: dict([*t.items()][2:]), UnmergedTensorsError),
     ("all zero", lambda t: changed(t, "lora_B", torch.zeros_like), UnchangedTargetsError),
     ("lost", lambda t: changed(t, "layers.1.mlp", lambda x: x * 1e-20), UnchangedTargetsError),
     # In one tensor: files are written side by side, and the first error ends them.
-    ("infinite", lambda t: changed(t, ONE_B, in_the_last_row(float("inf"))), NonFiniteError),
     ("too large", lambda t: changed(t, ONE, in_the_last_row(1e30)), NonFiniteError),
-    ("no numbers", lambda t: changed(t, ONE_B, in_the_last_row(float("nan"))), NonFiniteError),
 ]
 REFUSED_BASES: list[tuple[dict[str, Any], type[CustomizedModelsError]]] = [
     ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, UnsupportedBaseError),
@@ -148,8 +145,10 @@ REFUSED_BASES: list[tuple[dict[str, Any], type[CustomizedModelsError]]] = [
 ]
 
 
-def shown_in_names(value: object) -> str:
-    return value.__name__ if isinstance(value, type) else str(value)
+def shown_in_names(value: object) -> str | None:
+    if isinstance(value, type):
+        return value.__name__
+    return None if callable(value) else str(value)
 
 
 def assert_refused_alike(
@@ -312,6 +311,7 @@ print(plan_merge(registry.shelf, base, customized).memory, taken)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_a_save_stays_within_the_memory_that_its_plan_states(

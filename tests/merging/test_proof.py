@@ -34,13 +34,10 @@ from customized_models.merging import MergeExecution, open_merge
 from customized_models.merging.merger import run_save
 from customized_models.merging.proof import different, prove
 from customized_models.merging.writing import write_checkpoint
+from customized_models.models import no_progress
 from customized_models.naming import complete_name
 from customized_models.sources import merge_of
 from customized_models.testing import tiny_llama, tiny_lora
-
-
-def no_progress(phase: str, done: int, total: int) -> None:
-    pass
 
 
 def flip(directory: Path, name: str) -> None:
@@ -122,7 +119,6 @@ def test_bytes_that_change_behind_the_writer_are_found_and_nothing_is_published(
         catalog=registry.catalog,
         shelf=registry.shelf,
         lease=registry.catalog.lease(),
-        log=registry.root / "log",
         progress=damage,
     )
     with pytest.raises(MergeError, match="nothing was published") as caught:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import psutil
@@ -15,8 +13,7 @@ from attrs import frozen
 from customized_models.backends import presets
 
 from . import build_llama_cpp
-from .llama_server import wait_for_health
-from .ollama_server import free_port
+from .process import free_port, serving, stopped
 
 
 @frozen
@@ -27,14 +24,9 @@ class LlamaRouter:
     models: Path
     pid: int
 
-    @contextmanager
-    def stopped(self) -> Iterator[None]:
+    def stopped(self) -> AbstractContextManager[None]:
         """It takes connections and answers none of them."""
-        os.kill(self.pid, signal.SIGSTOP)
-        try:
-            yield
-        finally:
-            os.kill(self.pid, signal.SIGCONT)
+        return stopped(self.pid)
 
     def memory(self) -> list[dict[str, int]]:
         """Of the process of each model, bytes of its memory that are its `own`, and `shared`."""
@@ -52,17 +44,6 @@ def llama_router(directory: Path) -> Iterator[LlamaRouter]:
     command += ["--models-preset", models / presets.FILE, "--models-max", "4", "--no-repack"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--ctx-size", "256"]
     environment = {"PATH": os.environ["PATH"], "HOME": str(directory)}
-    with (directory / "log").open("wb") as log:
-        process = subprocess.Popen(
-            command, stdout=log, stderr=log, env=environment, start_new_session=True
-        )
-    try:
-        wait_for_health(process, f"http://127.0.0.1:{port}", directory / "log")
-        yield LlamaRouter(port, models, process.pid)
-    finally:
-        process.terminate()
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    url = f"http://127.0.0.1:{port}/health"
+    with serving(command, url, directory / "log", environment=environment) as pid:
+        yield LlamaRouter(port, models, pid)

@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import os
-import signal
-import socket
-import subprocess
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from attrs import frozen
 
 from . import build_ollama
-
-START_SECONDS = 60
+from .process import free_port, serving, stopped
 
 
 @frozen
@@ -35,21 +28,9 @@ class OllamaServer:
         """What it has, by the files it keeps: a manifest for each model, named after its tag."""
         return {path.parent.name for path in (self.models / "manifests").rglob("latest")}
 
-    @contextmanager
-    def stopped(self) -> Iterator[None]:
+    def stopped(self) -> AbstractContextManager[None]:
         """It takes connections and answers none of them."""
-        os.kill(self.pid, signal.SIGSTOP)
-        try:
-            yield
-        finally:
-            os.kill(self.pid, signal.SIGCONT)
-
-
-def free_port() -> int:
-    """A port of the loopback address that nothing listens on now."""
-    with socket.socket() as trial:
-        trial.bind(("127.0.0.1", 0))
-        return int(trial.getsockname()[1])
+        return stopped(self.pid)
 
 
 @contextmanager
@@ -67,32 +48,7 @@ def ollama_server(version: str, directory: Path, **settings: str) -> Iterator[Ol
         "OLLAMA_CONTEXT_LENGTH": "512",
         **settings,
     }
-    with (directory / "log").open("wb") as log:
-        process = subprocess.Popen(
-            [build_ollama.binary(version), "serve"],
-            env=environment,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-    try:
-        _wait(process, port, directory / "log")
-        yield OllamaServer("127.0.0.1", port, models, process.pid, version)
-    finally:
-        process.terminate()
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def _wait(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
-    end = time.monotonic() + START_SECONDS
-    while time.monotonic() < end and process.poll() is None:
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/version", timeout=5):
-                return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.05)
-    raise RuntimeError(f"Ollama did not start:\n{log.read_text(errors='replace')[-2000:]}")
+    command = [build_ollama.binary(version), "serve"]
+    url = f"http://127.0.0.1:{port}/api/version"
+    with serving(command, url, directory / "log", environment=environment) as pid:
+        yield OllamaServer("127.0.0.1", port, models, pid, version)

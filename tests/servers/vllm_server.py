@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from attrs import frozen
 
 from . import build_vllm
-from .ollama_server import free_port
+from .process import free_port, serving, stopped
 
 START_SECONDS = 600  # most of it imports, on a processor with other work
 BASE = "tiny"
@@ -33,14 +28,9 @@ class VLLMServer:
     models: Path
     pid: int
 
-    @contextmanager
-    def stopped(self) -> Iterator[None]:
+    def stopped(self) -> AbstractContextManager[None]:
         """It takes connections and answers none of them."""
-        os.kill(self.pid, signal.SIGSTOP)
-        try:
-            yield
-        finally:
-            os.kill(self.pid, signal.SIGCONT)
+        return stopped(self.pid)
 
 
 @contextmanager
@@ -67,27 +57,8 @@ def vllm_server(base: Path, directory: Path) -> Iterator[VLLMServer]:
     command += ["--max-model-len", "256", "--max-num-seqs", "1"]
     command += ["--enable-lora", "--max-lora-rank", "16", "--max-loras", "1"]
     command += ["--max-cpu-loras", "4"]
-    with (directory / "log").open("wb") as log:
-        process = subprocess.Popen(
-            command, env=environment, stdout=log, stderr=log, start_new_session=True
-        )
-    try:
-        _wait(process, port, directory / "log")
-        yield VLLMServer(port, base, models, process.pid)
-    finally:
-        process.terminate()
-        try:
-            process.wait(20)
-        finally:
-            os.killpg(process.pid, signal.SIGKILL)
-
-
-def _wait(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
-    end = time.monotonic() + START_SECONDS
-    while time.monotonic() < end and process.poll() is None:
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
-                return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.2)
-    raise RuntimeError(f"vLLM did not start:\n{log.read_text(errors='replace')[-3000:]}")
+    url = f"http://127.0.0.1:{port}/health"
+    with serving(
+        command, url, directory / "log", environment=environment, seconds=START_SECONDS
+    ) as pid:
+        yield VLLMServer(port, base, models, pid)

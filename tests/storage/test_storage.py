@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from customized_models.storage.local import LocalStorage
+from customized_models.errors import InvalidOptionError, StorageError
+from customized_models.storage import LocalStorage, local, open_storage
 from customized_models.testing import CopyingStorage, MemoryStorage, StorageContract, publish_files
 
 
@@ -69,3 +72,55 @@ def test_the_root_is_made_absolute_at_once(tmp_path: Path, monkeypatch: pytest.M
     publish_files(storage, "customized/a", file=b"1")
 
     assert (tmp_path / "models/customized/a/file").read_bytes() == b"1"
+
+
+@pytest.mark.parametrize(
+    ("url", "root"),
+    [("file:///srv/models", "/srv/models"), ("file:///a%20b", "/a b"), ("/a b", "/a b")],
+)
+def test_a_url_of_files_is_an_absolute_path(url: str, root: str) -> None:
+    storage = open_storage(url)
+    assert isinstance(storage, LocalStorage)
+    assert storage.root == Path(root)
+
+
+@pytest.mark.parametrize(
+    "url", ["file://localhost/x", "file:/x", "s3:/b", "file://", "file:///x?y", "nope://y"]
+)
+def test_what_is_no_url_as_it_stands_is_refused(url: str) -> None:
+    with pytest.raises(InvalidOptionError, match="storage"):
+        open_storage(url)
+
+
+CHANGES: dict[str, tuple[Callable[[LocalStorage], None], set[str]]] = {
+    "publish": (
+        lambda storage: publish_files(storage, "customized/b", file=b"new"),
+        {"customized/a", "customized/b"},
+    ),
+    "rewrite": (lambda storage: storage.rewrite("customized/a", "file", b"new"), {"customized/a"}),
+    "delete": (lambda storage: storage.delete("customized/a"), set()),
+}
+
+
+@pytest.mark.parametrize(("change", "left"), CHANGES.values(), ids=CHANGES)
+def test_what_fails_after_the_change_was_made_says_so(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[LocalStorage], None],
+    left: set[str],
+) -> None:
+    storage = LocalStorage(tmp_path)
+    publish_files(storage, "customized/a", file=b"old")
+    parents = {tmp_path / "customized", tmp_path / "customized" / "a"}
+    real = local.fsync
+
+    def failing(path: Path) -> None:
+        if path in parents:
+            raise OSError(errno.EIO, "the disk failed")
+        real(path)
+
+    monkeypatch.setattr(local, "fsync", failing)
+    with pytest.raises(StorageError) as caught:
+        change(storage)
+    assert caught.value.outcome_unknown
+    assert set(storage.keys()) == left

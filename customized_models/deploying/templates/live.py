@@ -40,8 +40,10 @@ _ONE_TOKEN = {"num_predict": 1, "temperature": 0}
 class Server(Protocol):
     """What is asked of a server; errors are `DeploymentError`."""
 
-    def post(self, path: str, body: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The JSON object that answers `body`."""
+    def post(
+        self, path: str, body: Mapping[str, Any], *, seconds: float | None = None
+    ) -> Mapping[str, Any]:
+        """The JSON object that answers `body`, within `seconds` if not None."""
 
     def delete(self, path: str, body: Mapping[str, Any]) -> None:
         """Delete what `body` names."""

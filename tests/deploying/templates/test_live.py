@@ -36,6 +36,8 @@ from tests.servers.artifact import ignore
 from tests.servers.llama_server import llama_server
 from tests.servers.ollama_server import OllamaServer, ollama_server
 
+pytestmark = pytest.mark.slow
+
 FEW = tuple({c.kind: c for c in reversed(CONVERSATIONS)}.values())[::-1]
 """One conversation of each kind."""
 

@@ -13,6 +13,8 @@ from tests.servers.ollama_server import OllamaServer
 
 from .test_live import FEW, Model, at, deployed
 
+pytestmark = pytest.mark.slow
+
 DOCS = Path(__file__).parents[3] / "docs"
 CHAT_TEMPLATE = (
     "{% set names = {'system': 'Setting', 'user': 'Human', 'assistant': 'Helper'} %}"
