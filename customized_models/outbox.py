@@ -6,7 +6,6 @@ registered. A training that has taken days must not be lost to a full disk or a 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
 import uuid
@@ -90,6 +89,8 @@ def _register(catalog: Catalog, shelf: Shelf, kept: Path) -> Iterator[str]:
 @contextmanager
 def _alone(kept: Path) -> Iterator[bool]:
     """Whether no other process takes up this one; none does while the block lasts."""
+    import fcntl  # Windows, where the package can be imported, has none
+
     try:
         record = (kept / _RECORD).open("rb")
     except FileNotFoundError:  # another has taken it up

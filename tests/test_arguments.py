@@ -89,7 +89,7 @@ def registry_calls() -> Iterator[Call]:
         "ModelRegistry", "max_running", lambda r, v: ModelRegistry("x", max_running=v), OPTIONAL
     )
     yield Call("add_base_model", "technical name", lambda r, v: r.add_base_model(v, r.base), NAME)
-    yield Call("add_base_model", "path", lambda r, v: r.add_base_model("a", v), PATH)
+    yield Call("add_base_model", "path", lambda r, v: r.add_base_model("a", v), PATH | OPTIONAL)
     yield Call(
         "add_base_model",
         "model_name",

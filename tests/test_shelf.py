@@ -161,7 +161,7 @@ def test_a_commit_of_which_nothing_was_heard_is_looked_up(
 def test_a_database_that_fails_before_the_commit_leaves_nothing(
     registry: ModelRegistry, tiny_adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise DatabaseError("busy")
 
     with monkeypatch.context() as patch:
