@@ -59,9 +59,10 @@ def test_a_page_that_talks_to_the_hub_does_what_it_says(page: Path, tmp_path: Pa
         run_page(page, tmp_path / "page", environment)
 
 
-def test_the_notebook_shows_what_is_stored_in_it(tmp_path: Path) -> None:
-    stored = nbformat.read(DOCS / "tour.ipynb", as_version=4)
-    run = nbformat.read(DOCS / "tour.ipynb", as_version=4)
+@pytest.mark.parametrize("name", ["tour", "sweep"])
+def test_the_notebook_shows_what_is_stored_in_it(tmp_path: Path, name: str) -> None:
+    stored = nbformat.read(DOCS / f"{name}.ipynb", as_version=4)
+    run = nbformat.read(DOCS / f"{name}.ipynb", as_version=4)
     NotebookClient(run, kernel_name="python3", timeout=300).execute(cwd=str(tmp_path))
     assert [shown_by(cell) for cell in run.cells] == [shown_by(cell) for cell in stored.cells]
     assert "The lighthouse.\n" in [text for cell in run.cells for text in shown_by(cell)]
