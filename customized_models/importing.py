@@ -17,7 +17,7 @@ from typing import Literal
 from attrs import evolve, field, frozen
 
 from . import arguments
-from .adapters.intake import WEIGHTS
+from .adapters.intake import PICKLED, WEIGHTS
 from .adapters.settings import CONFIG
 from .cards.checkpoints import State, best_step, checkpoint_step
 from .cards.reading import trainer_state
@@ -33,7 +33,7 @@ from .errors import (
 )
 from .files.reading import existing_directory, json_object
 from .models import BaseModel, ModelCard
-from .pickled import PICKLED, convert_pickle
+from .pickled import convert_pickle
 from .registering import Training, examine
 from .registry import ModelRegistry
 from .values import Value, checked

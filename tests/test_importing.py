@@ -23,6 +23,7 @@ from customized_models import (
     MalformedError,
     ModelRegistry,
     NotFoundError,
+    UnsafeFileError,
     UnsupportedAdapterError,
 )
 from customized_models.importing import ImportPlan, convert_pickle, plan_import, run_import
@@ -331,6 +332,41 @@ def test_a_pickled_adapter_is_converted_and_is_the_same(
         PeftModel.from_pretrained(base, str(directory))
     assert stored.keys() == expected.keys()
     assert all(stored[name].equal(expected[name]) for name in expected)
+
+
+def test_a_pickled_adapter_is_converted_where_the_hubs_cache_has_it(
+    pickled: Path, tmp_path: Path
+) -> None:
+    snapshot = tmp_path / "models--me--lora" / "snapshots" / "revision"
+    blobs = snapshot.parent.parent / "blobs"
+    shutil.copytree(pickled, blobs)
+    snapshot.mkdir(parents=True)
+    for path in blobs.iterdir():
+        (snapshot / path.name).symlink_to(path)
+    (tmp_path / "named").symlink_to(snapshot)
+
+    copy = convert_pickle(tmp_path / "named", tmp_path / "converted")
+
+    assert {path.name for path in copy.iterdir()} == {
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "trainer_state.json"
+    }  # fmt: skip
+    assert not any(path.is_symlink() for path in copy.iterdir())
+    (snapshot / "tokenizer.json").symlink_to("/etc/hostname")
+    with pytest.raises(UnsafeFileError, match=r"tokenizer\.json"):
+        convert_pickle(snapshot, tmp_path / "other")
+
+
+def test_a_whole_model_beside_a_pickled_adapter_is_not_copied(
+    pickled: Path, tmp_path: Path
+) -> None:
+    (pickled / "model.safetensors").write_bytes(b"x")
+    (pickled / "model.safetensors.index.json").write_text("{}")
+    (pickled / "notes.txt").write_text("kept")
+
+    copy = convert_pickle(pickled, tmp_path / "converted")
+
+    assert (copy / "notes.txt").read_text() == "kept"
+    assert not [path.name for path in copy.iterdir() if path.name.startswith("model")]
 
 
 class Trap:

@@ -28,7 +28,9 @@ from .tensor_names import is_factor, module_of, plain_names
 
 WEIGHTS = "adapter_model.safetensors"
 
-_PICKLED = ("adapter_model.bin", "adapter_model.pt")
+PICKLED = ("adapter_model.bin", "adapter_model.pt")
+"""What the weights are called where they are pickled, as older versions of PEFT saved them."""
+
 _TAKEN = ({Role.ADAPTER} | CARRIED) - {Role.RECORD}
 
 _MAX_HEADER = 32 << 20  # bytes: one adapted expert by expert has about 100,000 tensors
@@ -79,7 +81,7 @@ def take_in(source: Path, destination: Path) -> Intake:
     _refuse_pickled(source)
     with disk_errors(f"the adapter in {shown(source)} cannot be copied"):
         files = _checked_files(source.resolve())
-        content = {name: _copy_file(file, destination, name) for name, file in files.items()}
+        content = {name: copy_checked(file, destination, name) for name, file in files.items()}
         config = json_object(destination / CONFIG, limit=row_of(CONFIG).limit)
         (destination / CONFIG).write_bytes(canonical(config))
         content[CONFIG] = hash_file(destination / CONFIG)
@@ -92,7 +94,7 @@ def take_in(source: Path, destination: Path) -> Intake:
 
 
 def _refuse_pickled(source: Path) -> None:
-    pickled = [name for name in _PICKLED if os.path.lexists(source / name)]
+    pickled = [name for name in PICKLED if os.path.lexists(source / name)]
     if pickled and not os.path.lexists(source / WEIGHTS):
         raise UnsupportedAdapterError(
             f"{pickled[0]} is a pickle, which can run code when it is read. "
@@ -124,7 +126,14 @@ def _checked_files(source: Path) -> dict[str, Path]:
     return files
 
 
-def _copy_file(file: Path, destination: Path, name: str) -> FileDigest:
+def copy_checked(file: Path, destination: Path, name: str) -> FileDigest:
+    """Copy a file to the path `name` in a directory, unless it is too large for one of that name.
+
+    Raises:
+        MalformedError: It is missing, or changed while it was copied.
+        UnsafeFileError: It is a link or no regular file, or too large.
+        StorageError: The disk failed.
+    """
     (destination / name).parent.mkdir(parents=True, exist_ok=True)
     with opened(file, os.O_NOFOLLOW) as fd, FileWriter(destination / name) as writer:
         before = os.fstat(fd)
