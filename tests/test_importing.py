@@ -194,6 +194,7 @@ def test_what_cannot_be_imported_says_why(
     assert "adapter_model.safetensors" in reasons["linked"]
     assert "trainer_state.json" in reasons["broken"]
     assert "no letter" in reasons["\N{CJK UNIFIED IDEOGRAPH-4E2D}"]
+    assert "move it out of the directory" in reasons["broken"]
     table = str(plan)
     assert (
         table.splitlines()[0] == "<0 adapters registered, 0 to register, 0 to leave, 8 to refuse>"
