@@ -8,16 +8,15 @@ import tempfile
 from pathlib import Path
 
 from . import arguments
-from .adapters.intake import WEIGHTS
+from .adapters.intake import PICKLED, WEIGHTS, copy_checked
 from .errors import AlreadyExistsError, MalformedError, UnsupportedAdapterError, shown
-from .files.model_directory import Role, checked_size, files_of, row_of
-from .files.reading import content, existing_directory, opened
-from .files.writing import disk_errors, fsync, rename_without_replacing, write_file
+from .files.links import linked_file
+from .files.model_directory import CARRIED, Role, checked_size, files_of
+from .files.reading import existing_directory, opened
+from .files.writing import disk_errors, fsync, rename_without_replacing
 from .jobs.isolated import run_isolated
 
-PICKLED = ("adapter_model.bin", "adapter_model.pt")
-
-_LEFT = {Role.LITTER, Role.OTHER_WEIGHTS}
+_COPIED = CARRIED | {Role.ADAPTER, Role.CARD}
 
 
 def convert_pickle(directory: str | os.PathLike[str], destination: str | os.PathLike[str]) -> Path:
@@ -28,8 +27,8 @@ def convert_pickle(directory: str | os.PathLike[str], destination: str | os.Path
 
     Args:
         directory: The adapter's. It stays as it is.
-        destination: The copy, which must not exist. Optimizer states and other checkpoints are
-            left out. The weights keep their date.
+        destination: The copy, which must not exist. Optimizer states, other checkpoints
+            and whole models are left out. The weights keep their date.
 
     Returns:
         `destination`, as a path.
@@ -40,12 +39,15 @@ def convert_pickle(directory: str | os.PathLike[str], destination: str | os.Path
         MalformedError: There is no such directory, no pickled weights, or they do not parse.
         UnsupportedAdapterError: There are safetensors weights already, or the pickle has more than
             tensors.
-        UnsafeFileError: A file is a link, a pipe or too large.
+        UnsafeFileError: A file is a link out of a Hub cache, a pipe or too large.
         StorageError: The disk failed.
     """
-    source = existing_directory(arguments.path("directory", directory))
+    source = existing_directory(arguments.path("directory", directory)).resolve()
     target = arguments.path("destination", destination).absolute()
-    pickle = _pickle_in(source)
+    name = _pickled_in(source)
+    pickle = linked_file(source, name)
+    with opened(pickle, os.O_NOFOLLOW) as fd:
+        checked_size(WEIGHTS, os.fstat(fd).st_size)
     if os.path.lexists(target):
         raise AlreadyExistsError(f"{shown(target)} exists; name a directory that does not")
     with disk_errors(f"{shown(source)} cannot be converted"):
@@ -53,7 +55,7 @@ def convert_pickle(directory: str | os.PathLike[str], destination: str | os.Path
         made = Path(tempfile.mkdtemp(prefix=f".{target.name[:100]}-", dir=target.parent))
         try:
             _copy_others(source, made)
-            run_isolated(convert_weights, str(pickle), str(made / WEIGHTS))
+            run_isolated(convert_weights, str(pickle), str(made / WEIGHTS), name)
             times = pickle.stat()
             os.utime(made / WEIGHTS, ns=(times.st_atime_ns, times.st_mtime_ns))
             fsync(made / WEIGHTS)
@@ -64,27 +66,26 @@ def convert_pickle(directory: str | os.PathLike[str], destination: str | os.Path
     return target
 
 
-def _pickle_in(source: Path) -> Path:
+def _pickled_in(source: Path) -> str:
     if os.path.lexists(source / WEIGHTS):
         raise UnsupportedAdapterError(
             f"{shown(source)} has {WEIGHTS} already, and can be registered as it is"
         )
-    for path in (source / name for name in PICKLED):
-        if os.path.lexists(path):
-            with opened(path, os.O_NOFOLLOW) as fd:
-                checked_size(WEIGHTS, os.fstat(fd).st_size)
-            return path.absolute()
+    for name in PICKLED:
+        if os.path.lexists(source / name):
+            return name
     raise MalformedError(f"{shown(source)} has none of {', '.join(PICKLED)}")
 
 
 def _copy_others(source: Path, made: Path) -> None:
-    for name in files_of(source, *(set(Role) - _LEFT)):
-        (made / name).parent.mkdir(parents=True, exist_ok=True)
-        write_file(made / name, bytes(content(source / name, row_of(name).limit, os.O_NOFOLLOW)))
+    for name in files_of(source, *_COPIED):
+        copy_checked(linked_file(source, name), made, name)
 
 
-def convert_weights(pickle: str, weights: str) -> None:
+def convert_weights(pickle: str, weights: str, name: str) -> None:
     """Read the tensors in the file `pickle`, and write them to the file `weights`.
+
+    Messages call the pickle `name`, as its directory does.
 
     Raises:
         MalformedError: It is no mapping of tensors by name.
@@ -97,15 +98,13 @@ def convert_weights(pickle: str, weights: str) -> None:
         found = torch.load(pickle, map_location="cpu", weights_only=True)
     except Exception as error:  # of many kinds, from a file that may be anything
         raise UnsupportedAdapterError(
-            f"{shown(Path(pickle).name)} has more than tensors, or is damaged: {shown(error)}"
+            f"{name} has more than tensors, or is damaged: {shown(error)}"
         ) from None
     if not isinstance(found, dict) or not found:
-        raise MalformedError(f"{shown(Path(pickle).name)} is no mapping of tensors by name")
-    for name, tensor in found.items():
+        raise MalformedError(f"{name} is no mapping of tensors by name")
+    for key, tensor in found.items():
         plain = isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided
-        if not isinstance(name, str) or not plain or tensor.is_quantized or tensor.is_meta:
-            raise MalformedError(
-                f"{shown(Path(pickle).name)}: {shown(name)} is not a plain tensor with a name"
-            )
-    own = {name: tensor.detach().clone().contiguous() for name, tensor in found.items()}
+        if not isinstance(key, str) or not plain or tensor.is_quantized or tensor.is_meta:
+            raise MalformedError(f"{name}: {shown(key)} is not a plain tensor with a name")
+    own = {key: tensor.detach().clone().contiguous() for key, tensor in found.items()}
     save_file(own, weights, {"format": "pt"})
