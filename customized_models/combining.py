@@ -28,7 +28,7 @@ def combined_files(
     """Everything that a merged model has beside its weights, by its path in the directory.
 
     The adapter's tokenizer counts if it has a vocabulary, its processor if it has a file of one,
-    and its chat templates if it has any, wherever it keeps them.
+    and its chat templates if it has any, wherever it keeps them; else the base's do.
 
     Args:
         base: What was merged into.
@@ -39,14 +39,17 @@ def combined_files(
     Raises:
         MalformedError: A JSON file does not parse.
     """
+    files = carried_files(base.directory, base.shards)
     own = files_of(adapter, Role.PROCESSOR)
+    templates = _templates(own | files_of(adapter, Role.TOKENIZER, Role.CHAT_TEMPLATE), scratch)
+    own |= templates
     if files_of(adapter, Role.VOCABULARY):
         own |= files_of(adapter, *_TOKENIZER, Role.CODE)
-    templates = _templates(own | files_of(adapter, Role.CHAT_TEMPLATE), scratch)
-    own |= templates
+        if not templates and not any(role_of(name) is Role.CHAT_TEMPLATE for name in files):
+            # The base's are in the settings of its tokenizer, which give way.
+            own |= _templates({n: p for n, p in files.items() if role_of(n) in _TOKENIZER}, scratch)
     replaced = {role_of(name) for name in own} - {Role.CODE}
     replaced |= _TOKENIZER if replaced & _TOKENIZER else set()
-    files = carried_files(base.directory, base.shards)
     files = {name: path for name, path in files.items() if role_of(name) not in replaced} | own
     changes = {"config.json": dict(config)}
     if templates and "processor_config.json" in files:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
@@ -17,9 +17,9 @@ from typing import Literal
 from attrs import evolve, field, frozen
 
 from . import arguments
-from .adapters.intake import WEIGHTS
+from .adapters.intake import PICKLED, WEIGHTS
 from .adapters.settings import CONFIG
-from .cards.checkpoints import State, best_step, checkpoint_step
+from .cards.checkpoints import State, best_step, checkpoint_step, is_unfinished
 from .cards.reading import trainer_state
 from .display import html_table, text_table
 from .errors import (
@@ -27,13 +27,15 @@ from .errors import (
     CustomizedModelsError,
     DatabaseError,
     MalformedError,
+    UnsafeFileError,
     UnsupportedAdapterError,
     listed,
     shown,
 )
 from .files.reading import existing_directory, json_object
+from .files.writing import disk_errors
 from .models import BaseModel, ModelCard
-from .pickled import PICKLED, convert_pickle
+from .pickled import convert_pickle
 from .registering import Training, examine
 from .registry import ModelRegistry
 from .values import Value, checked
@@ -53,7 +55,7 @@ class ImportEntry(Value):
     """A directory of a tree, and what becomes of it.
 
     Attributes:
-        directory: Its path in the tree.
+        directory: Its path in the tree; bytes of a name that are not UTF-8 are escaped.
         action: "register" what is to be; "registered" what is; "leave" a checkpoint or a copy of
             what is registered; "refuse" what cannot be.
         reason: Why it is left or refused.
@@ -62,6 +64,7 @@ class ImportEntry(Value):
         created: When the weights were written, in UTC.
         model: The name of the customized model, if it is registered.
         card: What the files say of the training.
+        digest: What the customized model has, or would have; None where that is not known.
     """
 
     directory: str
@@ -72,6 +75,7 @@ class ImportEntry(Value):
     created: datetime | None = None
     model: str | None = None
     card: ModelCard = field(factory=ModelCard, repr=False)
+    digest: str | None = field(default=None, repr=False)
 
     @property
     def row(self) -> tuple[str, ...]:
@@ -139,22 +143,24 @@ def plan_import(
         stated: registry.catalog.levels.meant(f"base_models[{stated!r}]", base, BaseModel).name
         for stated, base in arguments.mapping("base_models", base_models or {}).items()
     }
-    known = {model.digest: model.name for model in registry.customized_models()}
+    known = _known(registry)
     found: dict[str, ImportEntry] = {}
     first: dict[str, str] = {}  # by digest, the directory that it is registered from
-    for place in _likeliest_first(root):
+
+    def note(error: OSError) -> None:
+        path = _within(Path(error.filename), root)
+        found[path] = ImportEntry(path, "refuse", f"it cannot be listed: {error.strerror}")
+
+    for place in _likeliest_first(root, note):
         path = _within(place, root)
-        reason = _reason_to_leave(place) if place != root else ""
-        if reason:
-            found[path] = ImportEntry(path, "leave", reason)
-            continue
-        entry, digest = _examined(registry, root, place, bases)
-        if digest in known:
-            entry = evolve(entry, action="registered", model=known[digest])
-        elif digest in first:
-            entry = evolve(entry, action="leave", reason=f"the same adapter as {first[digest]}")
-        elif digest:
-            first[digest] = path
+        entry = _planned(registry, root, place, bases)
+        if entry.digest in known:
+            entry = evolve(entry, action="registered", model=known[entry.digest])
+        elif entry.digest in first:
+            reason = f"the same adapter as {first[entry.digest]}"
+            entry = evolve(entry, action="leave", reason=reason)
+        elif entry.digest:
+            first[entry.digest] = path
         found[path] = entry
     return ImportPlan(str(root), tuple(found[path] for path in sorted(found)))
 
@@ -171,12 +177,22 @@ def run_import(registry: ModelRegistry, plan: ImportPlan) -> ImportPlan:
     """
     arguments.instance("registry", registry, ModelRegistry)
     arguments.instance("plan", plan, ImportPlan)
-    return evolve(plan, entries=tuple(_carried_out(registry, plan, e) for e in plan.entries))
+    known = _known(registry)
+    return evolve(plan, entries=tuple(_carried_out(registry, plan, e, known) for e in plan.entries))
 
 
-def _carried_out(registry: ModelRegistry, plan: ImportPlan, entry: ImportEntry) -> ImportEntry:
+def _known(registry: ModelRegistry) -> dict[str, str]:
+    """The names of the customized models, by digest."""
+    return {model.digest: model.name for model in registry.customized_models()}
+
+
+def _carried_out(
+    registry: ModelRegistry, plan: ImportPlan, entry: ImportEntry, known: dict[str, str]
+) -> ImportEntry:
     if entry.action != "register":
         return entry
+    if entry.digest in known:  # since the plan was made
+        return evolve(entry, action="registered", model=known[entry.digest])
     try:
         model = registry.register(
             Path(plan.root, entry.directory),
@@ -195,18 +211,21 @@ def _carried_out(registry: ModelRegistry, plan: ImportPlan, entry: ImportEntry) 
 # What a tree has
 
 
-def _models(root: Path) -> Iterator[Path]:
-    """The directories with the weights or the configuration of a model, adapter or not."""
+def _models(root: Path, note: Callable[[OSError], None]) -> Iterator[Path]:
+    """The directories with the weights or the configuration of a model, adapter or not.
+
+    `note` is told of those that cannot be listed.
+    """
     marks = {CONFIG, WEIGHTS, *PICKLED, "model.safetensors", "model.safetensors.index.json"}
-    for path, directories, files in os.walk(root):
+    for path, directories, files in os.walk(root, onerror=note):
         directories[:] = sorted(name for name in directories if not name.startswith("."))
         if marks.intersection(files):
             yield Path(path)
 
 
-def _likeliest_first(root: Path) -> list[Path]:
+def _likeliest_first(root: Path, note: Callable[[OSError], None]) -> list[Path]:
     """Of equal adapters the first is registered: one of which most is known."""
-    return sorted(_models(root), key=lambda place: (not _state(place), place))
+    return sorted(_models(root, note), key=lambda place: (not _state(place), place))
 
 
 def _state(place: Path) -> State:
@@ -216,17 +235,25 @@ def _state(place: Path) -> State:
         return {}
 
 
-def _reason_to_leave(place: Path) -> str:
-    """Why this is not what its training has resulted in; empty if it is."""
-    step, output = checkpoint_step(place.name), place.parent
-    if step is None:
+def _reason_to_leave(place: Path, root: Path) -> str:
+    """Why this is not what its training has resulted in; empty if it is.
+
+    PEFT saves an adapter that is not called "default" in a directory of that name, below the
+    Trainer's output directory and below each checkpoint.
+    """
+    for checkpoint in (place, place.parent):
+        step = checkpoint_step(checkpoint.name)
+        if step is not None and root in checkpoint.parents:
+            break
+    else:
         return ""
-    if _has_adapter(output):
-        return f"a checkpoint of {output.name}"
+    output, name = checkpoint.parent, place.relative_to(checkpoint)
+    if _has_adapter(output / name):
+        return f"a checkpoint of {(output / name).name}"
     beside = {
-        found: path
+        found
         for path in output.glob("checkpoint-*")
-        if (found := checkpoint_step(path.name)) is not None and _has_adapter(path)
+        if (found := checkpoint_step(path.name)) is not None and _has_adapter(path / name)
     }
     last = max(beside, default=step)
     state = _state(output / f"checkpoint-{last}")
@@ -234,7 +261,8 @@ def _reason_to_leave(place: Path) -> str:
     kept = best if best in beside else last
     if step != kept:
         return f"checkpoint-{kept} of that training is its {'best' if kept == best else 'last'} one"
-    if _is_unfinished(state):
+    stopped = "'should_training_stop': True" in str(state.get("stateful_callbacks"))
+    if is_unfinished(state, stopped=stopped):
         return (
             f"the training has not ended: it is at step {state['global_step']} of "
             f"{state['max_steps']}; ModelRegistry.register takes a checkpoint all the same"
@@ -246,37 +274,43 @@ def _has_adapter(place: Path) -> bool:
     return any(os.path.lexists(place / name) for name in (WEIGHTS, *PICKLED))
 
 
-def _is_unfinished(state: State) -> bool:
-    """Whether steps are left, unless a callback that watches a metric has stopped the training."""
-    done, planned, stops = (
-        state.get(k) for k in ("global_step", "max_steps", "stateful_callbacks")
-    )
-    left = isinstance(done, int) and isinstance(planned, int) and done < planned
-    told = str(stops)
-    patient = "early_stopping_patience_counter" in told and "'should_training_stop': True" in told
-    return left and not patient
+def _planned(
+    registry: ModelRegistry, root: Path, place: Path, bases: Mapping[str, str]
+) -> ImportEntry:
+    """What becomes of a directory, were there no adapter like it."""
+    path = _within(place, root)
+    try:
+        with disk_errors("it cannot be read"):
+            if path != place.relative_to(root).as_posix():
+                raise UnsafeFileError("the name is not UTF-8; rename the directory")
+            if reason := _reason_to_leave(place, root):
+                return ImportEntry(path, "leave", reason)
+            return _examined(registry, root, place, bases)
+    except DatabaseError:
+        raise
+    except CustomizedModelsError as error:
+        return ImportEntry(path, "refuse", str(error))
 
 
 def _examined(
     registry: ModelRegistry, root: Path, place: Path, bases: Mapping[str, str]
-) -> tuple[ImportEntry, str]:
-    """What becomes of an adapter by itself, and the digest that it would have."""
-    path = _within(place, root)
-    try:
-        created = _written(place)
-        label = _label(place, root)
-        base = _base_of(registry, place, bases)
-        training = Training.given(label, base, None)
-        with registry.shelf.storage.staging(f"import-{uuid.uuid4().hex}") as staging:
-            examined = examine(registry.catalog, place, staging, training)
-    except DatabaseError:
-        raise
-    except CustomizedModelsError as error:
-        return ImportEntry(path, "refuse", str(error)), ""
-    entry = ImportEntry(
-        path, "register", label=label, base=base, created=created, card=examined.card
+) -> ImportEntry:
+    """What would be registered of an adapter; raises as `ModelRegistry.register` does."""
+    created = _written(place)
+    label = _label(place, root)
+    base = _base_of(registry, place, bases)
+    training = Training.given(label, base, None)
+    with registry.shelf.storage.staging(f"import-{uuid.uuid4().hex}") as staging:
+        examined = examine(registry.catalog, place, staging, training)
+    return ImportEntry(
+        _within(place, root),
+        "register",
+        label=label,
+        base=base,
+        created=created,
+        card=examined.card,
+        digest=examined.manifest.digest,
     )
-    return entry, examined.manifest.digest
 
 
 def _written(place: Path) -> datetime:
@@ -312,10 +346,10 @@ def _base_of(registry: ModelRegistry, place: Path, bases: Mapping[str, str]) -> 
 def _label(place: Path, root: Path) -> str:
     """The path without `checkpoint-N`, which says nothing of what was trained."""
     steps = place.relative_to(root).parts
-    if steps and checkpoint_step(steps[-1]) is not None:
-        steps = steps[:-1]
-    return "/".join(steps or (root.name,))[-_MAX_LABEL:]
+    kept = *steps[:-2], *(step for step in steps[-2:] if checkpoint_step(step) is None)
+    return "/".join(kept or (root.name,))[-_MAX_LABEL:]
 
 
 def _within(place: Path, root: Path) -> str:
-    return place.relative_to(root).as_posix()
+    """The path in the tree, with bytes that are not UTF-8 escaped."""
+    return place.relative_to(root).as_posix().encode(errors="backslashreplace").decode()

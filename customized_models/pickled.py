@@ -10,19 +10,20 @@ import tempfile
 from pathlib import Path
 
 from . import arguments
-from .adapters.intake import WEIGHTS
+from .adapters.intake import PICKLED, WEIGHTS
 from .errors import AlreadyExistsError, MalformedError, UnsupportedAdapterError, shown
-from .files.model_directory import Role, checked_size, files_of, row_of
-from .files.reading import content, existing_directory, json_object, opened
+from .files.copying import copy_untrusted
+from .files.links import linked_file
+from .files.model_directory import CARRIED, Role, checked_size, files_of
+from .files.reading import existing_directory, json_object, opened
 from .files.safetensors import INDEX, SINGLE, read_header
 from .files.writing import disk_errors, fsync, rename_without_replacing, write_file
 from .jobs.isolated import run_isolated
 
-PICKLED = ("adapter_model.bin", "adapter_model.pt")
 FULL_PICKLED, FULL_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _SHARD = re.compile(r"pytorch_model-\d{5}-of-\d{5}\.bin", re.ASCII)
 
-_LEFT = {Role.LITTER, Role.OTHER_WEIGHTS}
+_COPIED = CARRIED | {Role.ADAPTER, Role.CARD}
 
 
 def convert_pickle(directory: str | os.PathLike[str], destination: str | os.PathLike[str]) -> Path:
@@ -36,8 +37,8 @@ def convert_pickle(directory: str | os.PathLike[str], destination: str | os.Path
 
     Args:
         directory: The model's. It stays as it is.
-        destination: The copy, which must not exist. Optimizer states and other checkpoints are
-            left out. The weights keep their date.
+        destination: The copy, which must not exist. Optimizer states, other checkpoints and
+            other weights are left out. The weights keep their date.
 
     Returns:
         `destination`, as a path.
@@ -48,10 +49,10 @@ def convert_pickle(directory: str | os.PathLike[str], destination: str | os.Path
         MalformedError: There is no such directory, no pickled weights, or they do not parse.
         UnsupportedAdapterError: There are safetensors weights already, or the pickle has more than
             tensors.
-        UnsafeFileError: A file is a link, a pipe or too large.
+        UnsafeFileError: A file is a link out of a Hub cache, a pipe or too large.
         StorageError: The disk failed.
     """
-    source = existing_directory(arguments.path("directory", directory))
+    source = existing_directory(arguments.path("directory", directory)).resolve()
     target = arguments.path("destination", destination).absolute()
     pickles = _pickles_in(source)
     if os.path.lexists(target):
@@ -61,9 +62,9 @@ def convert_pickle(directory: str | os.PathLike[str], destination: str | os.Path
         made = Path(tempfile.mkdtemp(prefix=f".{target.name[:100]}-", dir=target.parent))
         try:
             _copy_others(source, made)
-            for name, pickle in pickles.items():
-                run_isolated(convert_weights, str(pickle), str(made / name))
-                times = pickle.stat()
+            for name, (pickle, file) in pickles.items():
+                run_isolated(convert_weights, str(file), str(made / name), pickle)
+                times = file.stat()
                 os.utime(made / name, ns=(times.st_atime_ns, times.st_mtime_ns))
                 fsync(made / name)
             if len(pickles) > 1:
@@ -75,36 +76,39 @@ def convert_pickle(directory: str | os.PathLike[str], destination: str | os.Path
     return target
 
 
-def _pickles_in(source: Path) -> dict[str, Path]:
-    """The pickled files, by the names that their tensors' files will have."""
+def _pickles_in(source: Path) -> dict[str, tuple[str, Path]]:
+    """For each file of tensors to write: the pickle's name, and its file with links followed."""
     if there := [name for name in (WEIGHTS, SINGLE, INDEX) if os.path.lexists(source / name)]:
         raise UnsupportedAdapterError(
             f"{shown(source)} has {there[0]} already, and can be registered as it is"
         )
-    for name, target in {**dict.fromkeys(PICKLED, WEIGHTS), FULL_PICKLED: SINGLE}.items():
-        if os.path.lexists(source / name):
-            return {target: _checked(source / name, target)}
+    for pickle, target in {**dict.fromkeys(PICKLED, WEIGHTS), FULL_PICKLED: SINGLE}.items():
+        if os.path.lexists(source / pickle):
+            return {target: (pickle, _checked(source, pickle, target))}
     if not os.path.lexists(source / FULL_INDEX):
         raise MalformedError(
             f"{shown(source)} has none of {', '.join((*PICKLED, FULL_PICKLED, FULL_INDEX))}"
         )
-    stated = json_object(source / FULL_INDEX).get("weight_map")
+    stated = json_object(linked_file(source, FULL_INDEX)).get("weight_map")
     shards = sorted(set(map(str, stated.values()))) if isinstance(stated, dict) else []
     if odd := [shard for shard in shards if not _SHARD.fullmatch(shard)]:
         raise MalformedError(f"{FULL_INDEX} names {shown(odd[0])}, which is no shard")
-    return {
-        shard.replace("pytorch_model", "model").removesuffix(".bin") + ".safetensors": _checked(
-            source / shard, SINGLE
-        )
+    targets = [
+        shard.replace("pytorch_model", "model").removesuffix(".bin") + ".safetensors"
         for shard in shards
+    ]
+    return {
+        target: (shard, _checked(source, shard, SINGLE))
+        for target, shard in zip(targets, shards, strict=True)
     }
 
 
-def _checked(path: Path, kind: str) -> Path:
-    with opened(path, os.O_NOFOLLOW) as fd:
-        if kind == WEIGHTS:
+def _checked(source: Path, pickle: str, target: str) -> Path:
+    file = linked_file(source, pickle)
+    with opened(file, os.O_NOFOLLOW) as fd:
+        if target == WEIGHTS:
             checked_size(WEIGHTS, os.fstat(fd).st_size)
-    return path.absolute()
+    return file
 
 
 def _index(directory: Path, files: list[str]) -> bytes:
@@ -114,13 +118,14 @@ def _index(directory: Path, files: list[str]) -> bytes:
 
 
 def _copy_others(source: Path, made: Path) -> None:
-    for name in files_of(source, *(set(Role) - _LEFT)):
-        (made / name).parent.mkdir(parents=True, exist_ok=True)
-        write_file(made / name, bytes(content(source / name, row_of(name).limit, os.O_NOFOLLOW)))
+    for name in files_of(source, *_COPIED):
+        copy_untrusted(linked_file(source, name), made, name)
 
 
-def convert_weights(pickle: str, weights: str) -> None:
+def convert_weights(pickle: str, weights: str, name: str) -> None:
     """Read the tensors in the file `pickle`, and write them to the file `weights`.
+
+    Messages call the pickle `name`, as its directory does.
 
     Raises:
         MalformedError: It is no mapping of tensors by name.
@@ -133,15 +138,13 @@ def convert_weights(pickle: str, weights: str) -> None:
         found = torch.load(pickle, map_location="cpu", weights_only=True)
     except Exception as error:  # of many kinds, from a file that may be anything
         raise UnsupportedAdapterError(
-            f"{shown(Path(pickle).name)} has more than tensors, or is damaged: {shown(error)}"
+            f"{name} has more than tensors, or is damaged: {shown(error)}"
         ) from None
     if not isinstance(found, dict) or not found:
-        raise MalformedError(f"{shown(Path(pickle).name)} is no mapping of tensors by name")
-    for name, tensor in found.items():
+        raise MalformedError(f"{name} is no mapping of tensors by name")
+    for key, tensor in found.items():
         plain = isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided
-        if not isinstance(name, str) or not plain or tensor.is_quantized or tensor.is_meta:
-            raise MalformedError(
-                f"{shown(Path(pickle).name)}: {shown(name)} is not a plain tensor with a name"
-            )
-    own = {name: tensor.detach().clone().contiguous() for name, tensor in found.items()}
+        if not isinstance(key, str) or not plain or tensor.is_quantized or tensor.is_meta:
+            raise MalformedError(f"{name}: {shown(key)} is not a plain tensor with a name")
+    own = {key: tensor.detach().clone().contiguous() for key, tensor in found.items()}
     save_file(own, weights, {"format": "pt"})

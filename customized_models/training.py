@@ -19,7 +19,7 @@ from attrs import evolve, frozen
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .arguments import instance, texts, truth
-from .cards.checkpoints import best_step, state_at
+from .cards.checkpoints import best_step, is_unfinished, state_at
 from .cards.reading import evaluation_summary, metrics_of, training_arguments
 from .errors import (
     AlreadyExistsError,
@@ -132,8 +132,8 @@ class RegisterCallback(TrainerCallback):
     card.
 
     Nothing is registered of a training that fails, of a trial of `hyperparameter_search`, and of a
-    training that a callback has stopped before its end, as a pruned trial is; one that
-    `EarlyStoppingCallback` has stopped is registered. `register_from_trainer` registers any.
+    training that a callback has stopped before its end, as a pruned trial is, unless
+    `EarlyStoppingCallback` is among its callbacks. `register_from_trainer` registers any.
 
     A callback is for one training. If registering fails at the end, the training goes on: the error
     is logged and is the attribute `error`, and what was trained is kept in the registry's
@@ -229,7 +229,7 @@ class RegisterCallback(TrainerCallback):
         registration, self._registration = self._registration, None
         if registration is None:
             return
-        if control.should_training_stop and _is_cut_short(state):
+        if control.should_training_stop and is_unfinished(vars(state), stopped=True):
             _log.warning(
                 "%s is not registered: a callback has stopped its training at step %d of %d; "
                 "register_from_trainer registers it all the same",
@@ -403,12 +403,6 @@ def _state_of_model(args: TrainingArguments, state: TrainerState) -> Mapping[str
     """What was logged of the weights that the Trainer has loaded at the end."""
     best = best_step(vars(state)) if args.load_best_model_at_end else None
     return vars(state) if best is None else state_at(vars(state), best)
-
-
-def _is_cut_short(state: TrainerState) -> bool:
-    """Whether a training that was stopped had steps left, and was not stopped for its metric."""
-    patient = "early_stopping_patience_counter" in str(state.stateful_callbacks)
-    return state.global_step < state.max_steps and not patient
 
 
 def _refuse_sharded(args: TrainingArguments) -> None:

@@ -276,6 +276,30 @@ def test_an_adapters_chat_template_counts_wherever_both_have_theirs(
     assert not [path for path in files_below(merged) if "BASE" in path.read_text()]
 
 
+@pytest.mark.parametrize("place", PLACES)
+def test_the_chat_template_of_a_base_is_kept_beside_an_adapters_tokenizer_without_one(
+    place: str, tmp_path: Path
+) -> None:
+    base = base_of(tmp_path / "base", templates(place, "BASE"))
+    merged = complete(base, write(tmp_path / "adapter", fast()), tmp_path)
+    assert chat_template(merged) == chat_template(base)
+    assert "BASE" in str(chat_template(merged))
+
+
+@pytest.mark.parametrize("before", PLACES)
+@pytest.mark.parametrize("place", PLACES)
+def test_an_adapters_chat_template_counts_without_a_vocabulary_of_its_own(
+    place: str, before: str, tmp_path: Path
+) -> None:
+    base = base_of(tmp_path / "base", templates(before, "BASE"))
+    own = templates(place, "OWN")
+    whole = write(tmp_path / "whole", own)
+    del own["tokenizer.json"]
+    merged = complete(base, write(tmp_path / "adapter", own), tmp_path)
+    assert chat_template(merged) == chat_template(whole)
+    assert tokens(merged) == tokens(base)
+
+
 @pytest.mark.parametrize("before", ["chat_template.json", "processor_config.json"])
 def test_a_template_of_an_older_processor_gives_way_as_well(before: str, tmp_path: Path) -> None:
     old: Files = {before: json.dumps({"chat_template": "BASE"})}

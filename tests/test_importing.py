@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -23,6 +24,7 @@ from customized_models import (
     MalformedError,
     ModelRegistry,
     NotFoundError,
+    UnsafeFileError,
     UnsupportedAdapterError,
 )
 from customized_models.importing import ImportPlan, convert_pickle, plan_import, run_import
@@ -192,6 +194,7 @@ def test_what_cannot_be_imported_says_why(
     assert "base_models={'': ...}" in reasons["silent"]
     assert "adapter_model.safetensors" in reasons["linked"]
     assert "trainer_state.json" in reasons["broken"]
+    assert "move it out of the directory" in reasons["broken"]
     assert "no letter" in reasons["\N{CJK UNIFIED IDEOGRAPH-4E2D}"]
     table = str(plan)
     assert (
@@ -236,6 +239,109 @@ def test_of_checkpoints_alone_the_best_or_last_of_a_finished_training_is_taken(
     assert taken == ([] if kept is None else [f"run/{kept}"])
     if kept is None:
         assert "step 20 of 100" in plan.entries[-1].reason
+
+
+def test_adapters_of_another_name_are_compared_with_their_own_checkpoints(
+    registry: ModelRegistry, make: Callable[..., Path], tmp_path: Path
+) -> None:
+    """PEFT saves one that is called "mine" in a directory of that name."""
+    runs = tmp_path / "runs"
+    for run, step in ("ended", 10), ("ended", 20), ("running", 10), ("running", 20):
+        make(f"{run}/checkpoint-{step}/mine")
+        planned = 100 if run == "running" else 20
+        write(runs / run / f"checkpoint-{step}", trainer_state=state(step, planned))
+    make("saved/mine")
+    make("saved/checkpoint-20/mine")
+    make("saved/checkpoint-20/other")
+
+    plan = plan_import(registry, runs)
+
+    assert actions(plan) == {
+        "ended/checkpoint-10/mine": "leave",
+        "ended/checkpoint-20/mine": "register",
+        "running/checkpoint-10/mine": "leave",
+        "running/checkpoint-20/mine": "leave",
+        "saved/checkpoint-20/mine": "leave",
+        "saved/checkpoint-20/other": "register",
+        "saved/mine": "register",
+    }
+    entries = {entry.directory: entry for entry in plan.entries}
+    assert entries["ended/checkpoint-20/mine"].label == "ended/mine"
+    assert entries["saved/checkpoint-20/mine"].reason == "a checkpoint of mine"
+    assert "step 20 of 100" in entries["running/checkpoint-20/mine"].reason
+
+
+def test_an_adapter_in_a_checkpoint_that_is_named_itself_is_taken(
+    registry: ModelRegistry, make: Callable[..., Path], tmp_path: Path
+) -> None:
+    make("run/mine")
+    make("run/checkpoint-10/mine")
+    plan = plan_import(registry, tmp_path / "runs" / "run" / "checkpoint-10")
+    assert actions(plan) == {"mine": "register"}
+
+
+def test_directories_that_cannot_be_read_or_named_do_not_keep_the_others_back(
+    registry: ModelRegistry,
+    make: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    make("sound")
+    closed, hidden = make("closed"), make("hidden/run").parent
+    odd = make("odd/run").parent
+    try:
+        odd.rename(odd.with_name("odd\udcff"))
+    except OSError:
+        pytest.skip("this file system has no names that are not UTF-8")
+    scan, lstat, status = os.scandir, os.lstat, os.stat
+
+    def refuse(path: Any, *refused: Path) -> None:
+        if isinstance(path, str | Path) and Path(path) in refused:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    def scanning(path: Any = ".") -> Any:
+        refuse(path, hidden)
+        return scan(path)
+
+    inside = [closed / "adapter_config.json", closed / "adapter_model.safetensors"]
+
+    def of_links(path: Any, **more: Any) -> os.stat_result:
+        refuse(path, *inside)
+        return lstat(path, **more)
+
+    def of_files(path: Any, **more: Any) -> os.stat_result:
+        refuse(path, *inside)
+        return status(path, **more)
+
+    monkeypatch.setattr(os, "scandir", scanning)
+    monkeypatch.setattr(os, "lstat", of_links)
+    monkeypatch.setattr(os, "stat", of_files)
+    plan = plan_import(registry, tmp_path / "runs")
+
+    assert actions(plan) == {
+        "closed": "refuse",
+        "hidden": "refuse",
+        "odd\\udcff/run": "refuse",
+        "sound": "register",
+    }
+    reasons = {entry.directory: entry.reason for entry in plan.entries}
+    assert "Permission denied" in reasons["closed"]
+    assert reasons["hidden"] == "it cannot be listed: Permission denied"
+    assert "not UTF-8" in reasons["odd\\udcff/run"]
+    assert actions(run_import(registry, plan))["sound"] == "registered"
+
+
+def test_what_is_registered_after_the_plan_is_not_registered_again(
+    registry: ModelRegistry, make: Callable[..., Path], tmp_path: Path
+) -> None:
+    adapter = make("support")
+    plan = plan_import(registry, tmp_path / "runs")
+    model = registry.register(adapter, train_name="by hand")
+
+    done = run_import(registry, plan)
+
+    assert [(e.action, e.model) for e in done.entries] == [("registered", model.name)]
+    assert [m.name for m in registry.customized_models()] == [model.name]
 
 
 def test_a_checkpoint_that_is_named_itself_is_taken(
@@ -331,6 +437,41 @@ def test_a_pickled_adapter_is_converted_and_is_the_same(
         PeftModel.from_pretrained(base, str(directory))
     assert stored.keys() == expected.keys()
     assert all(stored[name].equal(expected[name]) for name in expected)
+
+
+def test_a_pickled_adapter_is_converted_where_the_hubs_cache_has_it(
+    pickled: Path, tmp_path: Path
+) -> None:
+    snapshot = tmp_path / "models--me--lora" / "snapshots" / "revision"
+    blobs = snapshot.parent.parent / "blobs"
+    shutil.copytree(pickled, blobs)
+    snapshot.mkdir(parents=True)
+    for path in blobs.iterdir():
+        (snapshot / path.name).symlink_to(path)
+    (tmp_path / "named").symlink_to(snapshot)
+
+    copy = convert_pickle(tmp_path / "named", tmp_path / "converted")
+
+    assert {path.name for path in copy.iterdir()} == {
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "trainer_state.json"
+    }  # fmt: skip
+    assert not any(path.is_symlink() for path in copy.iterdir())
+    (snapshot / "tokenizer.json").symlink_to("/etc/hostname")
+    with pytest.raises(UnsafeFileError, match=r"tokenizer\.json"):
+        convert_pickle(snapshot, tmp_path / "other")
+
+
+def test_a_whole_model_beside_a_pickled_adapter_is_not_copied(
+    pickled: Path, tmp_path: Path
+) -> None:
+    (pickled / "model.safetensors").write_bytes(b"x")
+    (pickled / "model.safetensors.index.json").write_text("{}")
+    (pickled / "notes.txt").write_text("kept")
+
+    copy = convert_pickle(pickled, tmp_path / "converted")
+
+    assert (copy / "notes.txt").read_text() == "kept"
+    assert not [path.name for path in copy.iterdir() if path.name.startswith("model")]
 
 
 class Trap:

@@ -19,7 +19,7 @@ from ..files.digests import FileDigest, hash_file
 from ..files.links import linked_file
 from ..files.model_directory import CARRIED, Role, checked_size, files_of, row_of
 from ..files.reading import json_object, opened
-from ..files.safetensors import TensorInfo, header_bytes, is_zero, read_header
+from ..files.safetensors import Header, TensorInfo, header_bytes, is_zero, read_header
 from ..files.streams import FileWriter, copy_range
 from ..files.writing import disk_errors
 from .patterns import check_patterns
@@ -29,7 +29,9 @@ from .tensor_names import is_factor, module_of, plain_names
 
 WEIGHTS = "adapter_model.safetensors"
 
-_PICKLED = ("adapter_model.bin", "adapter_model.pt")
+PICKLED = ("adapter_model.bin", "adapter_model.pt")
+"""What the weights are called where they are pickled, as older versions of PEFT saved them."""
+
 _TAKEN = ({Role.ADAPTER} | CARRIED) - {Role.RECORD}
 
 _MAX_HEADER = 32 << 20  # bytes: one adapted expert by expert has about 100,000 tensors
@@ -84,16 +86,17 @@ def take_in(source: Path, destination: Path) -> Intake:
         config = json_object(destination / CONFIG, limit=row_of(CONFIG).limit)
         (destination / CONFIG).write_bytes(canonical(config))
         content[CONFIG] = hash_file(destination / CONFIG)
-        renamed, notes = _with_plain_names(destination, config)
+        header = read_header(destination / WEIGHTS, limit=_MAX_HEADER)
+        renamed, notes = _with_plain_names(destination, config, header)
         content |= renamed
-    adapter = Adapter.open(destination)
+    adapter = Adapter.open(destination, None if renamed else header)
     check_patterns(adapter.config, adapter.modules)
     notes += _untrained(adapter)
     return Intake(adapter, content, config.get("base_model_name_or_path"), tuple(notes))
 
 
 def _refuse_pickled(source: Path) -> None:
-    pickled = [name for name in _PICKLED if os.path.lexists(source / name)]
+    pickled = [name for name in PICKLED if os.path.lexists(source / name)]
     if pickled and not os.path.lexists(source / WEIGHTS):
         raise UnsupportedAdapterError(
             f"{pickled[0]} is a pickle, which can run code when it is read. "
@@ -126,11 +129,10 @@ def _checked_files(source: Path) -> dict[str, Path]:
 
 
 def _with_plain_names(
-    directory: Path, config: Mapping[str, Any]
+    directory: Path, config: Mapping[str, Any], header: Header
 ) -> tuple[dict[str, FileDigest], list[str]]:
     """Give the tensors of the copy their plain names; returns what was written, and notes."""
     path = directory / WEIGHTS
-    header = read_header(path, limit=_MAX_HEADER)
     prefixed = not adapter_type(config).unmergeable
     names, notes = plain_names(header.tensors.keys(), prefixed=prefixed)
     if not notes:
@@ -161,8 +163,12 @@ class Adapter:
     tensors: Mapping[str, TensorInfo] = field(repr=False)
 
     @classmethod
-    def open(cls, directory: Path) -> Adapter:
+    def open(cls, directory: Path, header: Header | None = None) -> Adapter:
         """Read and check the configuration and the header of the weights.
+
+        Args:
+            directory: Where they are.
+            header: That of the weights, if it was read already.
 
         Raises:
             MalformedError: A value has the wrong type or is out of range, or there are no weights.
@@ -171,7 +177,7 @@ class Adapter:
         """
         config = json_object(directory / CONFIG, limit=row_of(CONFIG).limit)
         check_settings(config)
-        tensors = read_header(directory / WEIGHTS, limit=_MAX_HEADER).tensors
+        tensors = (header or read_header(directory / WEIGHTS, limit=_MAX_HEADER)).tensors
         if not tensors:
             raise MalformedError(f"{WEIGHTS} has no tensors; save the adapter again")
         if empty := {name for name, info in tensors.items() if not info.size}:

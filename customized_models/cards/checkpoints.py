@@ -48,6 +48,22 @@ def best_step(state: State) -> int | None:
     return checkpoint_step(state.get("best_model_checkpoint"))
 
 
+def is_unfinished(state: State, *, stopped: bool) -> bool:
+    """Whether steps of a training are left that it would have gone on to.
+
+    A training that was stopped has none where `EarlyStoppingCallback` is among its callbacks; a
+    state does not say which of them has stopped it.
+
+    Args:
+        state: The Trainer's.
+        stopped: Whether one of its callbacks has stopped it.
+    """
+    done, planned = state.get("global_step"), state.get("max_steps")
+    left = isinstance(done, int) and isinstance(planned, int) and done < planned
+    watched = "early_stopping_patience_counter" in str(state.get("stateful_callbacks"))
+    return left and not (stopped and watched)
+
+
 def state_of_adapter(directory: Path, read_state: Callable[[Path], State]) -> State:
     """What a Trainer's state says of the adapter in `directory`, and not of other steps.
 

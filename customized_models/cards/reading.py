@@ -6,7 +6,6 @@ downloaded.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -18,7 +17,7 @@ from typing import Any
 from attrs import evolve
 
 from ..adapters.peft_types import NAME_SETS, adapter_type
-from ..errors import MalformedError, shown
+from ..errors import MalformedError
 from ..files.links import linked_file
 from ..files.manifest import README
 from ..files.model_directory import Role, carried_files, role_of, row_of
@@ -260,17 +259,17 @@ def _finite(value: object) -> float | None:
 
 
 def _log_file(directory: Path, name: str) -> dict[str, Any]:
-    """The JSON object in a file of the Trainer's, which may have NaN; here that is null."""
+    """The JSON object in a file of the Trainer's, which may have NaN."""
     if not os.path.lexists(directory / name):
         return {}
-    text = plain_text(linked_file(directory, name), row_of(name).limit)
+    file = linked_file(directory, name)
     try:
-        document = json.loads(text, parse_constant=lambda _: None)
-    except (ValueError, RecursionError) as error:
-        raise MalformedError(f"{name} is not JSON: {shown(error)}") from error
-    if not isinstance(document, dict):
-        raise MalformedError(f"{name} is not a JSON object")
-    return document
+        return json_object(file, limit=row_of(name).limit)
+    except MalformedError as error:
+        raise MalformedError(
+            f"{name} is damaged, as one that was cut off while it was written is; move it out of "
+            f"the directory, and the card has nothing of it ({error})"
+        ) from error
 
 
 def _datasets(directory: Path) -> tuple[str, ...]:

@@ -172,7 +172,8 @@ def render_complete(model: CompleteModel, base: BaseModel) -> str:
 def _render(relation: str, facts: dict[str, str], base: BaseModel, card: ModelCard) -> str:
     import yaml
 
-    own = to_document(storable_card(card))
+    card = storable_card(card)
+    own = to_document(card)
     measured = {key: value for key, value in own["evaluation"].items() if value is not None}
     header: dict[str, Any] = {"library_name": "peft" if relation == "adapter" else "transformers"}
     if is_hub_id(base.model_name):
@@ -251,7 +252,7 @@ def _model_index(
             metric_name=metric,
             metric_value=value,
         )
-        for metric, value in storable_card(card).evaluation.metrics.items()
+        for metric, value in card.evaluation.metrics.items()
         if not metric.startswith("train_")
     ]
     return eval_results_to_model_index(name, results) if results else []

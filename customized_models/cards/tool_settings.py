@@ -19,6 +19,7 @@ from typing import Any
 from attrs import frozen
 
 from ..errors import CustomizedModelsError
+from ..files.links import linked_file
 from ..files.manifest import README
 from ..files.reading import plain_text
 from .readme import MAX_README, yaml_mapping
@@ -109,7 +110,8 @@ class ToolSettings:
 def tool_settings(directory: Path) -> ToolSettings:
     """The settings in the first file of `directory` that is one of a known tool's.
 
-    A file that does not parse is nobody's: whether an adapter is sound does not depend on it.
+    A file that does not parse is nobody's: whether an adapter is sound does not depend on it. Links
+    are followed as `linked_file` does, and `directory` has none in its own path.
     """
     for file, settings in _documents(directory):
         for tool in TOOLS:
@@ -124,7 +126,8 @@ def _documents(directory: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     files = sorted(path for path in directory.glob("*.y*ml") if path.suffix in (".yaml", ".yml"))
     for path in [directory / "args.json", *files[:_MAX_FILES], directory / README]:
         try:
-            text = plain_text(path, MAX_README if path.name == README else _MAX_YAML)
+            file = linked_file(directory, path.name)
+            text = plain_text(file, MAX_README if path.name == README else _MAX_YAML)
             if path.name == README:
                 found = _IN_README.search(text)
                 text = found[1] if found else "{}"

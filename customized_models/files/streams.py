@@ -28,7 +28,7 @@ BUFFER = 4 << 20
 SYNCED = 64 << 20
 """Bytes after which a file in the page cache is pushed to the disk, not all of it at the end."""
 
-DIRECT = getattr(os, "ODIRECT", 0)
+DIRECT = getattr(os, "O_DIRECT", 0)
 """The flag of direct writes, where the system has it, as Linux does."""
 
 _CHUNK = 1 << 20  # bytes read and hashed at once: they stay in a processor's cache
@@ -169,6 +169,7 @@ class FileWriter(HashSink):
     def _take(self, buffer: memoryview, count: int) -> None:
         super()._take(buffer, count)
         with self._errors():
+            start = os.lseek(self._fd, 0, os.SEEK_CUR)
             try:
                 # The last write is of whole sectors too; `finish` cuts the file off.
                 self._write(buffer[: -(-count // _ALIGNED) * _ALIGNED if self._direct else count])
@@ -180,6 +181,7 @@ class FileWriter(HashSink):
 
                 flags = fcntl.fcntl(self._fd, fcntl.F_GETFL)
                 fcntl.fcntl(self._fd, fcntl.F_SETFL, flags & ~DIRECT)
+                os.lseek(self._fd, start, os.SEEK_SET)  # some of the buffer may be written
                 self._write(buffer[:count])
             self._synced += count
             if not self._direct and self._synced >= SYNCED:

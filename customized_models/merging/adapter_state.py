@@ -29,13 +29,16 @@ class AdapterStateDict:
             these are all of its layer that are stacked.
     """
 
-    def __init__(self, adapter: Adapter, model: PeftModel, name: str) -> None:
+    def __init__(
+        self, adapter: Adapter, model: PeftModel, name: str, expected: Collection[str]
+    ) -> None:
         """Convert the names and shapes in the adapter's header.
 
         Args:
             adapter: The adapter.
             model: The PEFT model that it belongs to.
             name: Of the adapter in that model.
+            expected: What the model calls for, by the names of today's layers.
 
         Raises:
             UnmergedTensorsError: PEFT cannot convert them.
@@ -46,7 +49,13 @@ class AdapterStateDict:
         self._last_layer: tuple[Any, dict[str, torch.Tensor]] = None, {}
         file = {n: torch.empty(i.shape, device="meta") for n, i in adapter.tensors.items()}
         names = {id(tensor): name for name, tensor in file.items()}
-        self.tensors: Mapping[str, torch.Tensor] = self._convert(file)
+        converted = self._convert(file)
+        # A pattern for an earlier name may fit today's as well, as that of Laguna's experts does.
+        lost = {*expected} - converted.keys()
+        self.tensors: Mapping[str, torch.Tensor] = {
+            own if name not in expected and (own := names.get(id(tensor))) in lost else name: tensor
+            for name, tensor in converted.items()
+        }
         self._stacked = {name for name, tensor in self.tensors.items() if id(tensor) not in names}
         kept = {names[id(t)] for name, t in self.tensors.items() if name not in self._stacked}
         stacked_by_layer: dict[int, list[str]] = {}

@@ -185,7 +185,7 @@ class Injected:
         )
         expected |= self._resized(expected)
         self._refuse_overwriting(expected)
-        self._file = AdapterStateDict(self.adapter, self.model, _NAME)
+        self._file = AdapterStateDict(self.adapter, self.model, _NAME, expected)
         self._unused = check_tensors(self.skeleton, self.adapter, expected, self._file)
         if self._reads_later(expected, self._file):
             return

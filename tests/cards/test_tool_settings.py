@@ -126,6 +126,33 @@ def test_ms_swifts_arguments_are_read_for_a_checkpoint(tmp_path: Path, above: bo
 
 
 @pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("args.json", json.dumps(MS_SWIFT)),
+        ("training_args.yaml", LLAMA_FACTORY),
+        ("README.md", README),
+    ],
+)
+def test_settings_are_read_where_the_hubs_cache_has_them(
+    tmp_path: Path, name: str, text: str
+) -> None:
+    blob = tmp_path / "models--me--lora" / "blobs" / "digest"
+    snapshot = blob.parent.parent / "snapshots" / "revision"
+    blob.parent.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    blob.write_text(text)
+    (snapshot / name).symlink_to("../../blobs/digest")
+    assert training_facts(snapshot, {"peft_type": "LORA"}).training.arguments["stage"] == "dpo"
+
+
+def test_settings_behind_any_other_link_are_not_read(tmp_path: Path) -> None:
+    (tmp_path / "private").write_text(LLAMA_FACTORY)
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "training_args.yaml").symlink_to(tmp_path / "private")
+    assert tool_settings(tmp_path / "lora").tool == ""
+
+
+@pytest.mark.parametrize(
     "text",
     ["", "[1]", "a: &a [x]\nbase_model: *a\nadapter: lora\n", "a: " + "[" * 10_000],
     ids=["empty", "list", "alias", "deep"],

@@ -64,12 +64,30 @@ def refuses_to_write(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "write", refusing)
 
 
+def writes_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left of a write that was cut short is not aligned as direct writes must be."""
+    import fcntl
+
+    real, refused = os.write, set[int]()
+
+    def partial(fd: int, data: memoryview) -> int:
+        if not fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+            refused.discard(fd)
+            return real(fd, data)
+        if fd in refused:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        refused.add(fd)
+        return real(fd, data[:4096])
+
+    monkeypatch.setattr(os, "write", partial)
+
+
 def has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on macOS."""
     monkeypatch.setattr(streams, "DIRECT", 0)
 
 
-SYSTEMS = [takes_direct_writes, refuses_to_open, refuses_to_write, has_none]
+SYSTEMS = [takes_direct_writes, refuses_to_open, refuses_to_write, writes_in_parts, has_none]
 SIZES = [0, 1, 4095, 4096, 4097, 8192, 20_000, 70_001]
 
 linux = pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="the system has no direct writes")
@@ -105,6 +123,30 @@ def test_every_file_system_gets_the_same_bytes(
         assert path.read_bytes() == data
         path.unlink()
     tmp_path.rmdir()
+
+
+@linux
+def test_a_file_is_written_directly_to_a_disk_that_takes_it(tmp_path: Path) -> None:
+    import fcntl
+
+    with FileWriter(tmp_path / "file") as writer:
+        try:
+            os.close(os.open(tmp_path / "file", os.O_WRONLY | os.O_DIRECT))
+        except OSError:
+            pytest.skip("the file system takes no direct writes")
+        [own] = [fd for fd in Path("/proc/self/fd").iterdir() if names(fd, tmp_path / "file")]
+        assert fcntl.fcntl(int(own.name), fcntl.F_GETFL) & os.O_DIRECT
+        writer.write(b"some")
+        assert writer.finish() == digest_of(b"some")
+    assert (tmp_path / "file").read_bytes() == b"some"
+
+
+def names(link: Path, path: Path) -> bool:
+    """Whether a descriptor, as the system lists it, is of the file at `path`."""
+    try:
+        return link.samefile(path)
+    except OSError:  # that of the listing itself
+        return False
 
 
 @pytest.mark.usefixtures("small_buffers")
