@@ -40,6 +40,7 @@ from .files.remote_code import check_remote_code
 from .files.safetensors import Checkpoint
 from .history import ACTIONS, Action, Event, Subscription
 from .hub import HubCommit
+from .jobs.bar import Bar
 from .jobs.job import Job
 from .jobs.queue import JobQueue
 from .labels import Labels, checked_alias, checked_description, checked_tags
@@ -59,7 +60,6 @@ from .models import (
     ModelCard,
     ThirdPartyModel,
     TrainingConfiguration,
-    no_progress,
 )
 from .naming import TECHNICAL_NAME, checked_name, train_name_of
 from .outbox import Outbox
@@ -191,6 +191,7 @@ class ModelRegistry:
         trust_remote_code: bool = False,
         download: bool = False,
         revision: str | None = None,
+        progress: bool = True,
     ) -> BaseModel:
         """Add the pretrained model in the directory `path`: referenced and hashed, never copied.
 
@@ -208,6 +209,7 @@ class ModelRegistry:
                 does not know the model itself; complete models have that code too.
             download: Whether the network may be used.
             revision: A commit, branch or tag of the Hub's; None for the newest.
+            progress: Whether to show a bar while it is hashed.
 
         Raises:
             InvalidNameError: The technical name does not fit.
@@ -234,7 +236,7 @@ class ModelRegistry:
         weights = Checkpoint.open(directory)
         check_remote_code(check_files(directory, weights), trusted=trust_remote_code)
         card = read_base_card(directory, weights)
-        location = hash_base_model(directory, no_progress)
+        location = _hashed(directory, technical_name, progress)
         name = (hub_id(directory) or directory.name) if model_name is None else model_name
         base = BaseModel(
             technical_name=technical_name,
@@ -264,9 +266,14 @@ class ModelRegistry:
         return changed
 
     def relocate_base_model(
-        self, base_model: BaseModel | str, path: str | os.PathLike[str]
+        self, base_model: BaseModel | str, path: str | os.PathLike[str], *, progress: bool = True
     ) -> BaseModel:
         """Say where a base model lies now; its bytes must be those that were added.
+
+        Args:
+            base_model: It, or its name.
+            path: Its directory.
+            progress: Whether to show a bar while it is hashed.
 
         Raises:
             NotFoundError: There is no such base model.
@@ -275,7 +282,10 @@ class ModelRegistry:
             MalformedError, UnsafeFileError: The directory is no model.
         """
         known = self.catalog.levels.meant("base_model", base_model, BaseModel)
-        relocated = self.catalog.bases.relocate(known.name, _hashed(path))
+        directory = existing_directory(arguments.path("path", path), BaseModelMissingError)
+        relocated = self.catalog.bases.relocate(
+            known.name, _hashed(directory, known.name, progress)
+        )
         _log.info("base model %s lies elsewhere now: %s", known.name, path)
         return relocated
 
@@ -1049,9 +1059,9 @@ def _filter(label: object) -> str | None:
     return None if label is None else train_name_of(label)
 
 
-def _hashed(path: object) -> Location:
-    directory = existing_directory(arguments.path("path", path), BaseModelMissingError)
-    return hash_base_model(directory, no_progress)
+def _hashed(directory: Path, title: str, progress: object) -> Location:
+    with Bar(title, shown=arguments.truth("progress", progress)) as bar:
+        return hash_base_model(directory, bar.update)
 
 
 def _checked_model_name(given: object) -> str:

@@ -52,6 +52,7 @@ SAMPLES: dict[str, Any] = {
 }
 NAME = frozenset({"text"})  # of what is not there: another error
 OPTIONAL = frozenset({"None"})
+TRUTH = frozenset({"bool"})
 PATH = frozenset({"text", "path"})
 INTEGER = frozenset({"int"})
 
@@ -96,6 +97,13 @@ def registry_calls() -> Iterator[Call]:
         lambda r, v: r.add_base_model("a", r.base, model_name=v),
         NAME | OPTIONAL,
     )
+    for argument in ("trust_remote_code", "download", "progress"):
+        yield Call(
+            "add_base_model",
+            argument,
+            lambda r, v, argument=argument: r.add_base_model("a", r.base, **{argument: v}),
+            TRUTH,
+        )
     yield Call(
         "add_base_model",
         "deployment_template",

@@ -1,4 +1,4 @@
-"""A progress bar for whoever waits for a job."""
+"""A progress bar for whoever waits."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ class Bar:
     def __enter__(self) -> Bar:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._bar is None:
+            return
+        if kind is None:
+            self._bar.update(self._bar.total - self._bar.n)
+        self._bar.close()
 
     def update(self, phase: str, done: int, total: int) -> None:
         """Show how much of how much is done, in bytes."""
