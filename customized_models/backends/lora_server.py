@@ -20,6 +20,7 @@ from ..base_models import hash_base_model
 from ..errors import (
     AlreadyExistsError,
     BaseModelMismatch,
+    CustomizedModelsError,
     InvalidOptionError,
     ServerAnswerError,
     ServerUnreachableError,
@@ -187,9 +188,13 @@ class LoraServer:
                 server, version, self._directory.seen_by_server(version), in_place=False
             )
             progress("loading", 1, 1)
-        except BaseException:
-            self._unload(server, version, version)
-            self._directory.remove(version, "")
+        except BaseException as error:
+            try:
+                self._unload(server, version, version)
+            except CustomizedModelsError as second:
+                error.add_note(f"{shown(version)} may be loaded at the server: {second}")
+            finally:
+                self._directory.remove(version, "")
             raise
         name = self.called(version, plan.details["beside"])
         return Served(name, f"{server.url}/v1", "openai", digest, dict(plan.details))

@@ -70,8 +70,8 @@ class RegistryArtifact:
     Attributes:
         base: The base model's technical name.
         adapter_config: See `backends.Artifact.adapter_config`.
-        key: Under which the file that `gguf` gave is stored; None before, or if it was ready.
-        file: That file.
+        key: Under which the file that was given is stored; None before, or if it was ready.
+        file: What `gguf` gave; None before.
         types: The type of each tensor in it, by its name.
     """
 
@@ -133,11 +133,12 @@ class RegistryArtifact:
     def gguf(self, progress: Progress, *, chat_template: bool) -> GGUFFile:
         """See `backends.Artifact.gguf`."""
         self.check_gguf()
-        if self._ready is not None:
+        if self._ready is None:
+            self.file = self._made(self.model, progress, chat_template)
+        else:
             with model_source(self._shelf, self._base, self.model) as (source, _):
                 self.file = check_finished(self._ready, source, progress, llama_cpp=self._llama_cpp)
-            return self.file
-        return self._made(self.model, progress, chat_template)
+        return self.file
 
     def base_gguf(self, progress: Progress, *, chat_template: bool) -> GGUFFile:
         """See `backends.Artifact.base_gguf`."""
@@ -157,7 +158,7 @@ class RegistryArtifact:
                 raise IntegrityError(
                     f"the file that was just written under {shown(key)} is damaged"
                 )
-        self.key, self.file = key, file
+        self.key = key
         return file
 
     def _recipe(self, model: BaseModel | Stored, chat_template: bool) -> dict[str, Any]:
