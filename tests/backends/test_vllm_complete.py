@@ -107,7 +107,7 @@ def test_a_name_is_given_back_only_where_the_server_serves_what_had_it(
     first = deploy(registry, complete, proofs=()).result(progress=False)
     second = deploy(registry, complete, proofs=(), replace=True).result(progress=False)
     server.root, root = tmp_path, server.root
-    with pytest.raises(ServerAnswerError, match="does not serve .* as 'support' any more"):
+    with pytest.raises(ServerAnswerError, match=r"does not serve .* as 'support' any more"):
         deployer.rollback(second)
     server.root = root
     assert deployer.rollback(second).name == first.name

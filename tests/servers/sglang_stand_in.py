@@ -20,7 +20,7 @@ from tests.servers.counting_proxy import running
 
 @define
 class SGLangStandIn:
-    """Its state: `adapters` are directories by name. `dies`: it does at the next thing it is told."""
+    """Its state: `adapters` are directories by name. `dies`: at the next that is posted."""
 
     base: Path
     called: str
