@@ -115,7 +115,8 @@ class LlamaServer:
 
         Raises:
             UnsupportedAdapterError: llama.cpp does not apply such an adapter beside its base.
-            UnsupportedError: The server is no router, or a complete model has no base beside it.
+            UnsupportedError: The server is no router, or a complete model or a finished file has no
+                base beside it.
         """
         options = checked_options(options, LlamaServerOptions)
         name = chosen_served_name(artifact, served_name)
@@ -123,6 +124,8 @@ class LlamaServer:
             raise InvalidNameError(f"llama.cpp's router has a meaning of its own for {shown(name)}")
         artifact.check_gguf()
         if options.beside_base:
+            if artifact.finished:
+                raise UnsupportedError("gguf= is a merged file, and beside_base=True serves none")
             if artifact.adapter_config is None:
                 raise UnsupportedError(
                     f"{shown(artifact.name)} is complete, and has no adapter to serve beside a base"

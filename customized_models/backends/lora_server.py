@@ -127,7 +127,7 @@ class LoraServer:
             UnsupportedAdapterError: The server does not apply such an adapter, or not of that rank.
             BaseModelMismatch: The setting `base` names another one than the adapter's.
             UnsupportedError: It is not known which base model the server serves; or it is a
-                complete model that the server does not serve yet.
+                complete model that the server does not serve yet, or a finished GGUF file.
         """
         checked_options(options, self.options)
         name = chosen_served_name(artifact, served_name)
@@ -136,6 +136,8 @@ class LoraServer:
                 f"{self.tool} serves models as they are (asked for {artifact.quantization}); it "
                 f"has a setting of its own, --quantization"
             )
+        if artifact.finished:
+            raise UnsupportedError(f"{self.tool} serves no GGUF file: deploy without gguf=")
         if artifact.adapter_config is None:
             return self.plan_of_complete(artifact, name, options)
         refuse_unless_plain(artifact.adapter_config)

@@ -69,6 +69,10 @@ class Artifact(Protocol):
     def template(self) -> DeploymentTemplate | None:
         """The base model's deployment template."""
 
+    @property
+    def finished(self) -> bool:
+        """Whether `gguf` gives a finished file of the caller's; nothing else is given then."""
+
     def check_gguf(self) -> None:
         """Whether `gguf` can give a file, as far as the configuration tells.
 

@@ -125,6 +125,18 @@ class RegistryArtifact:
             raise UnsupportedArchitectureError(f"config.json of {self.model.name} names no class")
         return str(named[0])
 
+    @property
+    def finished(self) -> bool:
+        """See `backends.Artifact.finished`."""
+        return self._ready is not None
+
+    def _refuse_finished(self) -> None:
+        if self.finished:
+            raise UnsupportedError(
+                f"{shown(str(self._ready))} is a GGUF file, and the tool asks for another form of "
+                f"the model: deploy without gguf="
+            )
+
     def check_gguf(self) -> None:
         """See `backends.Artifact.check_gguf`."""
         if self._ready is None and self._llama_cpp is None:
@@ -142,6 +154,7 @@ class RegistryArtifact:
 
     def base_gguf(self, progress: Progress, *, chat_template: bool) -> GGUFFile:
         """See `backends.Artifact.base_gguf`."""
+        self._refuse_finished()
         self.check_gguf()
         return self._made(self._base, progress, chat_template)
 
@@ -225,6 +238,7 @@ class RegistryArtifact:
     @contextmanager
     def directory(self) -> Iterator[Path]:
         """See `backends.Artifact.directory`."""
+        self._refuse_finished()
         if self.quantization != "no_quantization":
             raise UnsupportedQuantizationError(
                 f"a model directory is not quantized here (asked for {self.quantization}); the "
@@ -241,6 +255,7 @@ class RegistryArtifact:
     @contextmanager
     def adapter(self) -> Iterator[AdapterBesideBase]:
         """See `backends.Artifact.adapter`."""
+        self._refuse_finished()
         if not isinstance(self.model, CustomizedModel):
             raise UnsupportedError(f"{self.model.name} is a complete model, and has no adapter")
         with (

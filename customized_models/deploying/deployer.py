@@ -149,7 +149,7 @@ class Deployer:
             replace: Take over a served name that stands for something already; what had it is kept
                 for `rollback`. Not at tools that keep no versions, such as llama.cpp on this host:
                 undeploy what has the name first, or choose another.
-            gguf: A finished file of this model, to be served as it is.
+            gguf: A finished file of this model, to be served as it is by a tool that reads such.
             proofs: Which proofs are made: "content", "template" and "greedy", which loads the
                 complete model into memory.
             accept_failed: Proofs whose failure does not matter.

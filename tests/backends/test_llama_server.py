@@ -197,6 +197,14 @@ def test_a_complete_model_has_no_base_to_be_beside(
         backend.preflight(artifact, "new", BESIDE)
 
 
+def test_a_finished_file_is_not_served_beside_a_base(
+    backend: Backend, base: Path, tmp_path: Path
+) -> None:
+    finished = attrs.evolve(adapter_of(base, tmp_path), finished=True)
+    with pytest.raises(UnsupportedError, match="gguf="):
+        backend.preflight(finished, "new", BESIDE)
+
+
 def test_a_file_that_llama_cpp_cannot_load_leaves_nothing(
     router: LlamaRouter, backend: Backend, artifact: FileArtifact, tmp_path: Path
 ) -> None:

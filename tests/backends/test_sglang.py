@@ -145,6 +145,11 @@ def test_an_adapter_of_another_base_is_refused(
     assert files_in(models) == set()
 
 
+def test_a_finished_file_is_refused(backend: Backend, artifact: AdapterArtifact) -> None:
+    with pytest.raises(UnsupportedError, match="deploy without gguf="):
+        backend.preflight(attrs.evolve(artifact, finished=True), "new", backend.options())
+
+
 def test_a_server_that_dies_while_it_loads_leaves_no_directory(
     sglang: SGLangStandIn, backend: Backend, artifact: AdapterArtifact, models: Path
 ) -> None:

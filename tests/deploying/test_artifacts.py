@@ -217,6 +217,19 @@ def test_a_name_is_not_replaced_where_the_tool_keeps_no_versions(
     assert "were not waited for" in deployer.undeploy(live, wait=60).note
 
 
+def test_a_finished_file_is_not_ignored_by_a_tool_that_asks_for_another_form(
+    registry: ModelRegistry,
+    customized: CustomizedModel,
+    there: DeploymentEnvironment,
+    tmp_path: Path,
+) -> None:
+    deployer = Deployer(registry, backends=BACKENDS)
+    job = deployer.deploy(customized, options=Options("adapter"), gguf=tmp_path / "file.gguf")
+    with pytest.raises(UnsupportedError, match="deploy without gguf="):
+        job.result(progress=False)
+    assert list((tmp_path / "served").iterdir()) == []
+
+
 class Unasked(Shelf):
     """It gives no digest, and does not answer when it is asked for proofs."""
 
