@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
-from attrs import Attribute, evolve, field, frozen
+from attrs import evolve, field, frozen
 
 from ..adapters.intake import Adapter
 from ..adapters.plain_lora import refuse_unless_plain
@@ -38,7 +38,7 @@ from .connection import Connection, Secrets, checked_settings, environment_varia
 from .http import JSONServer
 from .llama_cpp import LlamaCppProbe
 from .presets import FILE, VALUE, sections, with_section, without_section
-from .protocol import Artifact, Plan, checked_options, chosen_served_name
+from .protocol import Artifact, Plan, checked_options, chosen_served_name, positive_or_none
 from .router import Router
 from .shared_directory import SETTINGS, SharedDirectory, version_name
 
@@ -47,11 +47,6 @@ __all__ = ["LlamaServer", "LlamaServerOptions"]
 DEFAULT_PORT = 8080
 _OWN_NAMES = ("*", "default")  # sections that are no models
 _ENCODING = ("utf-8", "surrogateescape")  # comments of others may be in any, and stay as they are
-
-
-def _positive(_: object, attribute: Attribute[Any], value: object) -> None:
-    if value is not None and not (type(value) is int and 0 < value < 1 << 31):
-        raise InvalidOptionError(f"{attribute.name} must be a positive int, not {shown(value)}")
 
 
 @frozen
@@ -67,7 +62,7 @@ class LlamaServerOptions:
     """
 
     beside_base: bool = field(default=False)
-    context: int | None = field(default=None, validator=_positive)
+    context: int | None = field(default=None, validator=positive_or_none)
 
     @beside_base.validator
     def _check_beside_base(self, _: object, value: object) -> None:

@@ -33,6 +33,7 @@ from ..files.digests import SHA256, hash_file
 from ..models import DeploymentEnvironment, Progress, Served, Status
 from .connection import Connection, Secrets, checked_settings, environment_variable
 from .http import JSONServer
+from .openai_api import base_card, cards
 from .protocol import AdapterBesideBase, Artifact, Plan, checked_options, chosen_served_name
 from .shared_directory import SETTINGS as DIRECTORY_SETTINGS
 from .shared_directory import SharedDirectory, version_name
@@ -299,19 +300,3 @@ class LoraServer:
             "base": self._base or self.served_base(server),
             "largest rank of adapters": self._max_rank,
         }
-
-
-def cards(server: JSONServer) -> dict[str, dict[str, Any]]:
-    """What the server lists, by the names that it goes by there."""
-    models = server.get("/v1/models").get("data")
-    if not isinstance(models, list) or not all(isinstance(model, dict) for model in models):
-        raise ServerAnswerError(f"the server at {server.url} does not list models")
-    return {str(model.get("id")): model for model in models}
-
-
-def base_card(server: JSONServer) -> dict[str, Any]:
-    """What the server lists of its base model."""
-    for card in cards(server).values():
-        if card.get("parent") is None:
-            return card
-    raise ServerAnswerError(f"the server at {server.url} lists no base model")

@@ -27,12 +27,11 @@ from ..errors import (
 )
 from ..models import Progress, Served
 from .http import JSONServer
-from .lora_server import LOAD_SECONDS, LoraServer, cards
+from .lora_server import LOAD_SECONDS, LoraServer
+from .openai_api import ANSWER_SECONDS, cards
 from .protocol import Artifact, Plan
 
 __all__ = ["VLLM", "VLLMOptions"]
-
-_ANSWER_SECONDS = 600.0  # a few tokens of a large model on a slow processor
 
 
 @frozen
@@ -179,7 +178,7 @@ class VLLMProbe:
     def greedy(self, prompt: str, count: int) -> str:
         """See `Probe.greedy`."""
         body = {"model": self.name, "prompt": prompt, "max_tokens": count, "temperature": 0}
-        answer = self.server.post("/v1/completions", body, seconds=_ANSWER_SECONDS)
+        answer = self.server.post("/v1/completions", body, seconds=ANSWER_SECONDS)
         choices = answer.get("choices")
         if not isinstance(choices, list) or not choices:
             raise ServerAnswerError(f"vLLM at {self.server.url} gives no choices")
