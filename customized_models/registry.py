@@ -601,7 +601,7 @@ class ModelRegistry:
             What was done, a sentence each.
 
         Raises:
-            StorageError, DatabaseError, DeploymentError: It cannot be done now; the rest was.
+            CustomizedModelsError: Something cannot be done now; the rest was.
         """
         done = [*self.shelf.recover(), *recover_deployments(self.catalog, self.shelf)]
         for one in done:
