@@ -960,7 +960,7 @@ class ModelRegistry:
             What was done, a sentence each.
 
         Raises:
-            StorageError, DatabaseError, DeploymentError: It cannot be done now; the rest was.
+            CustomizedModelsError: Something cannot be done now; the rest was.
         """
         done = [*self.shelf.recover(), *recover_deployments(self.catalog, self.shelf)]
         done += Outbox(self.root).recover(self.catalog, self.shelf)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from attrs import field, frozen
 
-from ..errors import InvalidOptionError, shown
+from ..errors import InvalidOptionError, MissingDependencyError, shown
 from ..models import DeploymentEnvironment
 
 if TYPE_CHECKING:
@@ -133,12 +133,18 @@ class Connection:
 
         Raises:
             InvalidOptionError: A certificate or key cannot be used.
+            MissingDependencyError: What a proxy of SOCKS needs is not installed.
         """
         import httpx
 
         _mask_log_lines(self.secrets)
         verify = _context(self.ca_file, self.client_certificate, self.client_key)
-        return httpx.Client(trust_env=False, verify=verify, proxy=self.proxy)
+        try:
+            return httpx.Client(trust_env=False, verify=verify, proxy=self.proxy)
+        except ImportError as error:
+            raise MissingDependencyError(
+                "a proxy of SOCKS needs socksio: pip install 'httpx[socks]'"
+            ) from error
 
 
 def _starred(text: str, secrets: Iterable[str]) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from attrs import Attribute, asdict, field, frozen
+from attrs import asdict, field, frozen
 
 from ..deploying.templates.chat_template import ChatTemplate
 from ..deploying.templates.conversations import Conversation
@@ -41,8 +41,9 @@ from .connection import (
     environment_variable,
 )
 from .http import JSONServer
+from .openai_api import ANSWER_SECONDS, cards
 from .process import end, output_of_start, processes_with
-from .protocol import Artifact, Plan, checked_options, chosen_served_name
+from .protocol import Artifact, Plan, checked_options, chosen_served_name, positive_or_none
 
 __all__ = ["LlamaCpp", "LlamaCppOptions"]
 
@@ -51,12 +52,6 @@ _SERVER = Path(__file__).resolve().with_name("embedded_server.py")
 _PORT_SECONDS = 2.0  # the system frees the port of a killed server a moment after it is gone
 _START_SECONDS = 600.0  # a large file on a slow disk
 _POLL_SECONDS = 0.1
-_ANSWER_SECONDS = 600.0  # a few tokens of a large model on a slow processor
-
-
-def _positive(_: object, attribute: Attribute[Any], value: object) -> None:
-    if value is not None and not (type(value) is int and 0 < value < 1 << 31):
-        raise InvalidOptionError(f"{attribute.name} must be a positive int, not {shown(value)}")
 
 
 @frozen
@@ -70,8 +65,8 @@ class LlamaCppOptions:
         InvalidOptionError: a value that is not None and not a positive int.
     """
 
-    context: int | None = field(default=None, validator=_positive)
-    threads: int | None = field(default=None, validator=_positive)
+    context: int | None = field(default=None, validator=positive_or_none)
+    threads: int | None = field(default=None, validator=positive_or_none)
 
 
 class LlamaCpp:
@@ -122,7 +117,7 @@ class LlamaCpp:
         output = output_of_start(command, _START_SECONDS, progress, self._secret_variables())
         process, port = _reported(output)
         try:
-            aliases = self._aliases(port)
+            aliases = list(cards(self._server(port)))
             if plan.served_name not in aliases:
                 raise ServerAnswerError(f"llama.cpp serves {shown(aliases)} instead of its model")
             progress("starting", 0, 0)
@@ -143,7 +138,7 @@ class LlamaCpp:
         if Process(**details["process"]).is_gone:
             return Status.ABSENT
         try:
-            aliases = self._aliases(details["port"])
+            aliases = cards(self._server(details["port"]))
         except (ServerUnreachableError, ServerAnswerError):
             return Status.UNREACHABLE
         return Status.LOADED if served.name in aliases else Status.CHANGED
@@ -210,14 +205,6 @@ class LlamaCpp:
                 f"undeploy what it serves, or use an environment without a port"
             ) from error
 
-    def _aliases(self, port: int) -> list[str]:
-        """The names that the server at that port goes by."""
-        server = self._server(port)
-        models = server.get("/v1/models").get("data")
-        if not isinstance(models, list) or not all(isinstance(model, dict) for model in models):
-            raise ServerAnswerError(f"the server at {server.url} does not list models")
-        return [str(model.get("id")) for model in models]
-
     def _server(self, port: int) -> JSONServer:
         token = self._token()
         authorization = None if token is None else f"Bearer {token}"
@@ -251,7 +238,7 @@ class LlamaCppProbe:
     def greedy(self, prompt: str, count: int) -> str:
         """See `Probe.greedy`."""
         body = {"prompt": prompt, "n_predict": count, "temperature": 0, "top_k": 1, "seed": 0}
-        return str(self.server.post("/completion", body, seconds=_ANSWER_SECONDS).get("content"))
+        return str(self.server.post("/completion", body, seconds=ANSWER_SECONDS).get("content"))
 
 
 def _answers_under_way(server: JSONServer) -> int:

@@ -14,13 +14,13 @@ from collections.abc import Collection, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
-from attrs import Attribute, evolve, field, frozen
+from attrs import evolve, field, frozen
 
 from ..adapters.intake import Adapter
 from ..adapters.plain_lora import refuse_unless_plain
 from ..errors import (
     AlreadyExistsError,
-    DeploymentError,
+    CustomizedModelsError,
     InvalidNameError,
     InvalidOptionError,
     ServerAnswerError,
@@ -30,13 +30,15 @@ from ..errors import (
 )
 from ..files.model_directory import carried_files
 from ..files.safetensors import Checkpoint, ModelSource
+from ..files.writing import disk_errors
+from ..gguf import GGUFFile
 from ..gguf.adapter import plan_adapter
 from ..models import DeploymentEnvironment, Progress, Served, Status, no_progress
 from .connection import Connection, Secrets, checked_settings, environment_variable
 from .http import JSONServer
 from .llama_cpp import LlamaCppProbe
 from .presets import FILE, VALUE, sections, with_section, without_section
-from .protocol import Artifact, Plan, checked_options, chosen_served_name
+from .protocol import Artifact, Plan, checked_options, chosen_served_name, positive_or_none
 from .router import Router
 from .shared_directory import SETTINGS, SharedDirectory, version_name
 
@@ -44,11 +46,7 @@ __all__ = ["LlamaServer", "LlamaServerOptions"]
 
 DEFAULT_PORT = 8080
 _OWN_NAMES = ("*", "default")  # sections that are no models
-
-
-def _positive(_: object, attribute: Attribute[Any], value: object) -> None:
-    if value is not None and not (type(value) is int and 0 < value < 1 << 31):
-        raise InvalidOptionError(f"{attribute.name} must be a positive int, not {shown(value)}")
+_ENCODING = ("utf-8", "surrogateescape")  # comments of others may be in any, and stay as they are
 
 
 @frozen
@@ -64,7 +62,7 @@ class LlamaServerOptions:
     """
 
     beside_base: bool = field(default=False)
-    context: int | None = field(default=None, validator=_positive)
+    context: int | None = field(default=None, validator=positive_or_none)
 
     @beside_base.validator
     def _check_beside_base(self, _: object, value: object) -> None:
@@ -112,7 +110,8 @@ class LlamaServer:
 
         Raises:
             UnsupportedAdapterError: llama.cpp does not apply such an adapter beside its base.
-            UnsupportedError: The server is no router, or a complete model has no base beside it.
+            UnsupportedError: The server is no router, or a complete model or a finished file has no
+                base beside it.
         """
         options = checked_options(options, LlamaServerOptions)
         name = chosen_served_name(artifact, served_name)
@@ -120,6 +119,8 @@ class LlamaServer:
             raise InvalidNameError(f"llama.cpp's router has a meaning of its own for {shown(name)}")
         artifact.check_gguf()
         if options.beside_base:
+            if artifact.finished:
+                raise UnsupportedError("gguf= is a merged file, and beside_base=True serves none")
             if artifact.adapter_config is None:
                 raise UnsupportedError(
                     f"{shown(artifact.name)} is complete, and has no adapter to serve beside a base"
@@ -137,7 +138,9 @@ class LlamaServer:
         served = Served(version, endpoint, "openai", "", details, copied=True)
         try:
             if plan.options.beside_base:
-                served = self._put_beside_base(plan, served, progress)
+                base = plan.artifact.base_gguf(progress, chat_template=True)
+                served = self._beside(served, plan.artifact.base, base)
+                served = self._put_beside_base(plan, served, base, progress)
             else:
                 served = self._put_whole(plan, served, progress)
             if version not in router.models(reload=True):
@@ -150,7 +153,7 @@ class LlamaServer:
         except BaseException as error:
             try:
                 self._take_away(router, evolve(served, digest=""))
-            except DeploymentError as second:
+            except CustomizedModelsError as second:
                 error.add_note(f"{shown(version)} may be left at the server: {second}")
             raise
         return served
@@ -161,15 +164,21 @@ class LlamaServer:
         self._write_section(served.name, self._section(plan, f"{served.name}.gguf"))
         return evolve(served, digest=file.digest)
 
-    def _put_beside_base(self, plan: Plan, served: Served, progress: Progress) -> Served:
+    def _beside(self, served: Served, name: str, base: GGUFFile) -> Served:
+        """With the name of the base's file there, which all adapters of that base have."""
+        base_name = f"{name}.{base.digest.partition(':')[2][:16]}.gguf"
+        details = {**served.details, "base": base_name, "base_digest": base.digest}
+        return evolve(served, details=details)
+
+    def _put_beside_base(
+        self, plan: Plan, served: Served, base: GGUFFile, progress: Progress
+    ) -> Served:
         """The adapter's file, and the base's unless it is there."""
-        base = plan.artifact.base_gguf(progress, chat_template=True)
-        base_name = f"{plan.artifact.base}.{base.digest.partition(':')[2][:16]}.gguf"
+        base_name = served.details["base"]
         # First the section: a file that one names is kept when another adapter is undeployed.
         section = self._section(plan, base_name)
         section["lora"] = self._directory.seen_by_server(f"{served.name}.lora")
         self._write_section(served.name, section)
-        details = {**served.details, "base": base_name, "base_digest": base.digest}
         if not self._directory.holds(base_name, base.digest):
             self._directory.put_file(base_name, base.path, base.digest, progress)
         with plan.artifact.adapter() as beside, self._directory.unfinished() as path:
@@ -178,7 +187,7 @@ class LlamaServer:
             adapter = Adapter.open(beside.adapter)
             file = plan_adapter(source, adapter, name=plan.artifact.name).write(path, progress)
             self._directory.publish(path, f"{served.name}.lora")
-        return evolve(served, digest=file.digest, details=details)
+        return evolve(served, digest=file.digest)
 
     def _section(self, plan: Plan, model: str) -> dict[str, str]:
         options = {"model": self._directory.seen_by_server(model)}
@@ -218,7 +227,13 @@ class LlamaServer:
             before = sections(self._presets()).get(name)
             if self._version_of(before) != version:
                 self.refuse_taken(name, replaced)
-            self._rename(name, sections(self._presets())[version])
+            section = sections(self._presets()).get(version)
+            if section is None:
+                raise ServerAnswerError(
+                    f"{shown(self._directory.here / FILE)} has no section {shown(version)} any "
+                    f"more: put it back, or undeploy what it was and deploy it again"
+                )
+            self._rename(name, section)
             router.models(reload=True)
         router.unload(version)
         try:
@@ -261,21 +276,27 @@ class LlamaServer:
         self._take_away(router, served)
 
     def _take_away(self, router: Router, served: Served) -> None:
-        version = served.details["version"]
+        version, details = served.details["version"], served.details
+        base = details.get("base", "")
         with self._directory.locked():
             text = self._presets()
             for name, section in sections(text).items():
                 if self._version_of(section) == version:
                     text = without_section(text, name)
+                    if "lora" in section:  # of a killed push, nothing else tells the base's file
+                        base = base or PurePosixPath(section.get("model", "")).name
             if text != self._presets():
                 self._write(text)
-                router.models(reload=True)
             used = {section.get("model") for section in sections(text).values()}
-        for suffix in ("gguf", "lora"):
-            self._directory.remove(f"{version}.{suffix}", served.digest)
-        base = served.details.get("base")
-        if base is not None and self._directory.seen_by_server(base) not in used:
-            self._directory.remove(base, served.details["base_digest"])
+        try:
+            router.models(reload=True)
+        finally:  # the files are large, and a server that has died does not need them
+            self._directory.remove(f"{version}.gguf", served.digest)
+            # What is known of a killed push is the digest of the base's file.
+            self._directory.remove(f"{version}.lora", served.digest if "base" in details else "")
+            base_digest = details.get("base_digest", served.digest)
+            if base and base_digest and self._directory.seen_by_server(base) not in used:
+                self._directory.remove(base, base_digest)
 
     def probe(self, served: Served) -> LlamaCppProbe:
         """See `Probing`."""
@@ -293,11 +314,13 @@ class LlamaServer:
 
     def _presets(self) -> str:
         path = self._directory.here / FILE
-        return path.read_text(encoding="utf-8") if path.exists() else ""
+        with disk_errors(f"{FILE} cannot be read"):
+            return path.read_bytes().decode(*_ENCODING) if path.exists() else ""
 
     def _write(self, text: str) -> None:
         with self._directory.unfinished() as path:
-            path.write_text(text, encoding="utf-8")
+            with disk_errors(f"{FILE} cannot be written"):
+                path.write_bytes(text.encode(*_ENCODING))
             self._directory.publish(path, FILE)
 
     def _write_section(self, name: str, options: Mapping[str, str]) -> None:

@@ -20,6 +20,7 @@ from ..base_models import hash_base_model
 from ..errors import (
     AlreadyExistsError,
     BaseModelMismatch,
+    CustomizedModelsError,
     InvalidOptionError,
     ServerAnswerError,
     ServerUnreachableError,
@@ -32,6 +33,7 @@ from ..files.digests import SHA256, hash_file
 from ..models import DeploymentEnvironment, Progress, Served, Status
 from .connection import Connection, Secrets, checked_settings, environment_variable
 from .http import JSONServer
+from .openai_api import base_card, cards
 from .protocol import AdapterBesideBase, Artifact, Plan, checked_options, chosen_served_name
 from .shared_directory import SETTINGS as DIRECTORY_SETTINGS
 from .shared_directory import SharedDirectory, version_name
@@ -126,7 +128,7 @@ class LoraServer:
             UnsupportedAdapterError: The server does not apply such an adapter, or not of that rank.
             BaseModelMismatch: The setting `base` names another one than the adapter's.
             UnsupportedError: It is not known which base model the server serves; or it is a
-                complete model that the server does not serve yet.
+                complete model that the server does not serve yet, or a finished GGUF file.
         """
         checked_options(options, self.options)
         name = chosen_served_name(artifact, served_name)
@@ -135,6 +137,8 @@ class LoraServer:
                 f"{self.tool} serves models as they are (asked for {artifact.quantization}); it "
                 f"has a setting of its own, --quantization"
             )
+        if artifact.finished:
+            raise UnsupportedError(f"{self.tool} serves no GGUF file: deploy without gguf=")
         if artifact.adapter_config is None:
             return self.plan_of_complete(artifact, name, options)
         refuse_unless_plain(artifact.adapter_config)
@@ -187,9 +191,13 @@ class LoraServer:
                 server, version, self._directory.seen_by_server(version), in_place=False
             )
             progress("loading", 1, 1)
-        except BaseException:
-            self._unload(server, version, version)
-            self._directory.remove(version, "")
+        except BaseException as error:
+            try:
+                self._unload(server, version, version)
+            except CustomizedModelsError as second:
+                error.add_note(f"{shown(version)} may be loaded at the server: {second}")
+            finally:
+                self._directory.remove(version, "")
             raise
         name = self.called(version, plan.details["beside"])
         return Served(name, f"{server.url}/v1", "openai", digest, dict(plan.details))
@@ -292,19 +300,3 @@ class LoraServer:
             "base": self._base or self.served_base(server),
             "largest rank of adapters": self._max_rank,
         }
-
-
-def cards(server: JSONServer) -> dict[str, dict[str, Any]]:
-    """What the server lists, by the names that it goes by there."""
-    models = server.get("/v1/models").get("data")
-    if not isinstance(models, list) or not all(isinstance(model, dict) for model in models):
-        raise ServerAnswerError(f"the server at {server.url} does not list models")
-    return {str(model.get("id")): model for model in models}
-
-
-def base_card(server: JSONServer) -> dict[str, Any]:
-    """What the server lists of its base model."""
-    for card in cards(server).values():
-        if card.get("parent") is None:
-            return card
-    raise ServerAnswerError(f"the server at {server.url} lists no base model")

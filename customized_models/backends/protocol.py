@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
-from attrs import field, frozen
+from attrs import Attribute, field, frozen
 
 from ..errors import InvalidOptionError, shown
 from ..gguf import GGUFFile
@@ -68,6 +68,10 @@ class Artifact(Protocol):
     @property
     def template(self) -> DeploymentTemplate | None:
         """The base model's deployment template."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether `gguf` gives a finished file of the caller's; nothing else is given then."""
 
     def check_gguf(self) -> None:
         """Whether `gguf` can give a file, as far as the configuration tells.
@@ -296,6 +300,12 @@ def checked_options(options: object, expected: type[_Options]) -> _Options:
             f"options must be {expected.__name__}(...), not {shown(type(options).__name__)}"
         )
     return options
+
+
+def positive_or_none(_: object, attribute: Attribute[Any], value: object) -> None:
+    """Validator of an option that is a positive int, or None; else `InvalidOptionError`."""
+    if value is not None and not (type(value) is int and 0 < value < 1 << 31):
+        raise InvalidOptionError(f"{attribute.name} must be a positive int, not {shown(value)}")
 
 
 def chosen_served_name(artifact: Artifact, served_name: str | None) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from ..base_models import hash_base_model
 from ..deploying.templates.chat_template import ChatTemplate
@@ -27,12 +27,11 @@ from ..errors import (
 )
 from ..models import Progress, Served
 from .http import JSONServer
-from .lora_server import LOAD_SECONDS, LoraServer, cards
+from .lora_server import LOAD_SECONDS, LoraServer
+from .openai_api import ANSWER_SECONDS, cards
 from .protocol import Artifact, Plan
 
 __all__ = ["VLLM", "VLLMOptions"]
-
-_ANSWER_SECONDS = 600.0  # a few tokens of a large model on a slow processor
 
 
 @frozen
@@ -122,25 +121,38 @@ class VLLM(LoraServer):
 
     def version(self, served: Served) -> Served:
         """See `Promoting.version`."""
-        return served if "complete" in served.details else super().version(served)
+        if "complete" not in served.details:
+            return super().version(served)
+        return evolve(served, details={"complete": served.details["complete"]})
 
     def promote(self, served: Served, name: str, replaced: Any) -> Served:
-        """See `Promoting.promote`."""
-        if "complete" in served.details:
-            return served
-        return super().promote(served, name, replaced)
+        """See `Promoting.promote`. Details of a complete model: `proven` as well from now on."""
+        if "complete" not in served.details:
+            return super().promote(served, name, replaced)
+        server, proven = self.server(), {**served.details, "proven": True}
+        if cards(server).get(name, {}).get("root") != served.details["complete"]:
+            raise ServerAnswerError(
+                f"vLLM at {server.url} does not serve {shown(served.details['complete'])} as "
+                f"{shown(name)} any more: start it with that, and try again"
+            )
+        return evolve(served, name=name, details=proven)
 
     def is_what_was_served(self, card: Mapping[str, Any], served: Served) -> bool:
-        """See `LoraServer.is_what_was_served`."""
-        if "complete" in served.details:
-            return bool(card.get("root") == served.details["complete"])
-        return super().is_what_was_served(card, served)
+        """See `LoraServer.is_what_was_served`; a complete model is there before it is deployed."""
+        if "complete" not in served.details:
+            return super().is_what_was_served(card, served)
+        return "proven" in served.details and card.get("root") == served.details["complete"]
 
     def undeploy(self, served: Served) -> None:
-        """See `LoraServer.undeploy`; a complete model is served for as long as the server runs."""
+        """See `LoraServer.undeploy`; a complete model is served for as long as the server runs.
+
+        One that was not proven was served before, and goes on being so.
+        """
         if "complete" not in served.details:
             super().undeploy(served)
-        elif served.name in cards(self.server()):
+            return
+        card = cards(self.server()).get(served.name)
+        if card is not None and self.is_what_was_served(card, served):
             raise UnsupportedError(
                 f"vLLM serves {shown(served.name)} for as long as it runs: stop the server, then "
                 f"undeploy"
@@ -166,7 +178,7 @@ class VLLMProbe:
     def greedy(self, prompt: str, count: int) -> str:
         """See `Probe.greedy`."""
         body = {"model": self.name, "prompt": prompt, "max_tokens": count, "temperature": 0}
-        answer = self.server.post("/v1/completions", body, seconds=_ANSWER_SECONDS)
+        answer = self.server.post("/v1/completions", body, seconds=ANSWER_SECONDS)
         choices = answer.get("choices")
         if not isinstance(choices, list) or not choices:
             raise ServerAnswerError(f"vLLM at {self.server.url} gives no choices")

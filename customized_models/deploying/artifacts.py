@@ -72,8 +72,8 @@ class RegistryArtifact:
     Attributes:
         base: The base model's technical name.
         adapter_config: See `backends.Artifact.adapter_config`.
-        key: Under which the file that `gguf` gave is stored; None before, or if it was ready.
-        file: That file.
+        key: Under which the file that was given is stored; None before, or if it was ready.
+        file: What `gguf` gave; None before.
         types: The type of each tensor in it, by its name.
     """
 
@@ -126,6 +126,18 @@ class RegistryArtifact:
             raise UnsupportedArchitectureError(f"config.json of {self.model.name} names no class")
         return str(named[0])
 
+    @property
+    def finished(self) -> bool:
+        """See `backends.Artifact.finished`."""
+        return self._ready is not None
+
+    def _refuse_finished(self) -> None:
+        if self.finished:
+            raise UnsupportedError(
+                f"{shown(str(self._ready))} is a GGUF file, and the tool asks for another form of "
+                f"the model: deploy without gguf="
+            )
+
     def check_gguf(self) -> None:
         """See `backends.Artifact.check_gguf`."""
         if self._ready is None and self._llama_cpp is None:
@@ -134,14 +146,16 @@ class RegistryArtifact:
     def gguf(self, progress: Progress, *, chat_template: bool) -> GGUFFile:
         """See `backends.Artifact.gguf`."""
         self.check_gguf()
-        if self._ready is not None:
+        if self._ready is None:
+            self.file = self._made(self.model, progress, chat_template)
+        else:
             with model_source(self._shelf, self._base, self.model) as (source, _):
                 self.file = check_finished(self._ready, source, progress, llama_cpp=self._llama_cpp)
-            return self.file
-        return self._made(self.model, progress, chat_template)
+        return self.file
 
     def base_gguf(self, progress: Progress, *, chat_template: bool) -> GGUFFile:
         """See `backends.Artifact.base_gguf`."""
+        self._refuse_finished()
         self.check_gguf()
         return self._made(self._base, progress, chat_template)
 
@@ -158,7 +172,7 @@ class RegistryArtifact:
                 raise IntegrityError(
                     f"the file that was just written under {shown(key)} is damaged"
                 )
-        self.key, self.file = key, file
+        self.key = key
         return file
 
     def _recipe(self, model: BaseModel | Stored, chat_template: bool) -> dict[str, Any]:
@@ -225,6 +239,7 @@ class RegistryArtifact:
     @contextmanager
     def directory(self) -> Iterator[Path]:
         """See `backends.Artifact.directory`."""
+        self._refuse_finished()
         if self.quantization != "no_quantization":
             raise UnsupportedQuantizationError(
                 f"a model directory is not quantized here (asked for {self.quantization}); the "
@@ -249,6 +264,7 @@ class RegistryArtifact:
     @contextmanager
     def adapter(self) -> Iterator[AdapterBesideBase]:
         """See `backends.Artifact.adapter`."""
+        self._refuse_finished()
         if not is_adapter(self.model):
             raise UnsupportedError(f"{self.model.name} is a whole model, and has no adapter")
         with (

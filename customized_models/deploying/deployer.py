@@ -21,12 +21,14 @@ from ..backends import (
     Secrets,
     Tools,
     Unloading,
+    checked_options,
     environment_variable,
     moved_endpoint,
     open_backend,
 )
 from ..errors import (
     AlreadyExistsError,
+    CustomizedModelsError,
     DeploymentError,
     NoEnvironmentError,
     NoTemplateError,
@@ -68,6 +70,7 @@ Stored: TypeAlias = "CustomizedModel | CompleteModel"
 
 _RENDER_SECONDS = 120.0  # a chat template is somebody's program, and may not come to an end
 UNLOAD_SECONDS = 10.0  # an answer of ordinary length is finished by then
+_UNKNOWN = "answers under way were not waited for: the tool does not tell of them"
 
 
 @frozen
@@ -78,7 +81,7 @@ class EnvironmentReport:
         environment: As it is recorded.
         reachable: Whether the server answers; None where the backend needs none.
         told: Its version, and what it can do.
-        error: Why it cannot be reached, in words.
+        error: Why it cannot be reached or used, in words.
     """
 
     environment: DeploymentEnvironment
@@ -148,15 +151,16 @@ class Deployer:
             template: In place of the base model's deployment template; "infer" makes one from the
                 model's chat template.
             replace: Take over a served name that stands for something already; what had it is kept
-                for `rollback`.
-            gguf: A finished file of this model, to be served as it is.
+                for `rollback`. Not at tools that keep no versions, such as llama.cpp on this host:
+                undeploy what has the name first, or choose another.
+            gguf: A finished file of this model, to be served as it is by a tool that reads such.
             proofs: Which proofs are made: "content", "template" and "greedy", which loads the
                 complete model into memory.
             accept_failed: Proofs whose failure does not matter.
 
         Raises:
             NotFoundError: The model has been deleted.
-            UnsupportedError: Not an architecture or mode we can make.
+            UnsupportedError: Not an architecture or mode we can make, or nothing is replaced there.
             NoEnvironmentError: No environment to deploy to.
             NoTemplateError: The tool needs a deployment template; the message has one that fits,
                 if there is.
@@ -173,19 +177,25 @@ class Deployer:
         base = self._catalog.levels.get(BaseModel, known.base)
         recover_deployments(self._catalog, self._shelf, self._tools, environment=target.name)
         backend = open_backend(target, self._tools)
+        options = backend.options() if options is None else options
         request = DeployRequest(
             kind="customized" if isinstance(known, CustomizedModel) else "complete",
             model=known.name,
             environment=target.name,
             quantization=checked_quantization(quantization),
             served_name=_text_or_none("served_name", served_name),
-            options=to_document(backend.options() if options is None else options),
+            options=to_document(checked_options(options, backend.options)),
             template=_template(template),
             gguf=None if gguf is None else str(arguments.path("gguf", gguf).absolute()),
             replace=arguments.truth("replace", replace),
             proofs=checked_proofs(proofs, "proofs"),
             accept_failed=checked_proofs(accept_failed, "accept_failed"),
         )
+        if request.replace and not isinstance(backend, Promoting):
+            raise UnsupportedError(
+                f"the backend of {target.name} gives no name to a second model: undeploy what has "
+                f"it first, or choose another served_name"
+            )
         if template == "infer":
             request = evolve(request, template=self.propose_template(known).template)
         self._preflight(backend, target, known, request, options)
@@ -251,7 +261,6 @@ class Deployer:
     ) -> None:
         trial = live_name(model.name, uuid.uuid4(), request.quantization)
         with self._artifact(model, request, target, trial) as artifact:
-            options = backend.options() if options is None else options
             try:
                 plan = backend.preflight(artifact, request.served_name, options)
             except NoTemplateError as error:
@@ -325,7 +334,8 @@ class Deployer:
             live: The model.
             wait: Seconds for which answers under way may still be finished. After them the name is
                 taken away all the same, and the memory is freed as soon as the tool lets it: the
-                result's `note` says so.
+                result's `note` says so; also that nothing was waited for, where the tool does not
+                tell what is under way.
             forget: Only mark it as undeployed, because its server is gone for good.
 
         Raises:
@@ -358,7 +368,9 @@ class Deployer:
     def _take_off(self, live: LiveModel, wait: float) -> str:
         backend = self._backend_of(live)
         served = _at_the_tool(live, backend)
-        note = backend.unload(served, wait) if isinstance(backend, Unloading) else ""
+        note = _UNKNOWN if wait else ""
+        if isinstance(backend, Unloading):
+            note = backend.unload(served, wait)
         backend.undeploy(served)
         return note
 
@@ -403,12 +415,17 @@ class Deployer:
         Raises:
             NotFoundError: It has been deleted.
             InUseError: Another process is replacing, rolling back or undeploying it.
-            DeploymentError: It is not there.
+            DeploymentError: It is not there, or the other environment is another tool's.
         """
         target = self._environment(environment)
         known = self._catalog.levels.meant("live", live, LiveModel)
         with self._held(known, doing="the relocation") as (live,):
             old = self._catalog.levels.get(DeploymentEnvironment, live.environment)
+            if target.backend != old.backend:
+                raise DeploymentError(
+                    f"{live.name} is at {old.backend}, and {target.name} is {target.backend}: "
+                    f"deploy {live.source} there instead"
+                )
             endpoint = moved_endpoint(live.served.endpoint, old, target, self._tools)
             served = evolve(live.served, endpoint=endpoint)
             moved = evolve(live, environment=target.name, served=served)
@@ -431,14 +448,14 @@ class Deployer:
             if not isinstance(backend, Describing):
                 return EnvironmentReport(environment, None, {})
             return EnvironmentReport(environment, True, backend.describe())
-        except DeploymentError as error:
+        except CustomizedModelsError as error:
             return EnvironmentReport(environment, False, {}, str(error))
 
     def recover(self) -> list[str]:
         """As `ModelRegistry.recover`, and with the backends that this deployer was given.
 
         Raises:
-            DeploymentError: A tool cannot be asked now; the rest was done.
+            CustomizedModelsError: One cannot be finished or undone now; the rest was done.
         """
         return recover_deployments(self._catalog, self._shelf, self._tools)
 

@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from attrs import frozen
 
+from .. import arguments
 from ..backends import Probe
 from ..errors import InvalidOptionError, ProofFailedError, UnsupportedError, listed, shown
 from ..models import Proof, Quantization
@@ -34,9 +35,10 @@ def checked_proofs(names: str | Collection[str], what: str) -> tuple[str, ...]:
     """Names of proofs, in the order they are made; a lone one is one of them.
 
     Raises:
+        InvalidArgumentError: They are no texts.
         InvalidOptionError: One is unknown.
     """
-    every = {names} if isinstance(names, str) else set(names)
+    every = set(arguments.texts(what, names))
     if odd := every - set(PROOFS):
         raise InvalidOptionError(
             f"{what} names {listed(map(str, odd))}; there are {', '.join(PROOFS)}"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from attrs import evolve
 
 from ..backends import Promoting, Tools, open_backend
-from ..errors import CustomizedModelsError, DeploymentError, NotFoundError
+from ..errors import CustomizedModelsError, NotFoundError
 from ..files.manifest import MANIFEST, Manifest
 from ..files.reading import MAX_JSON
 from ..models import DeploymentEnvironment, LiveModel, Served, Status
@@ -32,7 +32,7 @@ def recover_deployments(
         environment: Only what was on its way there, if not None.
 
     Raises:
-        DeploymentError: A tool cannot be asked; the rest was done.
+        CustomizedModelsError: One cannot be finished or undone now; the rest was done.
     """
     done, failed = [], list[CustomizedModelsError]()
     for change in catalog.levels.unfinished():
@@ -40,7 +40,7 @@ def recover_deployments(
         if isinstance(live, LiveModel) and environment in (None, live.environment):
             try:
                 done += _recover(catalog, shelf, live, change, tools)
-            except DeploymentError as error:
+            except CustomizedModelsError as error:
                 failed.append(error)
     if done:
         shelf.trim("gguf/")

@@ -44,8 +44,8 @@ def run_deploy(work: Work, tools: Tools) -> None:
     deployment = _Deployment(work, request, environment, backend)
     try:
         deployment.run()
-    except BaseException:
-        deployment.take_back()
+    except BaseException as error:
+        deployment.take_back(error)
         raise
     with suppress(StorageError, DatabaseError):  # it is live; the next one trims as well
         work.shelf.trim("gguf/")
@@ -55,7 +55,8 @@ class _Deployment:
     """One deployment, and how far it has come.
 
     `intent`: as it is recorded; None before. `before`: the live model whose name it takes.
-    `promoted`: whether it may have taken it. `held`: keys of the cache that are kept for it.
+    `pushed`: whether it is at the tool. `promoted`: whether it may have the name. `held`: keys of
+    the cache that are kept for it.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class _Deployment:
         self.backend = backend
         self.intent: LiveModel | None = None
         self.before: LiveModel | None = None
+        self.pushed = False
         self.promoted = False
         self.held: list[str] = []
 
@@ -101,15 +103,24 @@ class _Deployment:
             needed = None if served.copied else artifact.key
             self._record(evolve(intent, served=served, proofs=proofs), needed)
 
-    def take_back(self) -> None:
-        """Undo what was done for a deployment that failed; its file stays for the next attempt."""
+    def take_back(self, error: BaseException) -> None:
+        """Undo what was done for a deployment that failed; its file stays for the next attempt.
+
+        What cannot be undone now stays recorded for whoever recovers, and `error` gets a note.
+        """
+        for step in (self._undo, self._let_go):
+            try:
+                step()
+            except Exception as second:  # a backend may be anybody's
+                error.add_note(f"not all of {self.work.name} was taken back: {second}")
+
+    def _undo(self) -> None:
         work = self.work
         if self.intent is not None:
-            if self.intent.served.digest:  # else the push has cleaned up after itself
+            if self.pushed:  # else the push has cleaned up after itself
                 self._take_off(self.intent.served)
             with work.catalog.database.write() as connection:
                 work.catalog.levels.drop(connection, self.intent, work.lease.owner)
-        self._let_go()
 
     def _promote(self, backend: Promoting, served: Served, name: str) -> Served:
         self.promoted = True
@@ -183,9 +194,10 @@ class _Deployment:
             )
         holder = called(connection, served_name, at, stage="visible")
         if holder is not None and not self.request.replace:
+            keeps = isinstance(self.backend, Promoting)
             raise AlreadyExistsError(
                 f"{holder.name} is served as {shown(served_name)} at {at}; choose another "
-                f"served_name, or say replace=True"
+                f"served_name, or {'say replace=True' if keeps else 'undeploy it first'}"
             )
         return holder
 
@@ -214,6 +226,7 @@ class _Deployment:
 
     def _note(self, intent: LiveModel, served: Served) -> None:
         """Write down what is at the tool now, under the name that it is to have."""
+        self.pushed = True
         self.intent = evolve(intent, served=evolve(served, name=intent.served.name))
         with self.work.catalog.database.write() as connection:
             self.work.lease.check(connection)

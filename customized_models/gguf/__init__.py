@@ -72,16 +72,13 @@ class GGUFPlan:
         return GGUFFile(path, size, digest)
 
 
-def check_architecture(config: Mapping[str, Any], llama_cpp: Path | None = None) -> None:
+def check_architecture(config: Mapping[str, Any]) -> None:
     """Whether a model with this `config.json` can become a GGUF file, by its class alone.
-
-    `llama_cpp`: a checkout of llama.cpp; its converter says when it plans whether it can.
 
     Raises:
         UnsupportedArchitectureError: it cannot; the message names the classes that can.
     """
-    if llama_cpp is None:
-        family_of(config)
+    family_of(config)
 
 
 def plan(

@@ -85,25 +85,12 @@ class _Pair:
 
 @frozen
 class AdapterPlan:
-    """An adapter's file that can be written.
-
-    Law: `plan.write(path, progress).size == plan.size`.
-    """
+    """An adapter's file that can be written."""
 
     _plan: GGUFPlan = field(repr=False)
     _tensors: tuple[Tensor, ...] = field(repr=False)
     _pairs: tuple[_Pair, ...] = field(repr=False)
     _alpha: float = field(repr=False)
-
-    @property
-    def size(self) -> int:
-        """Bytes of the whole file."""
-        return self._plan.size
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The matrices of the base's file that the adapter changes."""
-        return tuple(pair.name for pair in self._pairs)
 
     def write(self, path: Path, progress: Progress) -> GGUFFile:
         """Write the file, flushed to the disk, and try it; replaces what is there.

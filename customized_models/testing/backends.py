@@ -568,6 +568,10 @@ class _Sealed:
     def template(self) -> DeploymentTemplate | None:
         return self._artifact.template
 
+    @property
+    def finished(self) -> bool:
+        return self._artifact.finished
+
     def check_gguf(self) -> None:
         self._artifact.check_gguf()
 

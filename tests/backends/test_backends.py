@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -12,12 +13,10 @@ import httpx
 import psutil
 import pytest
 
-from customized_models.backends import open_backend
+from customized_models.backends import Describing, open_backend
 from customized_models.backends.llama_cpp import LlamaCpp
 from customized_models.backends.ollama import Ollama
-from customized_models.errors import (
-    InvalidOptionError,
-)
+from customized_models.errors import InvalidOptionError, MissingDependencyError
 from customized_models.models import (
     DeploymentEnvironment,
     Served,
@@ -124,3 +123,12 @@ def test_an_installed_package_adds_a_backend_by_its_entry_point(
 def test_a_timeout_that_is_no_time_is_refused(timeout: object) -> None:
     with pytest.raises(InvalidOptionError, match="timeout"):
         open_backend(DeploymentEnvironment("a", "llama_cpp", settings={"timeout": timeout}))
+
+
+def test_a_proxy_of_socks_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "socksio", None)  # as if it were not installed
+    settings = {"proxy": "socks5://127.0.0.1:9"}
+    backend = open_backend(DeploymentEnvironment("a", "ollama", "127.0.0.1", 9, settings=settings))
+    assert isinstance(backend, Describing)
+    with pytest.raises(MissingDependencyError, match=r"pip install 'httpx\[socks\]'"):
+        backend.describe()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -11,14 +14,17 @@ import attrs
 import httpx
 import pytest
 
-from customized_models import Deployer, ModelRegistry
-from customized_models.backends import Backend, open_backend, presets
+from customized_models import Deployer, JobLost, ModelRegistry
+from customized_models.backends import Backend, Promoting, open_backend, presets
 from customized_models.backends.llama_server import LlamaServerOptions
 from customized_models.errors import (
+    AlreadyExistsError,
     InvalidNameError,
     InvalidOptionError,
     ServedModelChangedError,
     ServerAnswerError,
+    ServerUnreachableError,
+    StorageError,
     UnsupportedAdapterError,
     UnsupportedError,
 )
@@ -33,6 +39,7 @@ from customized_models.testing import (
     tiny_lora,
 )
 from customized_models.testing.backends import tokens_generated
+from tests.deploying.workers import worker_of
 from tests.servers.adapter_artifact import AdapterArtifact
 from tests.servers.artifact import FileArtifact, ignore, no_gguf
 from tests.servers.llama_router import LlamaRouter, llama_router
@@ -109,9 +116,8 @@ def test_an_adapter_beside_its_base_answers_as_peft_does(
     for seed in (0, 1):
         adapter = adapter_of(base, tmp_path / str(seed), seed=seed).adapter_directory
         customized = registry.register(adapter, train_name=f"s{seed}", base_model="llama-exact")
-        job = deployer.deploy(
-            customized, served_name=f"s{seed}", options=BESIDE, proofs=("template", "greedy")
-        )
+        every = ("content", "template", "greedy")
+        job = deployer.deploy(customized, served_name=f"s{seed}", options=BESIDE, proofs=every)
         live.append(job.result(progress=False))
 
     for each in live:
@@ -122,6 +128,29 @@ def test_an_adapter_beside_its_base_answers_as_peft_does(
     deployer.undeploy(live[0])
     assert tokens_generated(live[1].served) > 0
     deployer.undeploy(live[1])
+    assert shared(router) == {presets.FILE}
+
+
+def test_what_a_killed_deployment_beside_a_base_left_is_taken_back(
+    registry: ModelRegistry,
+    router: LlamaRouter,
+    environment: DeploymentEnvironment,
+    base: Path,
+    tmp_path: Path,
+) -> None:
+    registry.add_base_model("llama-exact", base)
+    registry.add_environment(environment)
+    adapter = adapter_of(base, tmp_path).adapter_directory
+    customized = registry.register(adapter, train_name="support", base_model="llama-exact")
+    job = Deployer(registry).deploy(customized, served_name="killed", options=BESIDE)
+    while not list(router.models.glob("*.lora")) and job.ended is None:
+        time.sleep(0.001)
+    with router.stopped():
+        os.kill(worker_of(registry, str(job.id)), signal.SIGKILL)
+    with pytest.raises(JobLost):
+        job.result(progress=False)
+    assert len(shared(router)) > 1
+    assert registry.recover() == [f"undid the deployment of {job.name} at here"]
     assert shared(router) == {presets.FILE}
 
 
@@ -168,6 +197,14 @@ def test_a_complete_model_has_no_base_to_be_beside(
         backend.preflight(artifact, "new", BESIDE)
 
 
+def test_a_finished_file_is_not_served_beside_a_base(
+    backend: Backend, base: Path, tmp_path: Path
+) -> None:
+    finished = attrs.evolve(adapter_of(base, tmp_path), finished=True)
+    with pytest.raises(UnsupportedError, match="gguf="):
+        backend.preflight(finished, "new", BESIDE)
+
+
 def test_a_file_that_llama_cpp_cannot_load_leaves_nothing(
     router: LlamaRouter, backend: Backend, artifact: FileArtifact, tmp_path: Path
 ) -> None:
@@ -175,6 +212,28 @@ def test_a_file_that_llama_cpp_cannot_load_leaves_nothing(
     with pytest.raises(ServerAnswerError, match="did not load"):
         deployed(backend, wrong, "wrong")
     assert shared(router) == {presets.FILE}
+
+
+def test_a_server_that_dies_while_it_loads_leaves_no_files(
+    built_llama_cpp: Path, artifact: FileArtifact, tmp_path: Path
+) -> None:
+    with llama_router(tmp_path) as router:
+        settings = {"models_directory": str(router.models), "timeout": 5}
+        environment = DeploymentEnvironment(
+            "here", "llama_server", "127.0.0.1", router.port, settings=settings
+        )
+        backend = open_backend(environment)
+        plan = backend.preflight(artifact, "dying", backend.options())
+
+        def kill(phase: str, done: int, total: int) -> None:
+            if phase == "loading":
+                os.kill(router.pid, signal.SIGKILL)
+
+        with pytest.raises(ServerUnreachableError) as caught:
+            backend.push(plan, kill)
+        assert "may be left at the server" in caught.value.__notes__[-1]
+        assert shared(router) == {presets.FILE}
+        assert presets.sections((router.models / presets.FILE).read_text()) == {}
 
 
 def test_a_file_that_was_changed_is_left_alone(
@@ -206,6 +265,40 @@ def test_models_and_comments_of_others_stay_in_the_file_of_presets(
     assert file.read_text().rstrip() == others.rstrip()
     file.write_text("")
     httpx.get(f"http://127.0.0.1:{router.port}/models?reload=1")
+
+
+def test_a_version_that_is_not_in_the_file_of_presets_any_more_takes_no_name(
+    router: LlamaRouter, backend: Backend, artifact: FileArtifact
+) -> None:
+    assert isinstance(backend, Promoting)
+    plan = backend.preflight(artifact, "emptied", backend.options())
+    served = backend.push(plan, ignore)
+    (router.models / presets.FILE).write_text("")
+    with pytest.raises(ServerAnswerError, match="has no section 'emptied"):
+        backend.promote(served, "emptied", [])
+    backend.undeploy(served)
+    assert shared(router) == {presets.FILE}
+
+
+def unasked(models: Path) -> Promoting:
+    """A backend whose server is not asked."""
+    settings = {"models_directory": str(models)}
+    environment = DeploymentEnvironment("here", "llama_server", "127.0.0.1", settings=settings)
+    backend = open_backend(environment)
+    assert isinstance(backend, Promoting)
+    return backend
+
+
+def test_a_file_of_presets_that_cannot_be_read_is_an_error_of_the_disk(tmp_path: Path) -> None:
+    (tmp_path / presets.FILE).mkdir()
+    with pytest.raises(StorageError, match=f"{presets.FILE} cannot be read"):
+        unasked(tmp_path).refuse_taken("theirs", [])
+
+
+def test_a_file_of_presets_may_have_comments_of_any_encoding(tmp_path: Path) -> None:
+    (tmp_path / presets.FILE).write_bytes(b"; f\xfcr uns\n[theirs]\nmodel = /elsewhere\n")
+    with pytest.raises(AlreadyExistsError, match="already serves something under 'theirs'"):
+        unasked(tmp_path).refuse_taken("theirs", [])
 
 
 def test_a_server_of_one_model_is_refused_with_the_way_to_start_a_router(

@@ -143,3 +143,19 @@ def test_an_adapter_of_another_base_is_refused(
     with pytest.raises(BaseModelMismatch, match="not the base model of the adapter"):
         backend.push(plan, ignore)
     assert files_in(models) == set()
+
+
+def test_a_finished_file_is_refused(backend: Backend, artifact: AdapterArtifact) -> None:
+    with pytest.raises(UnsupportedError, match="deploy without gguf="):
+        backend.preflight(attrs.evolve(artifact, finished=True), "new", backend.options())
+
+
+def test_a_server_that_dies_while_it_loads_leaves_no_directory(
+    sglang: SGLangStandIn, backend: Backend, artifact: AdapterArtifact, models: Path
+) -> None:
+    plan = backend.preflight(artifact, "support", backend.options())
+    sglang.dies = True
+    with pytest.raises(ServerAnswerError, match="broken off") as caught:
+        backend.push(plan, ignore)
+    assert "may be loaded at the server" in caught.value.__notes__[-1]
+    assert files_in(models) == set()

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from customized_models import (
+    AlreadyExistsError,
     BaseModelMismatch,
     CompleteModel,
     CustomizedModel,
@@ -22,11 +23,14 @@ from customized_models import (
     LiveModel,
     Merger,
     ModelRegistry,
+    Served,
     ServedModelChangedError,
+    ServerAnswerError,
     Status,
     UnsupportedError,
     UnsupportedQuantizationError,
 )
+from customized_models.backends import Probe
 from customized_models.deploying.artifacts import RegistryArtifact
 from customized_models.gguf import GGUFFile
 from customized_models.testing import CopyingStorage, tiny_llama, tiny_lora
@@ -197,6 +201,54 @@ def test_a_backend_of_somebody_elses_gets_any_form_and_names_its_own_api(
     assert registry.add_third_party(live).api == "shelf/1"
     deployer.undeploy(live)
     assert deployer.status(live) is Status.ABSENT
+
+
+def test_a_name_is_not_replaced_where_the_tool_keeps_no_versions(
+    registry: ModelRegistry, customized: CustomizedModel, there: DeploymentEnvironment
+) -> None:
+    deployer = Deployer(registry, backends=BACKENDS)
+    options = {"options": Options("adapter"), "served_name": "support"}
+    live = deployer.deploy(customized, **options).result(progress=False)
+    with pytest.raises(UnsupportedError, match="undeploy what has it first, or choose another"):
+        deployer.deploy(customized, replace=True, **options)
+    with pytest.raises(AlreadyExistsError, match="or undeploy it first"):
+        deployer.deploy(customized, **options).result(progress=False)
+    assert registry.get(LiveModel, live.name).state == "live"
+    assert "were not waited for" in deployer.undeploy(live, wait=60).note
+
+
+def test_a_finished_file_is_not_ignored_by_a_tool_that_asks_for_another_form(
+    registry: ModelRegistry,
+    customized: CustomizedModel,
+    there: DeploymentEnvironment,
+    tmp_path: Path,
+) -> None:
+    deployer = Deployer(registry, backends=BACKENDS)
+    job = deployer.deploy(customized, options=Options("adapter"), gguf=tmp_path / "file.gguf")
+    with pytest.raises(UnsupportedError, match="deploy without gguf="):
+        job.result(progress=False)
+    assert list((tmp_path / "served").iterdir()) == []
+
+
+class Unasked(Shelf):
+    """It gives no digest, and does not answer when it is asked for proofs."""
+
+    def probe(self, served: Served) -> Probe:
+        raise ServerAnswerError("no answer")
+
+
+def test_what_was_pushed_is_taken_back_though_it_has_no_digest(
+    registry: ModelRegistry,
+    customized: CustomizedModel,
+    there: DeploymentEnvironment,
+    tmp_path: Path,
+) -> None:
+    deployer = Deployer(registry, backends={"shelf": Unasked})
+    job = deployer.deploy(customized, options=Options("adapter"))
+    with pytest.raises(ServerAnswerError, match="no answer"):
+        job.result(progress=False)
+    assert list((tmp_path / "served").iterdir()) == []
+    assert deployer.recover() == []
 
 
 def test_what_somebody_changed_is_left_alone(

@@ -13,6 +13,7 @@ from customized_models import (
     Deployer,
     DeploymentEnvironment,
     InvalidArgumentError,
+    InvalidOptionError,
     ModelRegistry,
     NotFoundError,
 )
@@ -50,6 +51,27 @@ def test_a_wrong_type_is_an_error_that_names_what_to_pass(
     with pytest.raises(InvalidArgumentError, match=f"^{name.split()[0]} takes "):
         CALLS[name](Deployer(registry), customized, value)
     assert list(registry.jobs()) == []
+
+
+@pytest.mark.parametrize("value", [None, 3.5, b"x", [["content"]]], ids=repr)
+@pytest.mark.parametrize("name", ["proofs", "accept_failed"])
+def test_proofs_are_named_by_texts(
+    registry: ModelRegistry, tiny_adapter: Path, name: str, value: object
+) -> None:
+    registry.add_environment(DeploymentEnvironment("here", "llama_cpp"))
+    customized = registry.register(tiny_adapter, train_name="support")
+    with pytest.raises(InvalidArgumentError, match=f"{name} takes "):
+        Deployer(registry).deploy(customized, **{name: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("options", [object(), {"context": 1}, "x"], ids=["object", "dict", "str"])
+def test_options_of_another_type_are_refused_by_the_name_of_the_right_one(
+    registry: ModelRegistry, tiny_adapter: Path, options: object
+) -> None:
+    registry.add_environment(DeploymentEnvironment("here", "llama_cpp"))
+    customized = registry.register(tiny_adapter, train_name="support")
+    with pytest.raises(InvalidOptionError, match=r"options must be LlamaCppOptions\(\.\.\.\)"):
+        Deployer(registry).deploy(customized, options=options)
 
 
 def test_a_template_that_is_text_is_refused(registry: ModelRegistry, tiny_adapter: Path) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import attrs
 import pytest
@@ -12,15 +13,18 @@ from customized_models import (
     CustomizedModel,
     Deployer,
     DeploymentEnvironment,
+    DeploymentError,
     DeploymentTemplate,
     InUseError,
     LiveModel,
+    MissingDependencyError,
     ModelRegistry,
     NotFoundError,
     ServerUnreachableError,
     Status,
 )
 from customized_models.backends import moved_endpoint
+from tests.deploying.third_party import Shelf
 from tests.servers.artifact import at
 from tests.servers.counting_proxy import counting_proxy
 from tests.servers.stand_in import StandIn, stand_in
@@ -82,6 +86,37 @@ def test_a_model_whose_server_is_another_environments_now_is_relocated(
     registry.delete(registry.get(DeploymentEnvironment, "here"))
     deployer.undeploy(moved)
     assert server.models == {}
+
+
+def test_a_model_is_not_relocated_to_another_tool(
+    registry: ModelRegistry, customized: CustomizedModel, server: StandIn
+) -> None:
+    deployer = Deployer(registry)
+    registry.add_environment(at(server))
+    live = deploy(registry, customized)
+    registry.add_environment(DeploymentEnvironment("there", "llama_cpp"))
+    with pytest.raises(DeploymentError, match=f"there is llama_cpp: deploy {customized.name} "):
+        deployer.relocate(live, "there")
+    assert deployer.status(live) is Status.LIVE
+
+
+class Uninstalled(Shelf):
+    """What it needs is not there."""
+
+    def describe(self) -> Mapping[str, Any]:
+        raise MissingDependencyError("it needs a package: pip install it")
+
+
+def test_an_environment_that_cannot_be_used_does_not_hide_the_others(
+    registry: ModelRegistry, server: StandIn
+) -> None:
+    registry.add_environment(at(server))
+    registry.add_environment(DeploymentEnvironment("tool", "shelf", settings={"directory": "/"}))
+    deployer = Deployer(registry, backends={"shelf": Uninstalled})
+    told = {each.environment.name: each for each in deployer.environments()}
+    assert told["here"].reachable
+    assert not told["tool"].reachable
+    assert "pip install it" in told["tool"].error
 
 
 def test_an_environment_gets_no_other_backend_while_it_serves(

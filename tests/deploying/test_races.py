@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import sqlite3
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +27,7 @@ from customized_models import (
 )
 from customized_models.backends.ollama import OllamaOptions
 from customized_models.testing import tiny_llama, tiny_lora
+from tests.deploying.workers import worker_of
 from tests.servers.artifact import at
 from tests.servers.stand_in import Handler, StandIn, stand_in
 
@@ -256,15 +255,6 @@ def test_what_is_still_answered_is_said_in_the_note_of_what_was_undeployed(
     server.loaded[NAME] = server.models[NAME]
     assert deployer.undeploy(live).note == ""
     assert server.loaded == {}
-
-
-def worker_of(registry: ModelRegistry, job: str) -> int:
-    """The process that does a job."""
-    with sqlite3.connect(registry.root / "registry.db") as connection:
-        query = "SELECT process FROM leases WHERE owner = ?"
-        (process,) = connection.execute(query, (job,)).fetchone()
-    connection.close()
-    return int(json.loads(process)["pid"])
 
 
 class Killing:

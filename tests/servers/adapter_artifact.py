@@ -34,6 +34,7 @@ class AdapterArtifact:
     base: str = "llama-tiny"
     quantization: Quantization = "no_quantization"
     template: DeploymentTemplate | None = TEMPLATE
+    finished: bool = False
 
     @property
     def adapter_config(self) -> Mapping[str, Any]:

@@ -44,6 +44,7 @@ class FileArtifact:
     adapter_config: None = None
     quantization: Quantization = "no_quantization"
     template: DeploymentTemplate | None = TEMPLATE
+    finished: bool = False
 
     def check_gguf(self) -> None:
         """It has them."""

@@ -20,13 +20,14 @@ from tests.servers.counting_proxy import running
 
 @define
 class SGLangStandIn:
-    """Its state: `adapters` are directories by name."""
+    """Its state: `adapters` are directories by name. `dies`: at the next that is posted."""
 
     base: Path
     called: str
     port: int = 0
     adapters: dict[str, str] = field(factory=dict)
     posted: list[str] = field(factory=list)
+    dies: bool = False
 
     def listing(self) -> dict[str, Any]:
         base = {"id": self.called, "root": self.called, "parent": None}
@@ -67,6 +68,10 @@ def sglang_stand_in(base: Path, called: str = "base") -> Iterator[SGLangStandIn]
 
         def do_POST(self) -> None:
             state.posted.append(self.path)
+            if state.dies:
+                server.shutdown()
+                server.server_close()
+                return
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             call = {"/load_lora_adapter": state.load, "/unload_lora_adapter": state.unload}
             self.answer(*(call[self.path](body) if self.path in call else (404, {})))
