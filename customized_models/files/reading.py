@@ -70,8 +70,9 @@ def python_json(data: bytes | bytearray, what: str) -> Any:
 
     def agreeing(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
-        if len(result) != len(pairs) and any(result[key] != value for key, value in pairs):
-            raise ValueError("a key stands twice in one object, with different values")
+        for key, value in pairs if len(result) != len(pairs) else ():
+            if result[key] != value:
+                raise ValueError(f"{shown(key)} stands twice in one object, with different values")
         return result
 
     return _parsed(data, what, "JSON", agreeing)
