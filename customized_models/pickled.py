@@ -78,13 +78,13 @@ def convert_pickle(directory: str | os.PathLike[str], destination: str | os.Path
 
 def _pickles_in(source: Path) -> dict[str, tuple[str, Path]]:
     """For each file of tensors to write: the pickle's name, and its file with links followed."""
-    if there := [name for name in (WEIGHTS, SINGLE, INDEX) if os.path.lexists(source / name)]:
-        raise UnsupportedAdapterError(
-            f"{shown(source)} has {there[0]} already, and can be registered as it is"
-        )
-    for pickle, target in {**dict.fromkeys(PICKLED, WEIGHTS), FULL_PICKLED: SINGLE}.items():
+    _refuse_converted(source, WEIGHTS)
+    for pickle in PICKLED:
         if os.path.lexists(source / pickle):
-            return {target: (pickle, _checked(source, pickle, target))}
+            return {WEIGHTS: (pickle, _checked(source, pickle, WEIGHTS))}
+    _refuse_converted(source, SINGLE, INDEX)
+    if os.path.lexists(source / FULL_PICKLED):
+        return {SINGLE: (FULL_PICKLED, _checked(source, FULL_PICKLED, SINGLE))}
     if not os.path.lexists(source / FULL_INDEX):
         raise MalformedError(
             f"{shown(source)} has none of {', '.join((*PICKLED, FULL_PICKLED, FULL_INDEX))}"
@@ -101,6 +101,13 @@ def _pickles_in(source: Path) -> dict[str, tuple[str, Path]]:
         target: (shard, _checked(source, shard, SINGLE))
         for target, shard in zip(targets, shards, strict=True)
     }
+
+
+def _refuse_converted(source: Path, *names: str) -> None:
+    if there := [name for name in names if os.path.lexists(source / name)]:
+        raise UnsupportedAdapterError(
+            f"{shown(source)} has {there[0]} already, and can be registered as it is"
+        )
 
 
 def _checked(source: Path, pickle: str, target: str) -> Path:
