@@ -68,7 +68,7 @@ from .registering import Training, register
 from .search import Moment, is_pattern, since_and_until
 from .shelf import GRACE_SECONDS, Litter, Shelf
 from .storage import LocalStorage, Storage, open_storage
-from .usage import DeletionPlan, Usage, plan_deletion, usage_of
+from .usage import DeletionPlan, Usage
 from .values import value_of
 
 if TYPE_CHECKING:
@@ -854,13 +854,16 @@ class ModelRegistry:
         """Drop the bytes of a complete model and keep its recipe, from which they can be rebuilt.
 
         It stays in every list, with its name, digest and card. `checkout` and `Deployer.deploy`
-        rebuild it; so does `rebuild`. What it was made of cannot be deleted meanwhile. Evicting
-        again is fine.
+        rebuild it; so does `rebuild`. What it was made of cannot be deleted meanwhile, and must lie
+        here: else these bytes may be the last. Aliases, protected ones as well, stay and do not
+        hinder it. Evicting again is fine.
 
         Raises:
             NotFoundError: It has been deleted, or what it was made of.
-            BaseModelMismatch: Its base model is another one now.
-            InUseError: Naming who reads it, or is served from its directory.
+            BaseModelMissingError, BaseModelMismatch: Its base model is gone, or another one now.
+            InUseError: Naming who reads it, or is served from its directory; or its card was
+                changed meanwhile.
+            IntegrityError: What it was made of is damaged.
             StorageError: A disk failed; if it is evicted all the same, `gc` removes its bytes.
         """
         known = self.catalog.levels.meant("complete", complete, CompleteModel)
@@ -942,11 +945,11 @@ class ModelRegistry:
             InvalidArgumentError: Several have that name.
         """
         known = self.catalog.levels.meant("value", value, *KINDS)
-        return plan_deletion(self.catalog, known)
+        return self.catalog.usage.plan_deletion(known)
 
     def usage(self) -> Usage:
         """What the registry's bytes are spent on, and how many could be reclaimed."""
-        return usage_of(self.catalog, self.shelf)
+        return self.catalog.usage.usage(self.shelf.bytes_of("gguf/"))
 
     def recover(self) -> list[str]:
         """Finish or undo what killed processes left half-way, here and at deployment tools.

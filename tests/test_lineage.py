@@ -219,3 +219,7 @@ def test_usage_counts_the_bytes_of_all_files(
     again = ModelRegistry(registry.root)
     again.reindex()
     assert again.usage().complete == usage.complete
+    damaged = registry.root / "gguf" / "damaged"
+    damaged.mkdir(parents=True)
+    (damaged / "manifest.json").write_text("{")
+    assert registry.usage() == usage

@@ -165,7 +165,8 @@ class Merger:
     @contextmanager
     def _parents(self, complete: CompleteModel) -> Iterator[tuple[BaseModel, CustomizedModel]]:
         """What it was made of, kept while the block lasts."""
-        base, customized = parents_of(self._catalog, complete)
+        with self._catalog.database.read() as connection:
+            base, customized = parents_of(self._catalog, connection, complete)
         with self._shelf.checkout(customized), self._shelf.checkout(base):
             yield base, customized
 
