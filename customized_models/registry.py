@@ -43,7 +43,7 @@ from .hub import HubCommit
 from .jobs.bar import Bar
 from .jobs.job import Job
 from .jobs.queue import JobQueue
-from .labels import Labels, checked_alias, checked_description, checked_tags
+from .labels import Labels, Reference, checked_alias, checked_description, checked_tags
 from .lineage import Lineage, lineage_of
 from .models import (
     JOB_STATES,
@@ -702,10 +702,16 @@ class ModelRegistry:
             since: Then or later.
             until: Before that.
         """
+
+        Raises:
+            InvalidNameError: An alias has a character that is not allowed.
         name = None if about is None else arguments.name_of("about", about, *KINDS)
         if action is not None:
+        if name is not None and (reference := Reference.parse(name)):
+            name = str(reference)
+        kind = None if about is None or isinstance(about, str) else type(about)
             arguments.choice("action", action, ACTIONS)
-        return self.catalog.events.listing(name, action, since_and_until(since, until))
+        return self.catalog.events.listing(name, kind, action, since_and_until(since, until))
 
     def subscribe(
         self, call: Callable[[Event], object], *, after: int | None = None
@@ -720,11 +726,17 @@ class ModelRegistry:
         Args:
             call: What is called.
             after: The number of an event: all later ones are told as well, so that nothing is
-                missed between two runs of a program.
+                missed between two runs of a program. 0 for all.
+
+        Raises:
+            InvalidArgumentError: No event has the number yet, as in a database that was made again.
         """
         if not callable(call):
             raise arguments.refused("call", call, "a function that takes an event")
-        last = self.catalog.events.newest() if after is None else arguments.whole("after", after)
+        newest = self.catalog.events.newest()
+        last = newest if after is None else arguments.whole("after", after)
+        if not 0 <= last <= newest:
+            raise InvalidArgumentError(f"after takes the number of an event, 0 to {newest}")
         return Subscription(self.catalog.events.newer, call, last)
 
     def lineage(
