@@ -432,9 +432,9 @@ class ModelRegistry:
             HubError: The Hub does not answer or refuses.
         """
         stored = self.catalog.levels.meant("model", model, CustomizedModel, CompleteModel)
-        where = _hub(endpoint, token)
+        where, name = _hub(endpoint, token), arguments.text("repository", repository)
         pushed = hub.push(
-            self.catalog, self.shelf, where, stored, repository, private=private, revision=revision
+            self.catalog, self.shelf, where, stored, name, private=private, revision=revision
         )
         _log.info("%s is at %s", stored.name, pushed.url)
         return pushed
@@ -517,7 +517,7 @@ class ModelRegistry:
             base: Of this base model.
             train_name: Of this training; a pattern if it has `*` for any text or `?` for any
                 character.
-            since: Made then or later; a date begins at midnight in UTC.
+            since: Made then or later; a date begins at midnight in UTC, and a time has a time zone.
             until: Made before that.
 
         Raises:
@@ -1070,7 +1070,7 @@ def _with_metrics(card: ModelCard, new: Mapping[str, float]) -> ModelCard:
 def _filter(label: object) -> str | None:
     """A train name, or a pattern of some, which are in lower case."""
     if isinstance(label, str) and is_pattern(label):
-        return label.lower()
+        return arguments.text("train_name", label).lower()
     return None if label is None else train_name_of(label)
 
 
