@@ -389,6 +389,7 @@ class ModelRegistry:
         Raises:
             InvalidArgumentError: An argument is of another type.
             NotFoundError: The model has been deleted.
+            EvictedError: Its bytes, which the card lies beside, were dropped; `rebuild` it first.
         """
         new = {
             name: arguments.finite(f"metrics[{name!r}]", value)
@@ -701,15 +702,15 @@ class ModelRegistry:
             action: Only these.
             since: Then or later.
             until: Before that.
-        """
 
         Raises:
             InvalidNameError: An alias has a character that is not allowed.
+        """
         name = None if about is None else arguments.name_of("about", about, *KINDS)
-        if action is not None:
         if name is not None and (reference := Reference.parse(name)):
             name = str(reference)
         kind = None if about is None or isinstance(about, str) else type(about)
+        if action is not None:
             arguments.choice("action", action, ACTIONS)
         return self.catalog.events.listing(name, kind, action, since_and_until(since, until))
 
@@ -901,6 +902,7 @@ class ModelRegistry:
 
         Raises:
             NotFoundError: It has been deleted.
+            EvictedError: Its bytes were dropped; `rebuild` makes them again, and compares them.
             IntegrityError: Naming the files that differ.
         """
         stored = self.catalog.levels.meant("model", model, CustomizedModel, CompleteModel)
@@ -922,7 +924,8 @@ class ModelRegistry:
         """Remove one thing and nothing else, given by itself or by its name.
 
         A base model's own files stay; a customized model's complete and live models stay; a live
-        model must be undeployed first.
+        model must be undeployed first. A protected alias keeps a model from being deleted, and from
+        nothing else: it can be undeployed and evicted.
 
         Raises:
             NotFoundError: It is not there.
@@ -1004,7 +1007,8 @@ class ModelRegistry:
         """Make rows again for stored models that have none, or a damaged one, from manifests.
 
         Base models come back without a place, which `relocate_base_model` tells. What only the
-        database knew is lost: live models, environments, third-party models, jobs.
+        database knew is lost: tags, descriptions, aliases and what they protected, the log of
+        events, live models, environments, third-party models, jobs.
 
         Returns:
             The names of the models whose rows were made.
