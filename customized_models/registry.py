@@ -964,7 +964,7 @@ class ModelRegistry:
 
     def usage(self) -> Usage:
         """What the registry's bytes are spent on, and how many could be reclaimed."""
-        return self.catalog.usage.usage(self.shelf.bytes_of("gguf/"))
+        return self.catalog.usage.sizes(self.shelf.bytes_of("gguf/"))
 
     def recover(self) -> list[str]:
         """Finish or undo what killed processes left half-way, here and at deployment tools.

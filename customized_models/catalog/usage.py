@@ -38,7 +38,7 @@ class UsageRows:
                 freed=_size_of(connection, value),
             )
 
-    def usage(self, cached: int) -> Usage:
+    def sizes(self, cached: int) -> Usage:
         """See `ModelRegistry.usage`; of `cached` bytes there are no rows."""
         here = complete_models.c.evicted == 0
         placed = select(base_models.c.name).where(base_models.c.path.is_not(None))

@@ -141,6 +141,7 @@ class Merger:
                 give; the message names tensors and files.
             NotReproducible: They are not, but versions, threads or processor differ as well.
             NotFoundError: The complete model or one of its parents has been deleted.
+            EvictedError: Its bytes were dropped; `ModelRegistry.rebuild` compares what it makes.
             BaseModelMissingError, BaseModelMismatch: The base model's files are gone or changed.
         """
         known = self._complete(complete)
