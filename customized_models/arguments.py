@@ -81,7 +81,10 @@ def number(argument: str, value: object) -> float:
     """A number, such as numpy's too; `True` is none."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise refused(argument, value, "a number")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise InvalidArgumentError(f"{argument} takes a number of at most 1.8e308") from error
 
 
 def finite(argument: str, value: object) -> float:
@@ -100,13 +103,19 @@ def seconds(argument: str, value: object) -> float:
     return span
 
 
-def past(argument: str, value: object) -> datetime:
-    """A time that is not in the future, in UTC. One without a time zone is refused."""
+def moment(argument: str, value: object) -> datetime:
+    """A time; one without a time zone is refused, as nobody knows whose it is."""
     given = instance(argument, value, datetime, "a datetime with a time zone")
-    if given.tzinfo is None:
+    if given.utcoffset() is None:
         raise InvalidArgumentError(
             f"{argument} takes a datetime with a time zone, such as datetime.now(timezone.utc)"
         )
+    return given
+
+
+def past(argument: str, value: object) -> datetime:
+    """A time that is not in the future, in UTC. One without a time zone is refused."""
+    given = moment(argument, value)
     if given > datetime.now(UTC):
         raise InvalidArgumentError(f"{argument} takes a time that is not in the future")
     return given.astimezone(UTC)

@@ -246,9 +246,11 @@ def _tokens(path: Path) -> dict[str, int]:
     document = json_object(path)
     model = document.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    if isinstance(vocabulary, list):  # of Unigram: tokens with their scores
-        vocabulary = {str(pair[0]): n for n, pair in enumerate(vocabulary) if pair}
-    tokens = dict(vocabulary) if isinstance(vocabulary, dict) else {}
-    for added in document.get("added_tokens") or ():
-        tokens[str(added.get("content"))] = added.get("id")
+    try:
+        if isinstance(vocabulary, list):  # of Unigram: tokens with their scores
+            vocabulary = {token: number for number, (token, _) in enumerate(vocabulary)}
+        added = {one["content"]: one["id"] for one in document.get("added_tokens") or ()}
+        tokens = {**(vocabulary or {}), **added}
+    except (TypeError, ValueError, KeyError) as error:
+        raise MalformedError(f"{shown(path.name)} holds no tokens with their numbers") from error
     return tokens

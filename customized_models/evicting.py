@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import evolve
 
-from .errors import BaseModelMismatch, NotFoundError
+from .errors import BaseModelMismatch, IntegrityError, InUseError, NotFoundError
 from .files.manifest import MANIFEST, README
 from .files.reading import MAX_JSON
 from .files.writing import disk_errors, write_file
@@ -23,11 +23,15 @@ from .models import BaseModel, CompleteModel, CustomizedModel
 from .shelf import Shelf
 
 if TYPE_CHECKING:
+    from sqlalchemy import Connection
+
     from .catalog.catalog import Catalog
     from .catalog.leases import Lease
 
 
-def parents_of(catalog: Catalog, complete: CompleteModel) -> tuple[BaseModel, CustomizedModel]:
+def parents_of(
+    catalog: Catalog, connection: Connection, complete: CompleteModel
+) -> tuple[BaseModel, CustomizedModel]:
     """The very models that it was made of.
 
     Raises:
@@ -35,8 +39,8 @@ def parents_of(catalog: Catalog, complete: CompleteModel) -> tuple[BaseModel, Cu
         BaseModelMismatch: The base model is another one now.
     """
     try:
-        base = catalog.levels.get(BaseModel, complete.base)
-        customized = catalog.levels.get(CustomizedModel, complete.customized)
+        base = catalog.levels.in_transaction(connection, BaseModel, complete.base)
+        customized = catalog.levels.in_transaction(connection, CustomizedModel, complete.customized)
     except NotFoundError as error:
         raise NotFoundError(
             f"{complete.name} cannot be merged again: {error}. Once that has been added again "
@@ -57,28 +61,46 @@ def parents_of(catalog: Catalog, complete: CompleteModel) -> tuple[BaseModel, Cu
 
 def evict(catalog: Catalog, shelf: Shelf, complete: CompleteModel) -> CompleteModel:
     """See `ModelRegistry.evict`."""
-    if complete.evicted:
-        return complete
-    parents_of(catalog, complete)
-    catalog.leases.wait_for_other_hosts([complete.key])
-    evicted = evolve(complete, evicted=True)
+    catalog.leases.wait_for_other_hosts([complete.key, complete.recipe_key])
     with (
         catalog.lease() as lease,
         shelf.storage.staging(f"evict-{uuid.uuid4().hex}") as staging,
     ):
         with catalog.database.write() as connection:
-            catalog.levels.in_transaction(connection, CompleteModel, complete.name)
-            catalog.levels.refuse_while_served_from(connection, complete)
-            catalog.leases.refuse_if_held(connection, complete.key)
-            keys = [complete.key, complete.recipe_key]
-            lease.take(connection, keys, f"the eviction of {complete.name}")
-        _copy_record(shelf, complete.key, staging)
-        shelf.put(staging, complete.recipe_key)
+            known = catalog.levels.in_transaction(connection, CompleteModel, complete.name)
+            if known.evicted:
+                return known
+            base, customized = parents_of(catalog, connection, known)
+            _refuse_while_used(catalog, connection, known)
+            catalog.leases.refuse_if_held(connection, known.recipe_key)
+            keys = [known.recipe_key, customized.key, base.key]
+            lease.take(connection, keys, f"the eviction of {known.name}")
+        _refuse_unless_here(shelf, base, customized)
+        _copy_record(shelf, known.key, staging)
+        shelf.put(staging, known.recipe_key)
+        evicted = evolve(known, evicted=True)
         with catalog.database.write() as connection:
             lease.check(connection)
+            _refuse_while_used(catalog, connection, known)
+            if catalog.levels.in_transaction(connection, CompleteModel, known.name) != known:
+                raise InUseError(f"the card of {known.name} was changed meanwhile; evict it again")
             catalog.levels.put(connection, evicted, action="evicted", evicted=1)
-        shelf.remove(complete.key)
+        shelf.remove(known.key)
     return evicted
+
+
+def _refuse_while_used(catalog: Catalog, connection: Connection, complete: CompleteModel) -> None:
+    catalog.levels.refuse_while_served_from(connection, complete)
+    catalog.leases.refuse_if_held(connection, complete.key)
+
+
+def _refuse_unless_here(shelf: Shelf, base: BaseModel, customized: CustomizedModel) -> None:
+    """What it would be merged of must lie here before its own bytes, maybe the last, are gone."""
+    with shelf.opened(base):
+        pass
+    stored = shelf.manifest(customized.key).digest
+    if stored != customized.digest:
+        raise IntegrityError(f"{customized.name} is stored as {stored}, not as recorded")
 
 
 def put_back(
@@ -108,7 +130,8 @@ def put_back(
 
 def rebuild(catalog: Catalog, queue: JobQueue, complete: CompleteModel) -> Job[CompleteModel]:
     """See `ModelRegistry.rebuild`."""
-    base, customized = parents_of(catalog, complete)
+    with catalog.database.read() as connection:
+        base, customized = parents_of(catalog, connection, complete)
     arguments: dict[str, Any] = {"rebuilds": complete.name}
     return queue.submit(
         "rebuild",

@@ -13,10 +13,12 @@ from attrs import evolve, field, frozen
 
 from .backends import open_backend
 from .errors import (
+    BaseModelMismatch,
     BaseModelMissingError,
     CustomizedModelsError,
     DeploymentError,
     EvictedError,
+    IntegrityError,
     MalformedError,
     NotFoundError,
 )
@@ -191,8 +193,12 @@ class _Tracing:
         for kind in kinds:
             was = self.catalog.events.tombstone(kind, name, digest)
             if was is not None:
+                document = dict(was.before)
+                if kind is CustomizedModel:  # the log has this besides its fields
+                    stated = document.pop("base_digest", "")
+                    base_digest = base_digest or stated
                 try:
-                    link = self.upwards(from_document(kind, was.document), base_digest)
+                    link = self.upwards(from_document(kind, document), base_digest)
                 except MalformedError:  # it was written by another version
                     continue
                 note = f"deleted {was.time:%Y-%m-%d} by {was.who}"
@@ -258,8 +264,10 @@ def _checked_bytes(catalog: Catalog, shelf: Shelf, link: Link) -> Link:
         return link
     except (NotFoundError, BaseModelMissingError) as error:
         return evolve(link, state="missing", note=str(error))
-    except CustomizedModelsError as error:
+    except (IntegrityError, BaseModelMismatch, MalformedError) as error:
         return evolve(link, state="damaged", note=str(error))
+    except CustomizedModelsError as error:  # a disk, the database or a package: nothing is known
+        return evolve(link, note=f"it cannot be read now: {error}")
     return evolve(link, state="verified")
 
 

@@ -43,7 +43,7 @@ from .hub import HubCommit
 from .jobs.bar import Bar
 from .jobs.job import Job
 from .jobs.queue import JobQueue
-from .labels import Labels, checked_alias, checked_description, checked_tags
+from .labels import Labels, Reference, checked_alias, checked_description, checked_tags
 from .lineage import Lineage, lineage_of
 from .models import (
     JOB_STATES,
@@ -68,7 +68,7 @@ from .registering import Training, register
 from .search import Moment, is_pattern, since_and_until
 from .shelf import GRACE_SECONDS, Litter, Shelf
 from .storage import LocalStorage, Storage, open_storage
-from .usage import DeletionPlan, Usage, plan_deletion, usage_of
+from .usage import DeletionPlan, Usage
 from .values import value_of
 
 if TYPE_CHECKING:
@@ -389,6 +389,7 @@ class ModelRegistry:
         Raises:
             InvalidArgumentError: An argument is of another type.
             NotFoundError: The model has been deleted.
+            EvictedError: Its bytes, which the card lies beside, were dropped; `rebuild` it first.
         """
         new = {
             name: arguments.finite(f"metrics[{name!r}]", value)
@@ -432,9 +433,9 @@ class ModelRegistry:
             HubError: The Hub does not answer or refuses.
         """
         stored = self.catalog.levels.meant("model", model, CustomizedModel, CompleteModel)
-        where = _hub(endpoint, token)
+        where, name = _hub(endpoint, token), arguments.text("repository", repository)
         pushed = hub.push(
-            self.catalog, self.shelf, where, stored, repository, private=private, revision=revision
+            self.catalog, self.shelf, where, stored, name, private=private, revision=revision
         )
         _log.info("%s is at %s", stored.name, pushed.url)
         return pushed
@@ -517,7 +518,7 @@ class ModelRegistry:
             base: Of this base model.
             train_name: Of this training; a pattern if it has `*` for any text or `?` for any
                 character.
-            since: Made then or later; a date begins at midnight in UTC.
+            since: Made then or later; a date begins at midnight in UTC, and a time has a time zone.
             until: Made before that.
 
         Raises:
@@ -701,11 +702,17 @@ class ModelRegistry:
             action: Only these.
             since: Then or later.
             until: Before that.
+
+        Raises:
+            InvalidNameError: An alias has a character that is not allowed.
         """
         name = None if about is None else arguments.name_of("about", about, *KINDS)
+        if name is not None and (reference := Reference.parse(name)):
+            name = str(reference)
+        kind = None if about is None or isinstance(about, str) else type(about)
         if action is not None:
             arguments.choice("action", action, ACTIONS)
-        return self.catalog.events.listing(name, action, since_and_until(since, until))
+        return self.catalog.events.listing(name, kind, action, since_and_until(since, until))
 
     def subscribe(
         self, call: Callable[[Event], object], *, after: int | None = None
@@ -720,11 +727,17 @@ class ModelRegistry:
         Args:
             call: What is called.
             after: The number of an event: all later ones are told as well, so that nothing is
-                missed between two runs of a program.
+                missed between two runs of a program. 0 for all.
+
+        Raises:
+            InvalidArgumentError: No event has the number yet, as in a database that was made again.
         """
         if not callable(call):
             raise arguments.refused("call", call, "a function that takes an event")
-        last = self.catalog.events.newest() if after is None else arguments.whole("after", after)
+        newest = self.catalog.events.newest()
+        last = newest if after is None else arguments.whole("after", after)
+        if not 0 <= last <= newest:
+            raise InvalidArgumentError(f"after takes the number of an event, 0 to {newest}")
         return Subscription(self.catalog.events.newer, call, last)
 
     def lineage(
@@ -854,13 +867,16 @@ class ModelRegistry:
         """Drop the bytes of a complete model and keep its recipe, from which they can be rebuilt.
 
         It stays in every list, with its name, digest and card. `checkout` and `Deployer.deploy`
-        rebuild it; so does `rebuild`. What it was made of cannot be deleted meanwhile. Evicting
-        again is fine.
+        rebuild it; so does `rebuild`. What it was made of cannot be deleted meanwhile, and must lie
+        here: else these bytes may be the last. Aliases, protected ones as well, stay and do not
+        hinder it. Evicting again is fine.
 
         Raises:
             NotFoundError: It has been deleted, or what it was made of.
-            BaseModelMismatch: Its base model is another one now.
-            InUseError: Naming who reads it, or is served from its directory.
+            BaseModelMissingError, BaseModelMismatch: Its base model is gone, or another one now.
+            InUseError: Naming who reads it, or is served from its directory; or its card was
+                changed meanwhile.
+            IntegrityError: What it was made of is damaged.
             StorageError: A disk failed; if it is evicted all the same, `gc` removes its bytes.
         """
         known = self.catalog.levels.meant("complete", complete, CompleteModel)
@@ -886,6 +902,7 @@ class ModelRegistry:
 
         Raises:
             NotFoundError: It has been deleted.
+            EvictedError: Its bytes were dropped; `rebuild` makes them again, and compares them.
             IntegrityError: Naming the files that differ.
         """
         stored = self.catalog.levels.meant("model", model, CustomizedModel, CompleteModel)
@@ -907,7 +924,8 @@ class ModelRegistry:
         """Remove one thing and nothing else, given by itself or by its name.
 
         A base model's own files stay; a customized model's complete and live models stay; a live
-        model must be undeployed first.
+        model must be undeployed first. A protected alias keeps a model from being deleted, and from
+        nothing else: it can be undeployed and evicted.
 
         Raises:
             NotFoundError: It is not there.
@@ -942,11 +960,11 @@ class ModelRegistry:
             InvalidArgumentError: Several have that name.
         """
         known = self.catalog.levels.meant("value", value, *KINDS)
-        return plan_deletion(self.catalog, known)
+        return self.catalog.usage.plan_deletion(known)
 
     def usage(self) -> Usage:
         """What the registry's bytes are spent on, and how many could be reclaimed."""
-        return usage_of(self.catalog, self.shelf)
+        return self.catalog.usage.sizes(self.shelf.bytes_of("gguf/"))
 
     def recover(self) -> list[str]:
         """Finish or undo what killed processes left half-way, here and at deployment tools.
@@ -989,7 +1007,8 @@ class ModelRegistry:
         """Make rows again for stored models that have none, or a damaged one, from manifests.
 
         Base models come back without a place, which `relocate_base_model` tells. What only the
-        database knew is lost: live models, environments, third-party models, jobs.
+        database knew is lost: tags, descriptions, aliases and what they protected, the log of
+        events, live models, environments, third-party models, jobs.
 
         Returns:
             The names of the models whose rows were made.
@@ -1055,7 +1074,7 @@ def _with_metrics(card: ModelCard, new: Mapping[str, float]) -> ModelCard:
 def _filter(label: object) -> str | None:
     """A train name, or a pattern of some, which are in lower case."""
     if isinstance(label, str) and is_pattern(label):
-        return label.lower()
+        return arguments.text("train_name", label).lower()
     return None if label is None else train_name_of(label)
 
 

@@ -24,10 +24,10 @@ class Condition:
     """What a model fulfils or not; joined with `&` and `|`, inverted with `~`."""
 
     def __and__(self, other: Condition) -> Condition:
-        return Joined("and", (self, _condition(other)))
+        return _joined("and", self, other)
 
     def __or__(self, other: Condition) -> Condition:
-        return Joined("or", (self, _condition(other)))
+        return _joined("or", self, other)
 
     def __invert__(self) -> Condition:
         return Inverted(self)
@@ -70,6 +70,29 @@ class Joined(Condition):
 
     operator: Literal["and", "or"]
     conditions: tuple[Condition, ...]
+
+
+def _joined(operator: Literal["and", "or"], one: Condition, other: object) -> Condition:
+    """Both; what is joined by the same operator already is one flat list.
+
+    Raises:
+        InvalidArgumentError: `other` is no condition, or there are too many.
+    """
+    conditions: list[Condition] = []
+    for part in (one, _condition(other)):
+        if isinstance(part, Joined) and part.operator == operator:
+            conditions += part.conditions
+        else:
+            conditions.append(part)
+    if len(conditions) > _MOST:
+        raise InvalidArgumentError(
+            f"at most {_MOST} conditions can be joined; one with a pattern stands for many, as "
+            f"tag('team:*') does"
+        )
+    return Joined(operator, tuple(conditions))
+
+
+_MOST = 500  # SQLite reads expressions that are up to 1000 deep, and each condition is a step
 
 
 @frozen
@@ -195,7 +218,10 @@ def since_and_until(since: object, until: object) -> tuple[OnColumn, ...]:
 
 
 def _seconds(argument: str, given: object) -> float:
-    """A moment as seconds since the epoch; a date begins at midnight in UTC."""
+    """A moment as seconds since the epoch; a date begins at midnight in UTC.
+
+    A time without a time zone is refused, as everywhere.
+    """
     if isinstance(given, str):
         try:
             given = datetime.fromisoformat(given) if len(given) > 10 else date.fromisoformat(given)
@@ -204,7 +230,7 @@ def _seconds(argument: str, given: object) -> float:
                 f"{argument} takes a date or a time, or its text such as '2026-01-31'"
             ) from error
     if isinstance(given, datetime):
-        return given.timestamp()
+        return arguments.moment(argument, given).timestamp()
     if isinstance(given, date):
         return datetime.combine(given, time(), UTC).timestamp()
     raise arguments.refused(argument, given, "a date or a time, or its text such as '2026-01-31'")

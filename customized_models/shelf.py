@@ -264,8 +264,7 @@ class Shelf:
 
     def _write_card(self, model: Stored) -> None:
         """Let the files that tell of a model tell what its row does. The manifest counts."""
-        with self.storage.open(model.key, MANIFEST) as file:
-            manifest = Manifest.parse(file.read(MAX_JSON))
+        manifest = self.manifest(model.key)
         base = from_document(BaseModel, manifest.record["base"])
         record = {**manifest.record, "model": to_document(model)}
         if isinstance(model, CustomizedModel):
@@ -443,14 +442,16 @@ class Shelf:
             else:
                 keep -= size
 
+    def bytes_of(self, prefix: str) -> int:
+        """Bytes of the stored keys with that prefix, but for those that are damaged."""
+        return sum(self._size(key) or 0 for key in self.storage.keys(prefix))
+
     def _size(self, key: str) -> int | None:
         """Bytes of the content of a key; None if its manifest is damaged, or just removed."""
         try:
-            with self.storage.open(key, MANIFEST) as file:
-                content = Manifest.parse(file.read(MAX_JSON)).content
+            return self.manifest(key).size
         except (NotFoundError, MalformedError, IntegrityError):
             return None
-        return sum(digest.size for digest in content.values())
 
     def _remove_unused(self, key: str) -> bool:
         """Remove a key that no row names and nobody holds; False if it is needed after all."""

@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
-from typing import TYPE_CHECKING, Any
-
 from attrs import frozen
 
-from .errors import InUseError, NotFoundError
-from .shelf import Shelf
 from .values import Value, checked
-
-if TYPE_CHECKING:
-    from .catalog.catalog import Catalog
 
 
 @frozen(field_transformer=checked)
@@ -43,7 +35,8 @@ class Usage(Value):
         complete: Of complete models.
         cached: Of GGUF files, which live models are served from, or which are kept for the next.
         evicted: What evicted models would take.
-        reclaimable: Of complete models that can be evicted, because adapter and base are there.
+        reclaimable: Of complete models that may be evicted: their adapters are in the registry, and
+            it is known where their bases lie. `ModelRegistry.evict` looks whether that is so.
     """
 
     customized: int
@@ -56,31 +49,3 @@ class Usage(Value):
     def total(self) -> int:
         """What is on the disk or in the storage now."""
         return self.customized + self.complete + self.cached
-
-
-def plan_deletion(catalog: Catalog, value: Any) -> DeletionPlan:
-    """See `ModelRegistry.plan_deletion`."""
-    from .catalog.usage import made_of, size_of
-
-    with catalog.database.read() as connection:
-        refused = ""
-        try:
-            catalog.levels.refuse_to_delete(connection, value)
-        except InUseError as error:
-            refused = str(error)
-        dependents = tuple(made_of(connection, value))
-        freed = size_of(connection, value)
-    return DeletionPlan(type(value).__name__, value.name, refused, dependents, freed)
-
-
-def usage_of(catalog: Catalog, shelf: Shelf) -> Usage:
-    """See `ModelRegistry.usage`."""
-    from .catalog.usage import sizes
-
-    with catalog.database.read() as connection:
-        stored = sizes(connection)
-    cached = 0
-    for key in shelf.storage.keys("gguf/"):
-        with suppress(NotFoundError):  # removed meanwhile
-            cached += shelf.manifest(key).size
-    return Usage(stored.customized, stored.complete, cached, stored.evicted, stored.reclaimable)

@@ -193,6 +193,7 @@ def registry_calls() -> Iterator[Call]:
     yield Call("events", "since", lambda r, v: r.events(since=v), OPTIONAL)
     yield Call("subscribe", "call", lambda r, v: r.subscribe(v), frozenset({"class"}))
     yield Call("subscribe", "after", lambda r, v: r.subscribe(print, after=v), OPTIONAL | {"int"})
+    yield Call("push_to_hub", "repository", lambda r, v: r.push_to_hub(r.customized, v), NAME)
     yield listing("complete_models", "evicted", OPTIONAL | {"bool"})
     yield Call("live_models", "since", lambda r, v: r.live_models(since=v), OPTIONAL)
     yield Call("complete_models", "until", lambda r, v: r.complete_models(until=v), OPTIONAL)
@@ -275,6 +276,38 @@ def test_a_wrong_type_is_an_error_that_names_what_to_pass(call: Call, known: Kno
 def test_text_that_utf8_cannot_hold_is_an_error_of_ours(call: Call, known: Known) -> None:
     with pytest.raises(CustomizedModelsError):
         list(call.call(known, "half a pair: \ud800"))
+    with pytest.raises(CustomizedModelsError):
+        list(call.call(known, "half a pair and a pattern: \ud800*"))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda r: r.add_evaluation(r.customized, {"a": 10**400}),
+        lambda r: r.register(r.adapter, train_name="x", evaluation={"a": 10**400}),
+        lambda r: r.customized_models().where(metric("a") < 10**400),
+        lambda r: r.gc(grace_seconds=10**400),
+    ],
+)
+def test_a_number_that_no_float_holds_is_an_error_of_ours(
+    known: Known, call: Callable[[Known], object]
+) -> None:
+    with pytest.raises(InvalidArgumentError, match="at most 1"):
+        call(known)
+
+
+@pytest.mark.parametrize(
+    "given", [datetime.datetime(2026, 1, 31), datetime.datetime.min, "2026-01-31T12:00"]
+)
+def test_a_time_without_a_zone_is_refused_wherever_a_time_is_taken(
+    known: Known, given: Any
+) -> None:
+    with pytest.raises(InvalidArgumentError, match="time zone"):
+        known.customized_models(since=given)
+    with pytest.raises(InvalidArgumentError, match="time zone"):
+        known.events(until=given)
+    assert len(known.customized_models(since=datetime.date.min)) == 1
+    assert len(known.customized_models(since="2020-01-31T12:00Z")) == 1
 
 
 # What is meant is taken

@@ -22,6 +22,7 @@ from customized_models import (
     DeploymentEnvironment,
     DeploymentTemplate,
     IntegrityError,
+    MalformedError,
     Merger,
     ModelRegistry,
     NonFiniteError,
@@ -209,6 +210,26 @@ def test_more_tokens_need_a_tokenizer_of_their_own(
 
     tokenizer.save_pretrained(checkpoint)
     assert registry.register(checkpoint, train_name="full").base == "llama-tiny"
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"added_tokens": ["x"]},
+        {"added_tokens": 5},
+        {"added_tokens": [{"content": ["a"], "id": 1}]},
+        {"added_tokens": [{"id": 1}]},
+        {"model": {"vocab": [5]}},
+        {"model": {"vocab": "abc"}},
+    ],
+)
+def test_a_tokenizer_that_is_none_is_refused(
+    registry: ModelRegistry, checkpoint: Path, tiny_base: Path, odd: dict[str, Any]
+) -> None:
+    AutoTokenizer.from_pretrained(tiny_base).save_pretrained(checkpoint)
+    change(checkpoint / "tokenizer.json", **odd)
+    with pytest.raises(MalformedError, match=r"tokenizer\.json"):
+        registry.register(checkpoint, train_name="full")
 
 
 def test_a_checkpoint_that_diverged_is_refused(registry: ModelRegistry, checkpoint: Path) -> None:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import shutil
 import threading
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from attrs import evolve
 
 from customized_models import (
+    BaseModel,
+    BaseModelMissingError,
     CompleteModel,
     CustomizedModel,
     EvictedError,
@@ -94,6 +98,94 @@ def test_a_model_that_is_read_is_not_evicted(
     with registry.checkout(complete), pytest.raises(InUseError):
         registry.evict(complete)
     registry.verify(complete)
+
+
+def during_an_eviction(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
+    """Let something happen while the next eviction publishes what it keeps."""
+    real = Shelf.put
+
+    def put(shelf: Shelf, staging: Path, key: str) -> None:
+        if key.startswith("evicted/"):
+            monkeypatch.setattr(Shelf, "put", real)
+            act()
+        real(shelf, staging, key)
+
+    monkeypatch.setattr(Shelf, "put", put)
+
+
+@pytest.mark.parametrize("kind", [BaseModel, CustomizedModel])
+def test_what_a_model_was_made_of_is_not_deleted_while_it_is_evicted(
+    registry: ModelRegistry,
+    complete: CompleteModel,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: type[BaseModel | CustomizedModel],
+) -> None:
+    parent = registry.get(kind, complete.base if kind is BaseModel else complete.customized)
+
+    def delete() -> None:
+        with pytest.raises(InUseError):
+            reopened(registry).delete(parent)
+
+    during_an_eviction(monkeypatch, delete)
+    assert registry.evict(complete).evicted
+    with registry.checkout(complete):
+        pass
+
+
+def test_a_model_whose_base_or_adapter_is_gone_is_not_evicted(
+    registry: ModelRegistry, complete: CompleteModel, tiny_base: Path, tmp_path: Path
+) -> None:
+    """Its bytes may be the last that there are."""
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_base, copy)
+    registry.relocate_base_model("llama-tiny", copy)
+    copy.rename(tmp_path / "gone")
+    with pytest.raises(BaseModelMissingError):
+        registry.evict(complete)
+
+    (registry.root / "registry.db").unlink()
+    again = reopened(registry)
+    again.reindex()
+    assert again.usage().reclaimable == 0  # it is not known where the base lies
+    with pytest.raises(BaseModelMissingError):
+        again.evict(complete)
+
+    again.relocate_base_model("llama-tiny", tiny_base)
+    assert again.usage().reclaimable == again.usage().complete
+    shutil.rmtree(again.root / "customized" / complete.customized)
+    with pytest.raises(NotFoundError):
+        again.evict(complete)
+    again.verify(complete)
+    assert not again.get(CompleteModel, complete.name).evicted
+
+
+def test_a_card_that_changes_during_an_eviction_is_kept(
+    registry: ModelRegistry, complete: CompleteModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    during_an_eviction(
+        monkeypatch, lambda: reopened(registry).add_evaluation(complete, {"acc": 0.9})
+    )
+    with pytest.raises(InUseError, match="changed"):
+        registry.evict(complete)
+    registry.evict(complete)
+    registry.rebuild(complete).result(progress=False)
+    (registry.root / "registry.db").unlink()
+    again = reopened(registry)
+    again.reindex()
+    assert again.get(CompleteModel, complete.name).card.evaluation.metrics == {"acc": 0.9}
+
+
+def test_a_model_that_somebody_begins_to_read_is_not_evicted(
+    registry: ModelRegistry, complete: CompleteModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ExitStack() as reading:
+        during_an_eviction(
+            monkeypatch, lambda: reading.enter_context(reopened(registry).checkout(complete))
+        )
+        with pytest.raises(InUseError):
+            registry.evict(complete)
+        registry.verify(complete)
+    registry.evict(complete)
 
 
 def test_other_bytes_are_never_put_back(registry: ModelRegistry, complete: CompleteModel) -> None:

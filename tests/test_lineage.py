@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import uuid
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -15,11 +17,15 @@ from customized_models import (
     CustomizedModel,
     InUseError,
     Lineage,
+    LiveModel,
+    LocalStorage,
     Merger,
     ModelRegistry,
     NotFoundError,
+    Served,
+    StorageError,
 )
-from customized_models.testing import tiny_lora
+from customized_models.testing import tiny_llama, tiny_lora
 
 
 @pytest.fixture
@@ -100,6 +106,46 @@ def test_what_was_deleted_keeps_its_facts(
     assert states(lineage.verify())[1] == ("customized", "missing")
     registry.delete(registry.get(BaseModel, "llama-tiny"))
     assert states(registry.lineage(complete))[3] == ("base", "missing")
+
+
+def test_another_base_of_the_name_is_not_taken_for_that_of_a_deleted_model(
+    registry: ModelRegistry, customized: CustomizedModel, tmp_path: Path
+) -> None:
+    """An adapter that is live by itself has nothing else to say what its base was."""
+    base = registry.get(BaseModel, "llama-tiny")
+    live = LiveModel(
+        name="live",
+        source=customized.name,
+        source_digest=customized.digest,
+        base=base.name,
+        train_name=customized.train_name,
+        quantization="q8_0",
+        environment="here",
+        served=Served("live", "http://127.0.0.1", "openai", "sha256:0"),
+        deploying_id=uuid.uuid4(),
+        created=datetime.now(UTC),
+        state="undeployed",
+    )
+    with registry.catalog.database.write() as connection:
+        registry.catalog.levels.insert_pending(connection, live, "")
+        registry.catalog.levels.make_visible(connection, live, "")
+    registry.delete(customized)
+    registry.delete(base)
+    tiny_llama(tmp_path / "other", intermediate_size=128)
+    registry.add_base_model(base.name, tmp_path / "other")
+    link = registry.lineage(live).verify().links[-1]
+    assert (link.level, link.digest, link.state) == ("base", base.digest, "missing")
+
+
+def test_what_cannot_be_read_now_is_not_called_damaged(
+    registry: ModelRegistry, customized: CustomizedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(storage: LocalStorage, key: str) -> None:
+        raise StorageError("timeout")
+
+    monkeypatch.setattr(LocalStorage, "checkout", fail)
+    link = registry.lineage(customized).verify().model
+    assert (link.state, "timeout" in link.note) == ("claimed", True)
 
 
 def test_another_model_of_the_same_name_is_not_taken_for_a_parent(
@@ -213,6 +259,10 @@ def test_usage_counts_the_bytes_of_all_files(
     assert usage.total == usage.customized + usage.complete
     assert usage.reclaimable == usage.complete
     assert registry.gc(grace_seconds=0) == []
+    damaged = registry.root / "gguf" / "damaged"
+    damaged.mkdir(parents=True)
+    (damaged / "manifest.json").write_text("{")
+    assert registry.usage() == usage
     registry.delete(customized)
     assert registry.usage().reclaimable == 0
     (registry.root / "registry.db").unlink()

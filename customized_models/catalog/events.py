@@ -86,18 +86,12 @@ def record_changed(connection: Connection, action: Action, old: Any, new: Any) -
         )
 
 
-def record_deleted(connection: Connection, value: Any) -> None:
-    """Write down that a value is gone, and all that it was: see `Events.tombstone`."""
-    record(connection, "deleted", type(value), value.name, to_document(value), {})
+def record_deleted(connection: Connection, value: Any, **known: Any) -> None:
+    """Write down that a value is gone, all that it was, and what else is known of it by fields.
 
-
-@frozen
-class Tombstone:
-    """What is known of a value that was deleted: when, by whom, and all that it was."""
-
-    time: datetime
-    who: str
-    document: Mapping[str, Any]
+    See `Events.tombstone`.
+    """
+    record(connection, "deleted", type(value), value.name, to_document(value) | known, {})
 
 
 class Events:
@@ -107,15 +101,21 @@ class Events:
         self._database = database
 
     def listing(
-        self, about: str | None, action: str | None, moments: tuple[OnColumn, ...]
+        self,
+        about: str | None,
+        kind: type[Any] | None,
+        action: str | None,
+        moments: tuple[OnColumn, ...],
     ) -> Listing[Event]:
-        """Events, newest first: about a name, of an action, within a span of time."""
+        """Events, newest first: about a name, of a class, of an action, within a span of time."""
         query = select(events.c.seq)
         if about is not None:
             query = query.join(
                 event_subjects,
                 and_(event_subjects.c.event == events.c.seq, event_subjects.c.subject == about),
             )
+        if kind is not None:
+            query = query.where(events.c.kind == kind.__name__)
         if action is not None:
             query = query.where(events.c.action == action)
         for moment in moments:
@@ -128,12 +128,11 @@ class Events:
         return _EventRows(self._database, select(events.c.seq)).newest()
 
     def newer(self, number: int) -> list[Event]:
-        """The events after that number, oldest first."""
-        query = select(events).where(events.c.seq > number).order_by(events.c.seq)
-        return [_event(row) for row in self._database.rows(query)]
+        """The events after that number, oldest first; those that nobody can read are left out."""
+        return self._readable(select(events).where(events.c.seq > number).order_by(events.c.seq))
 
-    def tombstone(self, kind: type[Any], name: str, digest: str) -> Tombstone | None:
-        """What is known of a value that was deleted here; None if no such one was."""
+    def tombstone(self, kind: type[Any], name: str, digest: str) -> Event | None:
+        """The deletion of a value, which knows all that it was; None if none was deleted here."""
         query = (
             select(events)
             .join(event_subjects, event_subjects.c.event == events.c.seq)
@@ -144,12 +143,15 @@ class Events:
             )
             .order_by(events.c.seq.desc())
         )
-        for row in self._database.rows(query):
-            before = json.loads(row["before"])
-            if digest in ("", before.get("digest")):
-                when = datetime.fromtimestamp(row["time"], UTC)
-                return Tombstone(when, row["who"], before)
+        for event in self._readable(query):
+            if digest in ("", event.before.get("digest")):
+                return event
         return None
+
+    def _readable(self, query: Select[Any]) -> list[Event]:
+        """The events that a query finds, but for damaged ones and those of a newer version."""
+        read = map(_event_or_error, self._database.rows(query))
+        return [event for event in read if isinstance(event, Event)]
 
 
 @frozen

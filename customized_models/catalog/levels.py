@@ -254,7 +254,7 @@ class Levels:
         with self._database.write() as connection:
             row = required(connection, type(value), value.name)
             self._refuse_while_needed(connection, value, row)
-            record_deleted(connection, value_of(type(value), row))
+            _forget(connection, value_of(type(value), row))
             remove_row(connection, TABLES[type(value)], value.name)
 
     def restore(self, connection: Connection, value: Any, **columns: Any) -> bool:
@@ -289,10 +289,7 @@ class Levels:
         Raises:
             JobLost: Its row was taken over meanwhile.
         """
-        row = find_row(connection, TABLES[type(value)], name=value.name)
-        if row is None or (row["stage"], row["operation"]) != ("pending", operation):
-            raise JobLost(f"{value.name} was given up while this process was stopped")
-        update_value(connection, value, stage="visible", **columns)
+        self.change_pending(connection, value, operation, stage="visible", **columns)
 
     def mark_deleting(self, connection: Connection, value: Any, operation: str) -> None:
         """Say that a visible value is about to be removed: nobody sees it any more.
@@ -307,8 +304,7 @@ class Levels:
         self._refuse_while_needed(connection, value, row)
         if row["stage"] == VISIBLE:
             forget_metrics(connection, TABLES[type(value)], value.name)
-            forget_labels(connection, value)
-            record_deleted(connection, value)
+            _forget(connection, value)
         table = TABLES[type(value)]
         change_row(connection, table, value.name, stage="deleting", operation=operation)
 
@@ -342,7 +338,9 @@ class Levels:
         )
         return [value_of(LiveModel, row) for row in connection.execute(query).mappings()]
 
-    def change_pending(self, connection: Connection, value: Any, operation: str) -> None:
+    def change_pending(
+        self, connection: Connection, value: Any, operation: str, **columns: Any
+    ) -> None:
         """Say more of a value that is about to be made.
 
         Raises:
@@ -351,7 +349,7 @@ class Levels:
         row = find_row(connection, TABLES[type(value)], name=value.name)
         if row is None or (row["stage"], row["operation"]) != ("pending", operation):
             raise JobLost(f"{value.name} was given up while this process was stopped")
-        update_value(connection, value)
+        update_value(connection, value, **columns)
 
     def put(
         self,
@@ -480,6 +478,17 @@ class Levels:
                 )
         if isinstance(value, LiveModel) and row["state"] in DEPLOYED:
             raise InUseError(f"{value.name} is deployed; Deployer.undeploy it first")
+
+
+def _forget(connection: Connection, value: Any) -> None:
+    """Let the log alone know of a value that is deleted, and of the base that it was made on."""
+    known = {}
+    if isinstance(value, CustomizedModel):
+        base = find_row(connection, TABLES[BaseModel], name=value.base)
+        with suppress(IntegrityError):  # its row is damaged
+            known = {} if base is None else {"base_digest": value_of(BaseModel, base).digest}
+    forget_labels(connection, value)
+    record_deleted(connection, value, **known)
 
 
 def _operator(column: str, value: str) -> Operator:

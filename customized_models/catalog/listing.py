@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -110,7 +111,8 @@ class Listing(Sequence[T], Generic[T]):
             raise refused("the index of a listing", index, "a whole number or a slice")
         if (place := operator.index(index)) < 0:
             place += len(self)
-        number = next(iter(self._rows.numbers(1, place) if place >= 0 else ()), None)
+        is_place = 0 <= place <= sys.maxsize
+        number = next(iter(self._rows.numbers(1, place) if is_place else ()), None)
         if number is None:
             raise IndexError("listing index out of range")
         value = self._rows.load([number]).get(number)
@@ -125,7 +127,8 @@ class Listing(Sequence[T], Generic[T]):
         start, stop, step = part.start or 0, part.stop, part.step or 1
         if start < 0 or step < 0 or (stop is not None and stop < 0):
             return self._rows.numbers()[part]
-        count = None if stop is None else max(0, stop - start)
+        start, end, step = part.indices(sys.maxsize)
+        count = None if stop is None else max(0, end - start)
         return self._rows.numbers(count, start)[::step]
 
     def first(self) -> T | None:

@@ -141,6 +141,7 @@ class Merger:
                 give; the message names tensors and files.
             NotReproducible: They are not, but versions, threads or processor differ as well.
             NotFoundError: The complete model or one of its parents has been deleted.
+            EvictedError: Its bytes were dropped; `ModelRegistry.rebuild` compares what it makes.
             BaseModelMissingError, BaseModelMismatch: The base model's files are gone or changed.
         """
         known = self._complete(complete)
@@ -165,7 +166,8 @@ class Merger:
     @contextmanager
     def _parents(self, complete: CompleteModel) -> Iterator[tuple[BaseModel, CustomizedModel]]:
         """What it was made of, kept while the block lasts."""
-        base, customized = parents_of(self._catalog, complete)
+        with self._catalog.database.read() as connection:
+            base, customized = parents_of(self._catalog, connection, complete)
         with self._shelf.checkout(customized), self._shelf.checkout(base):
             yield base, customized
 

@@ -18,7 +18,8 @@ def run_rebuild(work: Work) -> None:
     complete = _evicted(work)
     if complete is None:
         return
-    base, customized = parents_of(work.catalog, complete)
+    with work.catalog.database.read() as connection:
+        base, customized = parents_of(work.catalog, connection, complete)
     with merged_again(work, base, customized, complete) as staging:
         put_back(work.catalog, work.shelf, complete, staging, work.lease)
     with work.catalog.database.write() as connection:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -82,6 +83,8 @@ def test_the_log_is_found_by_name_action_and_time(
     assert len(registry.events(since="2020-01-01")) == len(registry.events()) == 3
     assert "tagged CustomizedModel" in str(registry.events()[0])
     assert model.name in registry.events()._repr_html_()
+    registry.set_alias(model, "champion")
+    assert told(registry.events("champion@Support")) == [("alias set", "CustomizedModel")]
     with pytest.raises(InvalidArgumentError):
         registry.events(action="tag")  # type: ignore[arg-type]
 
@@ -131,3 +134,36 @@ def test_a_subscriber_that_fails_is_told_of_the_next(
         registry.tag(model, "keep")
         assert [received.get(timeout=SECONDS) for _ in range(2)] == ["created", "tagged"]
     assert "no such channel" in caplog.text
+
+
+def test_of_several_that_have_a_name_the_events_of_the_one_that_is_meant_are_found(
+    registry: ModelRegistry,
+) -> None:
+    """As a live model and what third parties see of it do."""
+    here = registry.add_environment(DeploymentEnvironment("llama-tiny", backend="llama_cpp"))
+    base = registry.get(BaseModel, "llama-tiny")
+    assert told(registry.events(here)) == [("created", "DeploymentEnvironment")]
+    assert told(registry.events(base)) == [("created", "BaseModel")]
+    assert len(registry.events("llama-tiny")) == 2
+
+
+def test_an_event_of_a_newer_version_is_left_out(registry: ModelRegistry, caplog: Any) -> None:
+    """A subscriber is told of those before and after it."""
+    with closing(sqlite3.connect(registry.root / "registry.db")) as connection:
+        connection.execute(
+            "INSERT INTO events (time, who, action, kind, name, before, after) "
+            "VALUES (1.0, 'a', 'teleported', 'BaseModel', 'b', '{}', '{}')"
+        )
+        connection.commit()
+    registry.add_environment(DeploymentEnvironment("here", backend="llama_cpp"))
+    received: queue.Queue[Event] = queue.Queue()
+    with registry.subscribe(received.put, after=0):
+        kinds = [received.get(timeout=SECONDS).kind for _ in range(2)]
+    assert kinds == ["BaseModel", "DeploymentEnvironment"]
+    assert caplog.text.count("teleported") <= 1
+
+
+def test_a_subscription_begins_after_an_event_that_there_is(registry: ModelRegistry) -> None:
+    for number in (10**30, -1, len(registry.events()) + 1):
+        with pytest.raises(InvalidArgumentError, match="number of an event"):
+            registry.subscribe(print, after=number)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import uuid
+from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,9 +18,11 @@ from customized_models import (
     InUseError,
     InvalidNameError,
     Labels,
+    LiveModel,
     Merger,
     ModelRegistry,
     NotFoundError,
+    Served,
 )
 from customized_models.testing import tiny_lora
 
@@ -158,3 +162,35 @@ def test_a_tag_that_cannot_be_searched_or_shown_is_refused(
 ) -> None:
     with pytest.raises(InvalidNameError):
         registry.tag(pair[0], tag)
+
+
+def test_what_was_said_of_a_deleted_live_model_is_gone_with_it(registry: ModelRegistry) -> None:
+    live = LiveModel(
+        name="live",
+        source="support",
+        source_digest="blake3:00",
+        base="llama-tiny",
+        train_name="support",
+        quantization="q8_0",
+        environment="here",
+        served=Served(name="live", endpoint="http://127.0.0.1", api="openai", digest="sha256:00"),
+        deploying_id=uuid.uuid4(),
+        created=datetime.now(UTC),
+        template_digest=None,
+        state="undeployed",
+    )
+    levels = registry.catalog.levels
+    with registry.catalog.database.write() as connection:
+        levels.insert_pending(connection, live, "")
+        levels.make_visible(connection, live, "")
+    registry.tag(live, "keep")
+    registry.set_alias(live, "champion")
+    registry.delete(live)
+    actions = [event.action for event in registry.events("champion@support")]
+    assert actions == ["alias removed", "alias set"]
+    with pytest.raises(NotFoundError, match="set_alias"):
+        registry.get(LiveModel, "champion@support")
+    with registry.catalog.database.write() as connection:
+        levels.insert_pending(connection, live, "")
+        levels.make_visible(connection, live, "")
+    assert registry.labels(live) == Labels()

@@ -55,6 +55,11 @@ def test_a_list_is_a_sequence(sweep: ModelRegistry, index: int, part: slice) -> 
     listing, expected = sweep.customized_models(), list(sweep.customized_models())
     assert listing[part] == expected[part]
     assert list(reversed(listing)) == expected[::-1]
+    assert listing[: 10**30] == listing[-(10**30) :] == expected
+    assert listing[10**30 :] == []
+    for beyond in (10**30, -(10**30)):
+        with pytest.raises(IndexError):
+            listing[beyond]
     try:
         wanted = expected[index]
     except IndexError:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 import uuid
 from collections.abc import Callable
 from datetime import UTC, date, datetime, timedelta
@@ -164,6 +166,13 @@ def test_a_list_of_a_search_sees_what_has_changed(
     registry.untag(model, "rejected")
     registry.delete(model)
     assert list(good) == []
+
+
+def test_many_conditions_are_joined(sweep: ModelRegistry) -> None:
+    every = functools.reduce(operator.or_, [tag(f"t-{n}") for n in range(500)])
+    assert len(sweep.customized_models().where(every, ~every & ~every)) == 0
+    with pytest.raises(InvalidArgumentError, match="pattern"):
+        every | tag("one-more")
 
 
 def test_conditions_are_not_joined_by_and_or_or() -> None:
