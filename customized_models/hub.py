@@ -10,14 +10,17 @@ import json
 import re
 import shutil
 import tempfile
+import time
+import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attrs import evolve, frozen
 
-from .cards.readme import render_complete, render_customized
+from .cards.readme import render
+from .catalog.rows import TABLES, VISIBLE, find_row, value_of
 from .errors import (
     AlreadyExistsError,
     BaseModelMismatch,
@@ -25,15 +28,16 @@ from .errors import (
     CustomizedModelsError,
     HubError,
     IntegrityError,
+    InUseError,
     InvalidNameError,
     MalformedError,
-    NotFoundError,
     listed,
     shown,
 )
 from .files.copying import copy_untrusted
 from .files.digests import FileDigest, hash_file
 from .files.documents import from_document, to_document
+from .files.locks import lock
 from .files.manifest import MANIFEST, README, Manifest
 from .files.model_directory import CARRIED, TABLE, Role, files_of, role_of
 from .files.paths import without_paths
@@ -56,11 +60,16 @@ from .values import Value, checked
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
+    from sqlalchemy import Connection
 
     from .catalog.catalog import Catalog
 
 _STATING = (Role.CONFIG, Role.TOKENIZER, Role.PROCESSOR, Role.ADAPTER)
 """The roles of files that may state a path of the host that wrote them."""
+
+_WEIGHTS = (Role.WEIGHTS, Role.ADAPTER, Role.OTHER_WEIGHTS)
+
+_WAIT_SECONDS = 0.1  # between two looks at another process that brings the same
 
 _KINDS: Mapping[str, type[Stored]] = {"customized": CustomizedModel, "complete": CompleteModel}
 
@@ -224,14 +233,8 @@ def _pushed_files(
     pushed: Any = evolve(model, digest=manifest.digest)
     record = {"model": to_document(pushed), "base": to_document(base)}
     evolve(manifest, record=record).write(scratch)
-    write_file(scratch / README, _card(pushed, base).encode())
+    write_file(scratch / README, render(pushed, base).encode())
     return {**files, MANIFEST: scratch / MANIFEST, README: scratch / README}
-
-
-def _card(model: Stored, base: BaseModel) -> str:
-    if isinstance(model, CompleteModel):
-        return render_complete(model, base)
-    return render_customized(model, base)
 
 
 def _rewritten(scratch: Path, name: str, document: Mapping[str, Any]) -> tuple[Path, FileDigest]:
@@ -250,20 +253,16 @@ def _commit(
     private: bool,
     revision: str | None,
 ) -> HubCommit:
-    """One commit with all files; weights of another model that were there are removed."""
+    """One commit with all files; those of another model that was there are removed."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     api.create_repo(repository, private=private, exist_ok=True)
     operations: list[Any] = [
         CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in files.items()
     ]
-    here = (
-        api.list_repo_files(repository, revision=revision) if _has_commits(api, repository) else []
-    )
     operations += [
         CommitOperationDelete(path_in_repo=name)
-        for name in here
-        if role_of(name) in (Role.WEIGHTS, Role.ADAPTER) and name not in files
+        for name in _replaced(api, repository, revision) - files.keys()
     ]
     done = api.create_commit(
         repository, operations, commit_message=f"Add {model.name}", revision=revision
@@ -271,13 +270,21 @@ def _commit(
     return HubCommit(repository, done.oid, done.commit_url)
 
 
-def _has_commits(api: HfApi, repository: str) -> bool:
-    from huggingface_hub.errors import HfHubHTTPError
+def _replaced(api: HfApi, repository: str, revision: str | None) -> set[str]:
+    """The files in a repository that are of the model that was there, and any weights."""
+    from huggingface_hub.errors import RevisionNotFoundError
 
     try:
-        return api.model_info(repository).sha is not None
-    except HfHubHTTPError:
-        return False
+        here = api.list_repo_files(repository, revision=revision)
+    except RevisionNotFoundError:  # nothing has been committed yet
+        return set()
+    of_model: set[str] = set()
+    if MANIFEST in here:
+        with tempfile.TemporaryDirectory() as scratch:
+            api.hf_hub_download(repository, MANIFEST, revision=revision, local_dir=scratch)
+            with suppress(MalformedError, IntegrityError):  # or it is of something else
+                of_model.update(Manifest.read(Path(scratch)).content)
+    return {name for name in here if name in of_model or role_of(name) in _WEIGHTS}
 
 
 # Coming back
@@ -287,16 +294,23 @@ def _has_commits(api: HfApi, repository: str) -> bool:
 def fetched(hub: Hub, repository: str, revision: str | None, scratch: Path) -> Iterator[Path]:
     """A repository's files in a directory below `scratch`, while the block lasts.
 
-    What an interrupted call has fetched is found by the next one.
+    What an interrupted call has fetched of the same commit is found by the next one. A second call
+    waits for the first.
     """
-    name = hashlib.sha256(f"{hub.endpoint} {repository} {revision}".encode()).hexdigest()[:32]
-    with disk_errors(f"{repository} cannot be fetched into {shown(scratch)}"):
-        (scratch / name).mkdir(parents=True, exist_ok=True)
-    directory = hub.download(repository, revision, scratch / name)
-    try:
-        yield directory
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
+    with hub_errors(f"{repository} cannot be fetched"):
+        commit = hub.api.model_info(repository, revision=revision).sha
+    name = hashlib.sha256(f"{hub.endpoint} {repository} {commit}".encode()).hexdigest()[:32]
+    directory, alone = scratch / name, False
+    while not alone:
+        with disk_errors(f"{repository} cannot be fetched into {shown(scratch)}"):
+            directory.mkdir(parents=True, exist_ok=True)
+        with lock(directory, wait=True) as alone:
+            if alone:
+                hub.download(repository, commit, directory)
+                try:
+                    yield directory
+                finally:
+                    shutil.rmtree(directory, ignore_errors=True)
 
 
 def was_pushed(directory: Path) -> bool:
@@ -307,6 +321,8 @@ def was_pushed(directory: Path) -> bool:
 def take_back(catalog: Catalog, shelf: Shelf, directory: Path) -> Stored:
     """The model that was pushed, in this registry under the name that it had.
 
+    Files of others in `directory` are removed from it.
+
     Raises:
         IntegrityError: The files are not those that were pushed.
         MalformedError, UnsafeFileError, UnsupportedError: It is no sound model.
@@ -315,35 +331,65 @@ def take_back(catalog: Catalog, shelf: Shelf, directory: Path) -> Stored:
     """
     manifest = Manifest.read(directory)
     model, base = _recorded(manifest)
-    known, here = _known(catalog, model, base)
-    if known is not None:
-        return known
-    with shelf.storage.staging(f"hub-{hashlib.sha256(model.name.encode()).hexdigest()[:32]}") as to:
-        if isinstance(model, CustomizedModel):
-            content = dict(take_in(directory, to).content)
-        else:
-            content = {
-                name: copy_untrusted(directory / name, to, name) for name in manifest.content
-            }
-            Checkpoint.open(to)
-        if wrong := {name for name, _ in content.items() ^ manifest.content.items()}:
-            raise IntegrityError(f"{model.name} is not as it was pushed: {listed(wrong)} differ")
-        # Whether its code may run is for whoever adds the base here to say, not for a record.
-        trusted = here is not None and here.trust_remote_code
-        check_remote_code(files_of(to, *CARRIED), trusted=trusted)
-        manifest.write(to)
-        write_file(to / README, _card(model, base).encode())
+    with catalog.database.read() as connection, suppress(InUseError):
+        if (known := _known(connection, model, base)) is not None:
+            return known
+    with shelf.storage.staging(f"hub-{uuid.uuid4().hex}") as staging:
+        _take_in(directory, staging, manifest, model)
+        record = {"model": to_document(model), "base": to_document(base)}
+        evolve(manifest, record=record).write(staging)
+        write_file(staging / README, render(model, base).encode())
+        return _published(catalog, shelf, staging, model, base)
+
+
+def _take_in(directory: Path, staging: Path, manifest: Manifest, model: Stored) -> None:
+    """Copy what the manifest names, and check it as if it came from anywhere."""
+    there = files_of(directory, *set(Role) - {Role.LITTER})
+    for name in there.keys() - manifest.content.keys():
+        there[name].unlink()
+    wrong = manifest.content.keys() - there.keys()
+    if not wrong and isinstance(model, CustomizedModel):
+        content = dict(take_in(directory, staging).content)
+    elif not wrong:
+        content = {
+            name: copy_untrusted(path, staging, name)
+            for name, path in there.items()
+            if name in manifest.content
+        }
+        Checkpoint.open(staging)
+    if wrong := wrong or {name for name, _ in content.items() ^ manifest.content.items()}:
+        raise IntegrityError(f"{model.name} is not as it was pushed: {listed(wrong)} differ")
+
+
+def _published(
+    catalog: Catalog, shelf: Shelf, staging: Path, model: Stored, base: BaseModel
+) -> Stored:
+    """Publish what was taken in, unless another process has brought it meanwhile."""
+    while True:
         with catalog.lease() as lease:
-            with catalog.database.write() as connection:
-                unplaced = evolve(base, trust_remote_code=False)
-                catalog.levels.restore(connection, unplaced, path=None, files="{}")
-                shelf.announce(connection, model, lease)
-            shelf.publish(model, to, lease)
-    return model
+            try:
+                with catalog.database.write() as connection:
+                    if (known := _known(connection, model, base)) is not None:
+                        return known
+                    catalog.levels.restore(connection, base, path=None, files="{}")
+                    here = catalog.levels.in_transaction(connection, BaseModel, base.name)
+                    # Whether its code may run is for whoever adds the base here to say.
+                    code = files_of(staging, *CARRIED)
+                    check_remote_code(code, trusted=here.trust_remote_code)
+                    shelf.announce(connection, model, lease)
+            except InUseError:  # by a process that brings or deletes the same, or has done so
+                if not shelf.recover():
+                    time.sleep(_WAIT_SECONDS)
+                continue
+            shelf.publish(model, staging, lease)
+            return model
 
 
 def _recorded(manifest: Manifest) -> tuple[Stored, BaseModel]:
-    """The model and its base that a manifest records, if they can be."""
+    """The model and its base that a manifest records, if they can be.
+
+    What of a base is for its host to say is left out.
+    """
     kind = _KINDS.get(manifest.kind)
     if kind is None or not {"model", "base"} <= manifest.record.keys():
         raise MalformedError(f"{MANIFEST} records no model")
@@ -359,29 +405,42 @@ def _recorded(manifest: Manifest) -> tuple[Stored, BaseModel]:
     said = (model.name, model.base, model.digest, dict(manifest.parents))
     if said != (name, base.name, manifest.digest, parents) or not _NAME.fullmatch(name):
         raise IntegrityError(f"the record in {MANIFEST} is of another model")
-    return model, base
+    if isinstance(model, CompleteModel) and model.evicted:
+        raise IntegrityError(f"the record in {MANIFEST} says that the model was evicted")
+    return model, evolve(base, trust_remote_code=False, deployment_template=None)
 
 
 _NAME = re.compile(r"[a-z0-9._-]{1,120}", re.ASCII)  # what names of the grammar are made of
 
 
-def _known(
-    catalog: Catalog, model: Stored, base: BaseModel
-) -> tuple[Stored | None, BaseModel | None]:
-    """The model and its base, if they are here already."""
-    try:
-        here = catalog.levels.get(BaseModel, base.name)
-    except NotFoundError:
-        return None, None
-    if here.digest != base.digest:
+def _known(connection: Connection, model: Stored, base: BaseModel) -> Stored | None:
+    """The model, if it is here already.
+
+    Raises:
+        BaseModelMismatch: Its base's name stands for another here, or its base has another name.
+        AlreadyExistsError: Its name stands for another.
+        InUseError: It is being made or deleted.
+    """
+    row = find_row(connection, TABLES[BaseModel], name=base.name)
+    other = find_row(connection, TABLES[BaseModel], model_name=base.model_name)
+    here = None if row is None else value_of(BaseModel, row)
+    if here is not None and here.digest != base.digest:
         raise BaseModelMismatch(
             f"{model.name} belongs to a base model {base.name} of {base.digest}, which is "
             f"{here.digest} here"
         )
-    try:
-        known: Stored = catalog.levels.get(type(model), model.name)
-    except NotFoundError:
-        return None, here
+    if here is None and other is not None:
+        raise BaseModelMismatch(
+            f"{model.name} belongs to the base model {base.name}, which names of its models begin "
+            f"with, and {shown(base.model_name)} is called {other['name']} here; bring it into a "
+            f"registry that has it as {base.name}, or not yet"
+        )
+    row = find_row(connection, TABLES[type(model)], name=model.name)
+    if row is None:
+        return None
+    if row["stage"] != VISIBLE:
+        raise InUseError(f"{model.name} is being made or deleted by another process")
+    known: Stored = value_of(type(model), row)
     if known.digest != model.digest:
         raise AlreadyExistsError(f"{model.name} is {known.digest} here, not {model.digest}")
-    return known, here
+    return known

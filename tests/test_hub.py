@@ -7,13 +7,17 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import huggingface_hub
 import pytest
+from attrs import evolve
 from huggingface_hub import ModelCard as HubModelCard
 
 from customized_models import (
+    AlreadyExistsError,
+    BaseModel,
     BaseModelMismatch,
     BaseModelMissingError,
     CompleteModel,
@@ -24,6 +28,7 @@ from customized_models import (
     Merger,
     ModelRegistry,
 )
+from customized_models.files.manifest import Manifest
 from customized_models.testing import tiny_llama, tiny_lora
 from tests.servers.hub_server import TOKEN, Hub, hub_server
 
@@ -273,3 +278,142 @@ print(base.technical_name, base.model_name, base.digest)
     registry = ModelRegistry(tmp_path / "models")
     digest = registry.add_base_model("llama-tiny", tiny_base).digest
     assert done.stdout.split() == ["llama-tiny", "tests/Llama-Tiny", digest]
+
+
+def test_brought_at_once_it_comes_back_once(
+    registry: ModelRegistry, other: ModelRegistry, complete: CompleteModel, hub: Hub
+) -> None:
+    registry.push_to_hub(complete, "me/model", **ask(hub))
+    registry.push_to_hub(complete, "me/copy", **ask(hub))
+    repositories = ["me/model", "me/copy"] * 2
+    with ThreadPoolExecutor(len(repositories)) as pool:
+        back = list(pool.map(lambda one: other.from_hub(one, **ask(hub)), repositories))
+    assert back == [complete] * len(repositories)
+    other.verify(complete.name)
+
+
+def test_a_killed_process_does_not_keep_a_model_from_coming_back(
+    registry: ModelRegistry, other: ModelRegistry, complete: CompleteModel, hub: Hub
+) -> None:
+    registry.push_to_hub(complete, "me/model", **ask(hub))
+    script = f"""
+import os, signal
+import huggingface_hub.constants
+huggingface_hub.constants.HF_HUB_DISABLE_XET = True
+from customized_models import ModelRegistry
+from customized_models.files.safetensors import Checkpoint
+Checkpoint.open = lambda directory: os.kill(os.getpid(), signal.SIGKILL)
+ModelRegistry({str(other.root)!r}).from_hub("me/model", token={TOKEN!r}, endpoint={hub.url!r})
+"""
+    environment = os.environ | {"PYTHONPATH": os.getcwd()}
+    killed = subprocess.run([sys.executable, "-c", script], env=environment, check=False)
+    assert killed.returncode == -9
+    assert other.from_hub("me/model", **ask(hub)) == complete
+
+
+def test_what_others_put_beside_a_model_does_not_come_with_it(
+    registry: ModelRegistry,
+    other: ModelRegistry,
+    customized: CustomizedModel,
+    complete: CompleteModel,
+    hub: Hub,
+) -> None:
+    api = huggingface_hub.HfApi(endpoint=hub.url, token=TOKEN)
+    for model in (customized, complete):
+        registry.push_to_hub(model, f"me/{model.name}", **ask(hub))
+        for name in ("chat_template.jinja", "special_tokens_map.json", "notes.txt"):
+            if name not in pushed(hub, f"me/{model.name}"):
+                api.upload_file(
+                    path_or_fileobj=b"{}", path_in_repo=name, repo_id=f"me/{model.name}"
+                )
+        assert other.from_hub(f"me/{model.name}", **ask(hub)) == model
+        other.verify(model.name)
+
+
+def test_a_repository_that_is_pushed_to_twice_has_the_second_model_alone(
+    registry: ModelRegistry,
+    other: ModelRegistry,
+    customized: CustomizedModel,
+    complete: CompleteModel,
+    hub: Hub,
+) -> None:
+    api = huggingface_hub.HfApi(endpoint=hub.url, token=TOKEN)
+    registry.push_to_hub(complete, "me/model", **ask(hub))
+    for name in ("LICENSE", "pytorch_model-00001-of-00001.bin"):
+        api.upload_file(path_or_fileobj=b"x", path_in_repo=name, repo_id="me/model")
+    registry.push_to_hub(customized, "me/model", **ask(hub))
+    with registry.checkout(customized) as directory:
+        own = {path.name for path in directory.iterdir()}
+    assert pushed(hub, "me/model").keys() == own | {"LICENSE"}
+    assert other.from_hub("me/model", **ask(hub)) == customized
+
+
+def test_a_hub_that_fails_while_its_files_are_listed_is_not_pushed_to(
+    registry: ModelRegistry, customized: CustomizedModel, complete: CompleteModel, hub: Hub
+) -> None:
+    registry.push_to_hub(complete, "me/model", **ask(hub))
+    before, hub.listing_fails = pushed(hub, "me/model"), True
+    with pytest.raises(HubError):
+        registry.push_to_hub(customized, "me/model", **ask(hub))
+    assert pushed(hub, "me/model") == before
+
+
+def test_a_record_cannot_say_what_only_this_host_knows(
+    registry: ModelRegistry, complete: CompleteModel, tmp_path: Path, hub: Hub
+) -> None:
+    registry.push_to_hub(complete, "me/model", **ask(hub))
+    tree = pushed(hub, "me/model")
+    manifest = Manifest.parse(tree["manifest.json"])
+    record = json.loads(json.dumps(dict(manifest.record)))
+    record["base"] |= {
+        "trust_remote_code": True,
+        "deployment_template": {"text": "theirs", "stop": []},
+    }
+    tree["manifest.json"] = evolve(manifest, record=record).to_bytes()
+    empty = ModelRegistry(tmp_path / "empty")
+    empty.from_hub("me/model", **ask(hub))
+    base = empty.get(BaseModel, "llama-tiny")
+    assert (base.trust_remote_code, base.deployment_template) == (False, None)
+    (empty.root / "registry.db").unlink()
+    again = ModelRegistry(empty.root)
+    again.reindex()
+    assert again.get(BaseModel, "llama-tiny") == base
+
+    record["model"]["evicted"] = True
+    tree["manifest.json"] = evolve(manifest, record=record).to_bytes()
+    with pytest.raises(IntegrityError, match="evicted"):
+        ModelRegistry(tmp_path / "another").from_hub("me/model", **ask(hub))
+
+
+def test_adding_the_base_of_what_came_back_says_where_it_is(
+    registry: ModelRegistry,
+    customized: CustomizedModel,
+    tiny_base: Path,
+    tmp_path: Path,
+    hub: Hub,
+) -> None:
+    registry.push_to_hub(customized, "me/model", **ask(hub))
+    empty = ModelRegistry(tmp_path / "empty")
+    back = empty.from_hub("me/model", **ask(hub))
+    with pytest.raises(AlreadyExistsError, match="model_name"):
+        empty.add_base_model("llama-tiny", tiny_base, model_name="tests/another")
+    base = empty.add_base_model(
+        "llama-tiny", tiny_base, model_name="tests/llama-tiny", trust_remote_code=True
+    )
+    assert base.trust_remote_code
+    assert empty.get(BaseModel, "llama-tiny") == base
+    assert Merger(empty).plan(back).changes
+
+
+def test_its_base_under_another_name_is_told(
+    registry: ModelRegistry,
+    customized: CustomizedModel,
+    tiny_base: Path,
+    tmp_path: Path,
+    hub: Hub,
+) -> None:
+    registry.push_to_hub(customized, "me/model", **ask(hub))
+    renamed = ModelRegistry(tmp_path / "renamed")
+    renamed.add_base_model("short", tiny_base, model_name="tests/llama-tiny")
+    with pytest.raises(BaseModelMismatch, match="short"):
+        renamed.from_hub("me/model", **ask(hub))
