@@ -6,7 +6,7 @@ All is done by huggingface_hub's own client, which is only imported when somethi
 from __future__ import annotations
 
 import hashlib
-import json
+import os
 import re
 import shutil
 import tempfile
@@ -31,21 +31,20 @@ from .errors import (
     InUseError,
     InvalidNameError,
     MalformedError,
+    UnsafeFileError,
     listed,
     shown,
 )
 from .files.copying import copy_untrusted
-from .files.digests import FileDigest, hash_file
 from .files.documents import from_document, to_document
 from .files.locks import lock
 from .files.manifest import MANIFEST, README, Manifest
 from .files.model_directory import CARRIED, TABLE, Role, files_of, role_of
-from .files.paths import without_paths
-from .files.reading import json_object
+from .files.paths import without_path_values
 from .files.remote_code import check_remote_code
 from .files.safetensors import Checkpoint
 from .files.writing import disk_errors, write_file
-from .models import BaseModel, CompleteModel, CustomizedModel
+from .models import BaseModel, CompleteModel, CustomizedModel, ModelCard
 from .naming import (
     TECHNICAL_NAME,
     checked_name,
@@ -63,9 +62,6 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
 
     from .catalog.catalog import Catalog
-
-_STATING = (Role.CONFIG, Role.TOKENIZER, Role.PROCESSOR, Role.ADAPTER)
-"""The roles of files that may state a path of the host that wrote them."""
 
 _WEIGHTS = (Role.WEIGHTS, Role.ADAPTER, Role.OTHER_WEIGHTS)
 
@@ -213,7 +209,8 @@ def push(
     base = catalog.levels.get(BaseModel, model.base)
     with shelf.checkout(model) as directory, tempfile.TemporaryDirectory() as scratch:
         Manifest.read(directory).verify(directory)
-        files = _pushed_files(directory, Path(scratch), model, base)
+        with disk_errors(f"{model.name} cannot be read"):
+            files = _pushed_files(directory, Path(scratch), model, base)
         with hub_errors(f"{model.name} cannot be pushed to {repository}"):
             return _commit(hub.api, files, model, repository, private=private, revision=revision)
 
@@ -221,27 +218,43 @@ def push(
 def _pushed_files(
     directory: Path, scratch: Path, model: Stored, base: BaseModel
 ) -> dict[str, Path]:
-    """The files as they are pushed: those of the model, without paths of this host, and a card."""
+    """The files as they are pushed: those of the model, its record, and a card without paths."""
     manifest = Manifest.read(directory)
-    files, content = {name: directory / name for name in manifest.content}, dict(manifest.content)
-    for name, path in files.items():
-        if role_of(name) in _STATING and name.endswith(".json"):
-            document = json_object(path)
-            if (plain := without_paths(document)) != document:
-                files[name], content[name] = _rewritten(scratch, name, plain)
-    manifest = evolve(manifest, content=content)
-    pushed: Any = evolve(model, digest=manifest.digest)
-    record = {"model": to_document(pushed), "base": to_document(base)}
+    card = from_document(ModelCard, without_path_values(to_document(model.card)))
+    pushed: Any = evolve(model, card=card)
+    record = {"model": to_document(pushed), "base": to_document(_unplaced(base))}
     evolve(manifest, record=record).write(scratch)
     write_file(scratch / README, render(pushed, base).encode())
-    return {**files, MANIFEST: scratch / MANIFEST, README: scratch / README}
+    files = {name: directory / name for name in manifest.content}
+    files |= {name: scratch / name for name in (MANIFEST, README)}
+    home = os.path.expanduser("~").rstrip("/")
+    private = re.compile(
+        rb"\bhf_[A-Za-z0-9]{20,}" + (f"|{re.escape(home)}/" if home else "").encode()
+    )
+    if telling := [
+        name
+        for name, path in files.items()
+        if _is_text(name, path) and private.search(path.read_bytes())
+    ]:
+        raise UnsafeFileError(
+            f"{model.name} is not pushed: {listed(telling)} states a path below {home} or a token "
+            f"of the Hub; make it again from a directory where that is removed"
+        )
+    return files
 
 
-def _rewritten(scratch: Path, name: str, document: Mapping[str, Any]) -> tuple[Path, FileDigest]:
-    path = scratch / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, json.dumps(document, indent=2, sort_keys=True).encode() + b"\n")
-    return path, hash_file(path)
+def _is_text(name: str, path: Path) -> bool:
+    """Whether people or tools may have written something of their host into a file."""
+    is_data = role_of(name) is Role.VOCABULARY or name.endswith(".safetensors")
+    return not is_data and path.stat().st_size <= _MAX_TEXT
+
+
+_MAX_TEXT = 64 << 20  # bytes; what is larger is data
+
+
+def _unplaced(base: BaseModel) -> BaseModel:
+    """A base model without what is for its host to say."""
+    return evolve(base, trust_remote_code=False, deployment_template=None)
 
 
 def _commit(
@@ -407,7 +420,7 @@ def _recorded(manifest: Manifest) -> tuple[Stored, BaseModel]:
         raise IntegrityError(f"the record in {MANIFEST} is of another model")
     if isinstance(model, CompleteModel) and model.evicted:
         raise IntegrityError(f"the record in {MANIFEST} says that the model was evicted")
-    return model, evolve(base, trust_remote_code=False, deployment_template=None)
+    return model, _unplaced(base)
 
 
 _NAME = re.compile(r"[a-z0-9._-]{1,120}", re.ASCII)  # what names of the grammar are made of

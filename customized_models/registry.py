@@ -66,7 +66,7 @@ from .outbox import Outbox
 from .processes import cores, refuse_windows
 from .registering import Training, register
 from .search import Moment, is_pattern, since_and_until
-from .shelf import GRACE_SECONDS, Litter, Shelf
+from .shelf import GRACE_SECONDS, Litter, Shelf, Stored
 from .storage import LocalStorage, Storage, open_storage
 from .usage import DeletionPlan, Usage, plan_deletion, usage_of
 from .values import value_of
@@ -413,9 +413,11 @@ class ModelRegistry:
     ) -> HubCommit:
         """Push a model to the Hub, with its card and its record, in one commit.
 
-        Every byte is compared with what was recorded before. Nothing that is pushed states a path
-        of this host. The same call again uploads what an interrupted one has not, and nothing if
-        all is there. Weights of another model in the repository are removed.
+        Every byte is compared with what was recorded before. Its card goes without values that are
+        paths, and a file in which a path below your home directory or a token of the Hub stands
+        is refused. The same call again uploads what an interrupted one has not, and nothing if
+        all is there. Files of the model that was there before are removed. A model that was
+        evicted is rebuilt.
 
         Args:
             model: By itself or by its name.
@@ -429,10 +431,12 @@ class ModelRegistry:
             NotFoundError: It has been deleted.
             IntegrityError: It is damaged here.
             InvalidNameError: `repository` is no Hub id.
+            UnsafeFileError: A file states what should not be published.
             HubError: The Hub does not answer or refuses.
         """
-        stored = self.catalog.levels.meant("model", model, CustomizedModel, CompleteModel)
-        where = _hub(endpoint, token)
+        known = self.catalog.levels.meant("model", model, CustomizedModel, CompleteModel)
+        arguments.text("repository", repository)
+        where, stored = _hub(endpoint, token), cast("Stored", self._whole(known))
         pushed = hub.push(
             self.catalog, self.shelf, where, stored, repository, private=private, revision=revision
         )

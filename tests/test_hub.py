@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ from customized_models import (
     InvalidNameError,
     Merger,
     ModelRegistry,
+    UnsafeFileError,
 )
 from customized_models.files.manifest import Manifest
 from customized_models.testing import tiny_llama, tiny_lora
@@ -162,24 +164,60 @@ def test_weights_of_another_model_are_removed(
 
 
 def test_no_path_of_this_host_is_pushed(
-    registry: ModelRegistry, other: ModelRegistry, tmp_path: Path, tiny_base: Path, hub: Hub
+    registry: ModelRegistry, tmp_path: Path, tiny_base: Path, hub: Hub
 ) -> None:
-    adapter = tiny_lora(tmp_path / "adapter", tiny_base)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (adapter / name).write_bytes((tiny_base / name).read_bytes())
-    settings = json.loads((adapter / "tokenizer_config.json").read_text())
-    settings |= {"name_or_path": str(tmp_path), "tokenizer_file": f"{tmp_path}/tokenizer.json"}
-    (adapter / "tokenizer_config.json").write_text(json.dumps(settings))
-    model = registry.register(adapter, train_name="support", base_model="llama-tiny")
+    base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
+    adapter = tiny_lora(tmp_path / "adapter", base)
+    for directory in (base, adapter):
+        shutil.copy(tiny_base / "tokenizer.json", directory)
+        settings = json.loads((tiny_base / "tokenizer_config.json").read_text())
+        settings |= {"name_or_path": str(tmp_path), "tokenizer_file": f"{tmp_path}/tokenizer.json"}
+        (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    config = json.loads((base / "config.json").read_text()) | {"_name_or_path": str(tmp_path)}
+    (base / "config.json").write_text(json.dumps(config))
+    (base / "trainer_state.json").write_text(json.dumps({"best_model_checkpoint": str(tmp_path)}))
+    told = json.dumps({"output_dir": str(tmp_path), "hub_token": "hf_" + "S" * 30})
+    for name in ("args.json", "axolotl.yaml", "trainer_log.jsonl", "anything.txt"):
+        (adapter / name).write_text(told)
+    other = ModelRegistry(tmp_path / "other")
+    for one in (registry, other):
+        one.add_base_model("pathy", base, model_name="tests/pathy")
+    card = {"training": {"arguments": {"output_dir": str(tmp_path), "seed": 1}}}
+    customized = registry.register(adapter, train_name="support", base_model="pathy", **card)
+    complete = Merger(registry).save(customized).result(progress=False)
 
-    registry.push_to_hub(model, "me/model", **ask(hub))
+    for model in (customized, complete):
+        registry.push_to_hub(model, "me/model", **ask(hub))
+        everything = b"".join(pushed(hub, "me/model").values())
+        for private in (str(tmp_path), str(registry.root), "hf_SSS"):
+            assert private.encode() not in everything
+        assert registry.from_hub("me/model", **ask(hub)) == model
+        back = other.from_hub("me/model", **ask(hub))
+        assert (back.name, back.digest) == (model.name, model.digest)
+        assert back.card.training.arguments == {"seed": 1}
 
-    everything = b"".join(pushed(hub, "me/model").values())
-    for path in (tmp_path, registry.root, tiny_base):
-        assert str(path).encode() not in everything
-    back = other.from_hub("me/model", **ask(hub))
-    other.verify(back)
-    assert (back.name, back.training_id) == (model.name, model.training_id)
+
+def test_a_file_that_tells_of_this_host_is_refused(
+    registry: ModelRegistry,
+    tiny_base: Path,
+    tmp_path: Path,
+    hub: Hub,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    checkpoint = Path(shutil.copytree(tiny_base, tmp_path / "checkpoint"))
+    (checkpoint / "notes.txt").write_text("data in /home/me/data")
+    model = registry.register(checkpoint, train_name="full", base_model="llama-tiny")
+    with pytest.raises(UnsafeFileError, match=r"notes\.txt"):
+        registry.push_to_hub(model, "me/model", **ask(hub))
+    assert "me/model" not in hub.repositories
+
+
+def test_an_evicted_model_is_rebuilt_to_be_pushed(
+    registry: ModelRegistry, other: ModelRegistry, complete: CompleteModel, hub: Hub
+) -> None:
+    registry.push_to_hub(registry.evict(complete), "me/model", **ask(hub))
+    assert other.from_hub("me/model", **ask(hub)) == complete
 
 
 def test_what_was_tampered_with_is_refused(

@@ -1,6 +1,7 @@
 """Renders a model's card as `README.md`, in the Hub's format, and reads it back.
 
-Law: `parse_card(render(model, base)) == storable_card(model.card)`. A number that is not finite is left out of a mapping, and is None elsewhere.
+Law: `parse_card(render(model, base)) == storable_card(model.card)`. A number that is not finite
+is left out of a mapping, and is None elsewhere.
 """
 
 from __future__ import annotations

@@ -198,6 +198,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(200, {"success": True, "commitOid": oid, "commitUrl": url})
 
     def _info(self, name: str, commit: str, tree: dict[str, bytes]) -> None:
+        if self.hub.listing_fails:
+            self._answer(403, {"error": "later"})
+            return
         siblings = [{"rfilename": path} for path in tree]
         private = self.hub.repositories[name].private
         info = {"id": name, "sha": commit, "private": private, "siblings": siblings, "tags": []}
