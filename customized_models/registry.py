@@ -44,6 +44,7 @@ from .jobs.bar import Bar
 from .jobs.job import Job
 from .jobs.queue import JobQueue
 from .labels import Labels, checked_alias, checked_description, checked_tags
+from .leavings import DOWNLOADS, sweep
 from .lineage import Lineage, lineage_of
 from .models import (
     JOB_STATES,
@@ -430,8 +431,8 @@ class ModelRegistry:
         Raises:
             NotFoundError: It has been deleted.
             IntegrityError: It is damaged here.
-            InvalidNameError: `repository` is no Hub id.
             UnsafeFileError: A file states what should not be published.
+            InvalidNameError: `repository` is no Hub id.
             HubError: The Hub does not answer or refuses.
         """
         known = self.catalog.levels.meant("model", model, CustomizedModel, CompleteModel)
@@ -477,7 +478,7 @@ class ModelRegistry:
         And as `register`.
         """
         name = arguments.text("repository", repository)
-        with hub.fetched(_hub(endpoint, token), name, revision, self.root / ".hub") as directory:
+        with hub.fetched(_hub(endpoint, token), name, revision, self.root / DOWNLOADS) as directory:
             if hub.was_pushed(directory):
                 return hub.take_back(self.catalog, self.shelf, directory)
             return self.register(
@@ -966,16 +967,28 @@ class ModelRegistry:
         Raises:
             CustomizedModelsError: Something cannot be done now; the rest was.
         """
-        done = [*self.shelf.recover(), *recover_deployments(self.catalog, self.shelf)]
-        done += Outbox(self.root).recover(self.catalog, self.shelf)
+        done, failed = list[str](), list[CustomizedModelsError]()
+        for recover in (
+            self.shelf.recover,
+            lambda: recover_deployments(self.catalog, self.shelf),
+            lambda: Outbox(self.root).recover(self.catalog, self.shelf),
+        ):
+            try:
+                done += recover()
+            except CustomizedModelsError as error:
+                failed.append(error)
         for one in done:
             _log.info("recovery: %s", one)
+        if failed:
+            raise failed[0]
         return done
 
     def gc(self, *, grace_seconds: float = GRACE_SECONDS, dry_run: bool = False) -> list[Litter]:
         """List stored bytes that belong to no model, and remove those known for long enough.
 
-        Logs of jobs that were last written to that long ago are removed as well.
+        Logs of jobs that were last written to that long ago are removed as well, and so is what
+        interrupted downloads have left. What trainings have left that `recover` cannot register
+        stays for a week at least.
 
         Args:
             grace_seconds: How long after `gc` has first seen them they are removed.
@@ -987,7 +1000,8 @@ class ModelRegistry:
         grace = arguments.seconds("grace_seconds", grace_seconds)
         if not arguments.truth("dry_run", dry_run):
             self.queue.drop_logs(grace)
-        return self.shelf.gc(grace_seconds=grace, dry_run=dry_run)
+        found = self.shelf.gc(grace_seconds=grace, dry_run=dry_run)
+        return found + sweep(self.root, grace_seconds=grace, dry_run=dry_run)
 
     def reindex(self) -> list[str]:
         """Make rows again for stored models that have none, or a damaged one, from manifests.
