@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 from attrs import evolve, frozen
 
 from .cards.readme import render
-from .catalog.rows import TABLES, VISIBLE, find_row, value_of
 from .errors import (
     AlreadyExistsError,
     BaseModelMismatch,
@@ -227,20 +226,24 @@ def _pushed_files(
     write_file(scratch / README, render(pushed, base).encode())
     files = {name: directory / name for name in manifest.content}
     files |= {name: scratch / name for name in (MANIFEST, README)}
+    _refuse_private(model, files)
+    return files
+
+
+def _refuse_private(model: Stored, files: Mapping[str, Path]) -> None:
+    """See that no text states a path below the user's home, or a token of the Hub."""
     home = os.path.expanduser("~").rstrip("/")
-    private = re.compile(
-        rb"\bhf_[A-Za-z0-9]{20,}" + (f"|{re.escape(home)}/" if home else "").encode()
-    )
-    if telling := [
+    private = r"\bhf_[A-Za-z0-9]{20,}" + (f"|{re.escape(home)}/" if home else "")
+    telling = [
         name
         for name, path in files.items()
-        if _is_text(name, path) and private.search(path.read_bytes())
-    ]:
+        if _is_text(name, path) and re.search(private.encode(), path.read_bytes())
+    ]
+    if telling:
         raise UnsafeFileError(
             f"{model.name} is not pushed: {listed(telling)} states a path below {home} or a token "
             f"of the Hub; make it again from a directory where that is removed"
         )
-    return files
 
 
 def _is_text(name: str, path: Path) -> bool:
@@ -345,7 +348,7 @@ def take_back(catalog: Catalog, shelf: Shelf, directory: Path) -> Stored:
     manifest = Manifest.read(directory)
     model, base = _recorded(manifest)
     with catalog.database.read() as connection, suppress(InUseError):
-        if (known := _known(connection, model, base)) is not None:
+        if (known := _known(catalog, connection, model, base)) is not None:
             return known
     with shelf.storage.staging(f"hub-{uuid.uuid4().hex}") as staging:
         _take_in(directory, staging, manifest, model)
@@ -382,7 +385,7 @@ def _published(
         with catalog.lease() as lease:
             try:
                 with catalog.database.write() as connection:
-                    if (known := _known(connection, model, base)) is not None:
+                    if (known := _known(catalog, connection, model, base)) is not None:
                         return known
                     catalog.levels.restore(connection, base, path=None, files="{}")
                     here = catalog.levels.in_transaction(connection, BaseModel, base.name)
@@ -426,7 +429,9 @@ def _recorded(manifest: Manifest) -> tuple[Stored, BaseModel]:
 _NAME = re.compile(r"[a-z0-9._-]{1,120}", re.ASCII)  # what names of the grammar are made of
 
 
-def _known(connection: Connection, model: Stored, base: BaseModel) -> Stored | None:
+def _known(
+    catalog: Catalog, connection: Connection, model: Stored, base: BaseModel
+) -> Stored | None:
     """The model, if it is here already.
 
     Raises:
@@ -434,26 +439,22 @@ def _known(connection: Connection, model: Stored, base: BaseModel) -> Stored | N
         AlreadyExistsError: Its name stands for another.
         InUseError: It is being made or deleted.
     """
-    row = find_row(connection, TABLES[BaseModel], name=base.name)
-    other = find_row(connection, TABLES[BaseModel], model_name=base.model_name)
-    here = None if row is None else value_of(BaseModel, row)
+    levels = catalog.levels
+    here = next(iter(levels.settled(connection, BaseModel, name=base.name)), None)
     if here is not None and here.digest != base.digest:
         raise BaseModelMismatch(
             f"{model.name} belongs to a base model {base.name} of {base.digest}, which is "
             f"{here.digest} here"
         )
-    if here is None and other is not None:
-        raise BaseModelMismatch(
-            f"{model.name} belongs to the base model {base.name}, which names of its models begin "
-            f"with, and {shown(base.model_name)} is called {other['name']} here; bring it into a "
-            f"registry that has it as {base.name}, or not yet"
-        )
-    row = find_row(connection, TABLES[type(model)], name=model.name)
-    if row is None:
-        return None
-    if row["stage"] != VISIBLE:
-        raise InUseError(f"{model.name} is being made or deleted by another process")
-    known: Stored = value_of(type(model), row)
-    if known.digest != model.digest:
-        raise AlreadyExistsError(f"{model.name} is {known.digest} here, not {model.digest}")
-    return known
+    for other in levels.settled(connection, BaseModel, model_name=base.model_name):
+        if here is None:
+            raise BaseModelMismatch(
+                f"{model.name} belongs to the base model {base.name}, which names of its models "
+                f"begin with, and {shown(base.model_name)} is called {other.name} here; bring it "
+                f"into a registry that has it as {base.name}, or not yet"
+            )
+    for known in levels.settled(connection, type(model), name=model.name):
+        if known.digest != model.digest:
+            raise AlreadyExistsError(f"{model.name} is {known.digest} here, not {model.digest}")
+        return known
+    return None

@@ -458,7 +458,7 @@ class ModelRegistry:
 
         What `push_to_hub` has pushed comes back as the same model: under its name, with its digest,
         ids and card, every file compared with the record. If its base model is not here, it is
-        known from then on without a place, which `relocate_base_model` tells. Anything else is
+        known from then on without a place, which `add_base_model` tells. Anything else is
         registered as by `register`: an adapter, or a full model.
 
         Args:
@@ -473,7 +473,8 @@ class ModelRegistry:
             HubError: The Hub does not answer, does not have it, or refuses.
             IntegrityError: It is not as it was pushed.
             AlreadyExistsError: Its name stands for another model here.
-            BaseModelMismatch: Its base's name stands for another base model here.
+            BaseModelMismatch: Its base's name stands for another base model here, or its base has
+                another name here.
             InvalidNameError: `repository` is no Hub id.
         And as `register`.
         """
