@@ -31,7 +31,7 @@ from .files.digests import FileDigest, hash_file
 from .files.finite import non_finite
 from .files.links import linked_file
 from .files.model_directory import CARRIED, Role, files_of, row_of
-from .files.paths import NAMES, without_paths
+from .files.paths import NAMES, strip_paths, without_paths
 from .files.reading import json_object
 from .files.safetensors import INDEX, SINGLE, Checkpoint, TensorInfo
 from .files.writing import disk_errors
@@ -39,7 +39,6 @@ from .pickled import FULL_INDEX, FULL_PICKLED
 
 CONFIG = "config.json"
 
-_TAKEN = CARRIED - {Role.RECORD}
 _MAX_FILES = 2000  # the largest models have some hundred shards
 _SHARDED = {
     "pytorch_model_fsdp_0": "`accelerate merge-weights pytorch_model_fsdp_0 .` consolidates it",
@@ -104,6 +103,7 @@ def take_in(source: Path, destination: Path) -> TrainedCheckpoint:
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         (destination / CONFIG).write_text(text)
         content[CONFIG] = hash_file(destination / CONFIG)
+        content |= strip_paths(destination, content)
     weights = Checkpoint.open(destination)
     _check(weights, config)
     return TrainedCheckpoint(weights, config, content, stated)
@@ -126,7 +126,7 @@ def _names(source: Path) -> list[str]:
     """The files that are taken: weights, and what a model directory carries beside them."""
     shards = Checkpoint.open(source).shards
     index = [INDEX] if SINGLE not in shards else []
-    names = [*shards, *index, *(files_of(source, *_TAKEN).keys() - shards.keys())]
+    names = [*shards, *index, *(files_of(source, *CARRIED).keys() - shards.keys())]
     if len(names) > _MAX_FILES:
         raise MalformedError(
             f"{shown(source)} has {len(names)} files; a checkpoint has at most {_MAX_FILES}"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .files.model_directory import Role, carried_files, files_of, role_of
+from .files.paths import may_state_paths, without_paths
 from .files.reading import json_object
 from .files.safetensors import Checkpoint
 
@@ -28,7 +29,8 @@ def combined_files(
     """Everything that a merged model has beside its weights, by its path in the directory.
 
     The adapter's tokenizer counts if it has a vocabulary, its processor if it has a file of one,
-    and its chat templates if it has any, wherever it keeps them; else the base's do.
+    and its chat templates if it has any, wherever it keeps them; else the base's do. Configurations
+    state no path of the host that wrote them.
 
     Args:
         base: What was merged into.
@@ -54,9 +56,9 @@ def combined_files(
     changes = {"config.json": dict(config)}
     if templates and "processor_config.json" in files:
         changes["processor_config.json"] = {_TEMPLATE: None}  # it would count for more than a file
-    for name, values in changes.items():
-        document = json_object(files[name])
-        changed = document | values
+    for name in filter(may_state_paths, [*files]):
+        document, values = json_object(files[name]), changes.get(name, {})
+        changed = without_paths(document | values)
         changed = {key: value for key, value in changed.items() if values.get(key, 0) is not None}
         if changed != document:
             files[name] = _written(scratch / name, json.dumps(changed, indent=2, sort_keys=True))

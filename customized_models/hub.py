@@ -6,18 +6,20 @@ All is done by huggingface_hub's own client, which is only imported when somethi
 from __future__ import annotations
 
 import hashlib
-import json
+import os
 import re
 import shutil
 import tempfile
+import time
+import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attrs import evolve, frozen
 
-from .cards.readme import render_complete, render_customized
+from .cards.readme import render
 from .errors import (
     AlreadyExistsError,
     BaseModelMismatch,
@@ -25,23 +27,23 @@ from .errors import (
     CustomizedModelsError,
     HubError,
     IntegrityError,
+    InUseError,
     InvalidNameError,
     MalformedError,
-    NotFoundError,
+    UnsafeFileError,
     listed,
     shown,
 )
 from .files.copying import copy_untrusted
-from .files.digests import FileDigest, hash_file
 from .files.documents import from_document, to_document
+from .files.locks import lock
 from .files.manifest import MANIFEST, README, Manifest
 from .files.model_directory import CARRIED, TABLE, Role, files_of, role_of
-from .files.paths import without_paths
-from .files.reading import json_object
+from .files.paths import without_path_values
 from .files.remote_code import check_remote_code
 from .files.safetensors import Checkpoint
 from .files.writing import disk_errors, write_file
-from .models import BaseModel, CompleteModel, CustomizedModel
+from .models import BaseModel, CompleteModel, CustomizedModel, ModelCard
 from .naming import (
     TECHNICAL_NAME,
     checked_name,
@@ -56,11 +58,13 @@ from .values import Value, checked
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
+    from sqlalchemy import Connection
 
     from .catalog.catalog import Catalog
 
-_STATING = (Role.CONFIG, Role.TOKENIZER, Role.PROCESSOR, Role.ADAPTER)
-"""The roles of files that may state a path of the host that wrote them."""
+_WEIGHTS = (Role.WEIGHTS, Role.ADAPTER, Role.OTHER_WEIGHTS)
+
+_WAIT_SECONDS = 0.1  # between two looks at another process that brings the same
 
 _KINDS: Mapping[str, type[Stored]] = {"customized": CustomizedModel, "complete": CompleteModel}
 
@@ -204,7 +208,8 @@ def push(
     base = catalog.levels.get(BaseModel, model.base)
     with shelf.checkout(model) as directory, tempfile.TemporaryDirectory() as scratch:
         Manifest.read(directory).verify(directory)
-        files = _pushed_files(directory, Path(scratch), model, base)
+        with disk_errors(f"{model.name} cannot be read"):
+            files = _pushed_files(directory, Path(scratch), model, base)
         with hub_errors(f"{model.name} cannot be pushed to {repository}"):
             return _commit(hub.api, files, model, repository, private=private, revision=revision)
 
@@ -212,33 +217,47 @@ def push(
 def _pushed_files(
     directory: Path, scratch: Path, model: Stored, base: BaseModel
 ) -> dict[str, Path]:
-    """The files as they are pushed: those of the model, without paths of this host, and a card."""
+    """The files as they are pushed: those of the model, its record, and a card without paths."""
     manifest = Manifest.read(directory)
-    files, content = {name: directory / name for name in manifest.content}, dict(manifest.content)
-    for name, path in files.items():
-        if role_of(name) in _STATING and name.endswith(".json"):
-            document = json_object(path)
-            if (plain := without_paths(document)) != document:
-                files[name], content[name] = _rewritten(scratch, name, plain)
-    manifest = evolve(manifest, content=content)
-    pushed: Any = evolve(model, digest=manifest.digest)
-    record = {"model": to_document(pushed), "base": to_document(base)}
+    card = from_document(ModelCard, without_path_values(to_document(model.card)))
+    pushed: Any = evolve(model, card=card)
+    record = {"model": to_document(pushed), "base": to_document(_unplaced(base))}
     evolve(manifest, record=record).write(scratch)
-    write_file(scratch / README, _card(pushed, base).encode())
-    return {**files, MANIFEST: scratch / MANIFEST, README: scratch / README}
+    write_file(scratch / README, render(pushed, base).encode())
+    files = {name: directory / name for name in manifest.content}
+    files |= {name: scratch / name for name in (MANIFEST, README)}
+    _refuse_private(model, files)
+    return files
 
 
-def _card(model: Stored, base: BaseModel) -> str:
-    if isinstance(model, CompleteModel):
-        return render_complete(model, base)
-    return render_customized(model, base)
+def _refuse_private(model: Stored, files: Mapping[str, Path]) -> None:
+    """See that no text states a path below the user's home, or a token of the Hub."""
+    home = os.path.expanduser("~").rstrip("/")
+    private = r"\bhf_[A-Za-z0-9]{20,}" + (f"|{re.escape(home)}/" if home else "")
+    telling = [
+        name
+        for name, path in files.items()
+        if _is_text(name, path) and re.search(private.encode(), path.read_bytes())
+    ]
+    if telling:
+        raise UnsafeFileError(
+            f"{model.name} is not pushed: {listed(telling)} states a path below {home} or a token "
+            f"of the Hub; make it again from a directory where that is removed"
+        )
 
 
-def _rewritten(scratch: Path, name: str, document: Mapping[str, Any]) -> tuple[Path, FileDigest]:
-    path = scratch / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, json.dumps(document, indent=2, sort_keys=True).encode() + b"\n")
-    return path, hash_file(path)
+def _is_text(name: str, path: Path) -> bool:
+    """Whether people or tools may have written something of their host into a file."""
+    is_data = role_of(name) is Role.VOCABULARY or name.endswith(".safetensors")
+    return not is_data and path.stat().st_size <= _MAX_TEXT
+
+
+_MAX_TEXT = 64 << 20  # bytes; what is larger is data
+
+
+def _unplaced(base: BaseModel) -> BaseModel:
+    """A base model without what is for its host to say."""
+    return evolve(base, trust_remote_code=False, deployment_template=None)
 
 
 def _commit(
@@ -250,20 +269,16 @@ def _commit(
     private: bool,
     revision: str | None,
 ) -> HubCommit:
-    """One commit with all files; weights of another model that were there are removed."""
+    """One commit with all files; those of another model that was there are removed."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     api.create_repo(repository, private=private, exist_ok=True)
     operations: list[Any] = [
         CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in files.items()
     ]
-    here = (
-        api.list_repo_files(repository, revision=revision) if _has_commits(api, repository) else []
-    )
     operations += [
         CommitOperationDelete(path_in_repo=name)
-        for name in here
-        if role_of(name) in (Role.WEIGHTS, Role.ADAPTER) and name not in files
+        for name in _replaced(api, repository, revision) - files.keys()
     ]
     done = api.create_commit(
         repository, operations, commit_message=f"Add {model.name}", revision=revision
@@ -271,13 +286,21 @@ def _commit(
     return HubCommit(repository, done.oid, done.commit_url)
 
 
-def _has_commits(api: HfApi, repository: str) -> bool:
-    from huggingface_hub.errors import HfHubHTTPError
+def _replaced(api: HfApi, repository: str, revision: str | None) -> set[str]:
+    """The files in a repository that are of the model that was there, and any weights."""
+    from huggingface_hub.errors import RevisionNotFoundError
 
     try:
-        return api.model_info(repository).sha is not None
-    except HfHubHTTPError:
-        return False
+        here = api.list_repo_files(repository, revision=revision)
+    except RevisionNotFoundError:  # nothing has been committed yet
+        return set()
+    of_model: set[str] = set()
+    if MANIFEST in here:
+        with tempfile.TemporaryDirectory() as scratch:
+            api.hf_hub_download(repository, MANIFEST, revision=revision, local_dir=scratch)
+            with suppress(MalformedError, IntegrityError):  # or it is of something else
+                of_model.update(Manifest.read(Path(scratch)).content)
+    return {name for name in here if name in of_model or role_of(name) in _WEIGHTS}
 
 
 # Coming back
@@ -287,16 +310,23 @@ def _has_commits(api: HfApi, repository: str) -> bool:
 def fetched(hub: Hub, repository: str, revision: str | None, scratch: Path) -> Iterator[Path]:
     """A repository's files in a directory below `scratch`, while the block lasts.
 
-    What an interrupted call has fetched is found by the next one.
+    What an interrupted call has fetched of the same commit is found by the next one. A second call
+    waits for the first.
     """
-    name = hashlib.sha256(f"{hub.endpoint} {repository} {revision}".encode()).hexdigest()[:32]
-    with disk_errors(f"{repository} cannot be fetched into {shown(scratch)}"):
-        (scratch / name).mkdir(parents=True, exist_ok=True)
-    directory = hub.download(repository, revision, scratch / name)
-    try:
-        yield directory
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
+    with hub_errors(f"{repository} cannot be fetched"):
+        commit = hub.api.model_info(repository, revision=revision).sha
+    name = hashlib.sha256(f"{hub.endpoint} {repository} {commit}".encode()).hexdigest()[:32]
+    directory, alone = scratch / name, False
+    while not alone:
+        with disk_errors(f"{repository} cannot be fetched into {shown(scratch)}"):
+            directory.mkdir(parents=True, exist_ok=True)
+        with lock(directory, wait=True) as alone:
+            if alone:
+                hub.download(repository, commit, directory)
+                try:
+                    yield directory
+                finally:
+                    shutil.rmtree(directory, ignore_errors=True)
 
 
 def was_pushed(directory: Path) -> bool:
@@ -307,6 +337,8 @@ def was_pushed(directory: Path) -> bool:
 def take_back(catalog: Catalog, shelf: Shelf, directory: Path) -> Stored:
     """The model that was pushed, in this registry under the name that it had.
 
+    Files of others in `directory` are removed from it.
+
     Raises:
         IntegrityError: The files are not those that were pushed.
         MalformedError, UnsafeFileError, UnsupportedError: It is no sound model.
@@ -315,35 +347,65 @@ def take_back(catalog: Catalog, shelf: Shelf, directory: Path) -> Stored:
     """
     manifest = Manifest.read(directory)
     model, base = _recorded(manifest)
-    known, here = _known(catalog, model, base)
-    if known is not None:
-        return known
-    with shelf.storage.staging(f"hub-{hashlib.sha256(model.name.encode()).hexdigest()[:32]}") as to:
-        if isinstance(model, CustomizedModel):
-            content = dict(take_in(directory, to).content)
-        else:
-            content = {
-                name: copy_untrusted(directory / name, to, name) for name in manifest.content
-            }
-            Checkpoint.open(to)
-        if wrong := {name for name, _ in content.items() ^ manifest.content.items()}:
-            raise IntegrityError(f"{model.name} is not as it was pushed: {listed(wrong)} differ")
-        # Whether its code may run is for whoever adds the base here to say, not for a record.
-        trusted = here is not None and here.trust_remote_code
-        check_remote_code(files_of(to, *CARRIED), trusted=trusted)
-        manifest.write(to)
-        write_file(to / README, _card(model, base).encode())
+    with catalog.database.read() as connection, suppress(InUseError):
+        if (known := _known(catalog, connection, model, base)) is not None:
+            return known
+    with shelf.storage.staging(f"hub-{uuid.uuid4().hex}") as staging:
+        _take_in(directory, staging, manifest, model)
+        record = {"model": to_document(model), "base": to_document(base)}
+        evolve(manifest, record=record).write(staging)
+        write_file(staging / README, render(model, base).encode())
+        return _published(catalog, shelf, staging, model, base)
+
+
+def _take_in(directory: Path, staging: Path, manifest: Manifest, model: Stored) -> None:
+    """Copy what the manifest names, and check it as if it came from anywhere."""
+    there = files_of(directory, *set(Role) - {Role.LITTER})
+    for name in there.keys() - manifest.content.keys():
+        there[name].unlink()
+    wrong = manifest.content.keys() - there.keys()
+    if not wrong and isinstance(model, CustomizedModel):
+        content = dict(take_in(directory, staging).content)
+    elif not wrong:
+        content = {
+            name: copy_untrusted(path, staging, name)
+            for name, path in there.items()
+            if name in manifest.content
+        }
+        Checkpoint.open(staging)
+    if wrong := wrong or {name for name, _ in content.items() ^ manifest.content.items()}:
+        raise IntegrityError(f"{model.name} is not as it was pushed: {listed(wrong)} differ")
+
+
+def _published(
+    catalog: Catalog, shelf: Shelf, staging: Path, model: Stored, base: BaseModel
+) -> Stored:
+    """Publish what was taken in, unless another process has brought it meanwhile."""
+    while True:
         with catalog.lease() as lease:
-            with catalog.database.write() as connection:
-                unplaced = evolve(base, trust_remote_code=False)
-                catalog.levels.restore(connection, unplaced, path=None, files="{}")
-                shelf.announce(connection, model, lease)
-            shelf.publish(model, to, lease)
-    return model
+            try:
+                with catalog.database.write() as connection:
+                    if (known := _known(catalog, connection, model, base)) is not None:
+                        return known
+                    catalog.levels.restore(connection, base, path=None, files="{}")
+                    here = catalog.levels.in_transaction(connection, BaseModel, base.name)
+                    # Whether its code may run is for whoever adds the base here to say.
+                    code = files_of(staging, *CARRIED)
+                    check_remote_code(code, trusted=here.trust_remote_code)
+                    shelf.announce(connection, model, lease)
+            except InUseError:  # by a process that brings or deletes the same, or has done so
+                if not shelf.recover():
+                    time.sleep(_WAIT_SECONDS)
+                continue
+            shelf.publish(model, staging, lease)
+            return model
 
 
 def _recorded(manifest: Manifest) -> tuple[Stored, BaseModel]:
-    """The model and its base that a manifest records, if they can be."""
+    """The model and its base that a manifest records, if they can be.
+
+    What of a base is for its host to say is left out.
+    """
     kind = _KINDS.get(manifest.kind)
     if kind is None or not {"model", "base"} <= manifest.record.keys():
         raise MalformedError(f"{MANIFEST} records no model")
@@ -359,29 +421,40 @@ def _recorded(manifest: Manifest) -> tuple[Stored, BaseModel]:
     said = (model.name, model.base, model.digest, dict(manifest.parents))
     if said != (name, base.name, manifest.digest, parents) or not _NAME.fullmatch(name):
         raise IntegrityError(f"the record in {MANIFEST} is of another model")
-    return model, base
+    if isinstance(model, CompleteModel) and model.evicted:
+        raise IntegrityError(f"the record in {MANIFEST} says that the model was evicted")
+    return model, _unplaced(base)
 
 
 _NAME = re.compile(r"[a-z0-9._-]{1,120}", re.ASCII)  # what names of the grammar are made of
 
 
 def _known(
-    catalog: Catalog, model: Stored, base: BaseModel
-) -> tuple[Stored | None, BaseModel | None]:
-    """The model and its base, if they are here already."""
-    try:
-        here = catalog.levels.get(BaseModel, base.name)
-    except NotFoundError:
-        return None, None
-    if here.digest != base.digest:
+    catalog: Catalog, connection: Connection, model: Stored, base: BaseModel
+) -> Stored | None:
+    """The model, if it is here already.
+
+    Raises:
+        BaseModelMismatch: Its base's name stands for another here, or its base has another name.
+        AlreadyExistsError: Its name stands for another.
+        InUseError: It is being made or deleted.
+    """
+    levels = catalog.levels
+    here = next(iter(levels.settled(connection, BaseModel, name=base.name)), None)
+    if here is not None and here.digest != base.digest:
         raise BaseModelMismatch(
             f"{model.name} belongs to a base model {base.name} of {base.digest}, which is "
             f"{here.digest} here"
         )
-    try:
-        known: Stored = catalog.levels.get(type(model), model.name)
-    except NotFoundError:
-        return None, here
-    if known.digest != model.digest:
-        raise AlreadyExistsError(f"{model.name} is {known.digest} here, not {model.digest}")
-    return known, here
+    for other in levels.settled(connection, BaseModel, model_name=base.model_name):
+        if here is None:
+            raise BaseModelMismatch(
+                f"{model.name} belongs to the base model {base.name}, which names of its models "
+                f"begin with, and {shown(base.model_name)} is called {other.name} here; bring it "
+                f"into a registry that has it as {base.name}, or not yet"
+            )
+    for known in levels.settled(connection, type(model), name=model.name):
+        if known.digest != model.digest:
+            raise AlreadyExistsError(f"{model.name} is {known.digest} here, not {model.digest}")
+        return known
+    return None

@@ -6,18 +6,19 @@ registered. A training that has taken days must not be lost to a full disk or a 
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from attrs import frozen
 
-from .errors import CustomizedModelsError, shown
+from .errors import shown
 from .files.documents import from_document, to_document
+from .files.locks import lock
 from .files.reading import json_object
 from .files.writing import disk_errors, write_file
 from .registering import Training, register
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from .shelf import Shelf
 
 _DIRECTORY = ".unregistered"
-_RECORD = "registration.json"
+_RECORD, _SAVED = "registration.json", "saved"
 
 
 @frozen
@@ -58,48 +59,48 @@ class Outbox:
         kept = self.directory / f"{name}-{uuid.uuid4().hex[:8]}"
         with disk_errors(f"{name} cannot be kept in {shown(kept.parent)}"):
             kept.mkdir(parents=True)
-            shutil.copytree(saved, kept / "saved")
-            document = json.dumps(to_document(training), indent=1, sort_keys=True)
-            write_file(kept / _RECORD, document.encode() + b"\n")  # last: now it is whole
-            shutil.rmtree(saved)
-        return kept / "saved"
+            try:
+                document = json.dumps(to_document(training), indent=1, sort_keys=True)
+                write_file(kept / _RECORD, document.encode() + b"\n")
+                _move(saved, kept / _SAVED)  # last: now it is whole
+            except OSError:
+                shutil.rmtree(kept, ignore_errors=True)
+                raise
+        return kept / _SAVED
 
     def recover(self, catalog: Catalog, shelf: Shelf) -> list[str]:
         """Register what was kept; says what was done, and why where it could not be."""
-        return [done for kept in self._kept() for done in _register(catalog, shelf, kept)]
+        return [done for kept in self.kept() for done in _register(catalog, shelf, kept)]
 
-    def _kept(self) -> list[Path]:
-        return sorted(record.parent for record in self.directory.glob(f"*/{_RECORD}"))
+    def kept(self) -> list[Path]:
+        """The directories of what can be registered; others are half-way, or were left there."""
+        records = sorted(self.directory.glob(f"*/{_RECORD}"))
+        return [record.parent for record in records if (record.parent / _SAVED).is_dir()]
+
+
+def _move(saved: Path, target: Path) -> None:
+    """Move a directory, at once or not at all; a full disk does not hinder it within one."""
+    try:
+        saved.rename(target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        copying = target.with_name("copying")
+        shutil.copytree(saved, copying)
+        copying.rename(target)
+        shutil.rmtree(saved, ignore_errors=True)
 
 
 def _register(catalog: Catalog, shelf: Shelf, kept: Path) -> Iterator[str]:
-    with _alone(kept) as alone:
-        if not alone:
+    with lock(kept, wait=False) as alone:
+        if not alone:  # another process takes it up, or has done so
             return
         try:
             training = from_document(Training, json_object(kept / _RECORD))
-            model = register(catalog, shelf, kept / "saved", training)
-        except CustomizedModelsError as error:
-            yield f"could not register {shown(kept / 'saved')} ({error}); it is kept"
+            model = register(catalog, shelf, kept / _SAVED, training)
+        except Exception as error:  # what one has left does not keep the others back
+            yield f"could not register {shown(kept / _SAVED)} ({error}); it is kept"
             return
-        shutil.rmtree(kept)
+        (kept / _RECORD).unlink(missing_ok=True)
+        shutil.rmtree(kept, ignore_errors=True)
         yield f"registered {model.name}, which its training had left"
-
-
-@contextmanager
-def _alone(kept: Path) -> Iterator[bool]:
-    """Whether no other process takes up this one; none does while the block lasts."""
-    import fcntl  # Windows, where the package can be imported, has none
-
-    try:
-        record = (kept / _RECORD).open("rb")
-    except FileNotFoundError:  # another has taken it up
-        yield False
-        return
-    with record:
-        try:
-            fcntl.flock(record, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield (kept / _RECORD).exists()

@@ -23,7 +23,7 @@ from .jobs.isolated import run_isolated
 FULL_PICKLED, FULL_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _SHARD = re.compile(r"pytorch_model-\d{5}-of-\d{5}\.bin", re.ASCII)
 
-_COPIED = CARRIED | {Role.ADAPTER, Role.CARD}
+_COPIED = CARRIED | {Role.ADAPTER, Role.CARD, Role.RECORD}
 
 
 def convert_pickle(directory: str | os.PathLike[str], destination: str | os.PathLike[str]) -> Path:
@@ -91,6 +91,8 @@ def _pickles_in(source: Path) -> dict[str, tuple[str, Path]]:
         )
     stated = json_object(linked_file(source, FULL_INDEX)).get("weight_map")
     shards = sorted(set(map(str, stated.values()))) if isinstance(stated, dict) else []
+    if not shards:
+        raise MalformedError(f"{FULL_INDEX} names no shards")
     if odd := [shard for shard in shards if not _SHARD.fullmatch(shard)]:
         raise MalformedError(f"{FULL_INDEX} names {shown(odd[0])}, which is no shard")
     targets = [

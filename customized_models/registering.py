@@ -23,7 +23,7 @@ from .adapters.fitting import check_fits
 from .arguments import identifier, name_of, past
 from .base_models import verified_path
 from .cards.reading import training_facts
-from .cards.readme import render_customized, storable_card
+from .cards.readme import render, storable_card
 from .errors import (
     AlreadyExistsError,
     BaseModelMismatch,
@@ -283,7 +283,7 @@ def _publish(
                 record = {"model": to_document(model), "base": to_document(base)}
                 with disk_errors(f"{model.name} cannot be written"):
                     evolve(manifest, record=record).write(staging)
-                    write_file(staging / README, render_customized(model, base).encode())
+                    write_file(staging / README, render(model, base).encode())
                 shelf.publish(model, staging, lease)
                 _log.info("registered %s: %s", model.name, model.digest)
             return model

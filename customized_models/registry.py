@@ -44,6 +44,7 @@ from .jobs.bar import Bar
 from .jobs.job import Job
 from .jobs.queue import JobQueue
 from .labels import Labels, Reference, checked_alias, checked_description, checked_tags
+from .leavings import DOWNLOADS, sweep
 from .lineage import Lineage, lineage_of
 from .models import (
     JOB_STATES,
@@ -66,7 +67,7 @@ from .outbox import Outbox
 from .processes import cores, refuse_windows
 from .registering import Training, register
 from .search import Moment, is_pattern, since_and_until
-from .shelf import GRACE_SECONDS, Litter, Shelf
+from .shelf import GRACE_SECONDS, Litter, Shelf, Stored
 from .storage import LocalStorage, Storage, open_storage
 from .usage import DeletionPlan, Usage
 from .values import value_of
@@ -414,9 +415,11 @@ class ModelRegistry:
     ) -> HubCommit:
         """Push a model to the Hub, with its card and its record, in one commit.
 
-        Every byte is compared with what was recorded before. Nothing that is pushed states a path
-        of this host. The same call again uploads what an interrupted one has not, and nothing if
-        all is there. Weights of another model in the repository are removed.
+        Every byte is compared with what was recorded before. Its card goes without values that are
+        paths, and a file in which a path below your home directory or a token of the Hub stands
+        is refused. The same call again uploads what an interrupted one has not, and nothing if
+        all is there. Files of the model that was there before are removed. A model that was
+        evicted is rebuilt.
 
         Args:
             model: By itself or by its name.
@@ -429,11 +432,13 @@ class ModelRegistry:
         Raises:
             NotFoundError: It has been deleted.
             IntegrityError: It is damaged here.
+            UnsafeFileError: A file states what should not be published.
             InvalidNameError: `repository` is no Hub id.
             HubError: The Hub does not answer or refuses.
         """
-        stored = self.catalog.levels.meant("model", model, CustomizedModel, CompleteModel)
+        known = self.catalog.levels.meant("model", model, CustomizedModel, CompleteModel)
         where, name = _hub(endpoint, token), arguments.text("repository", repository)
+        stored = cast("Stored", self._whole(known))
         pushed = hub.push(
             self.catalog, self.shelf, where, stored, name, private=private, revision=revision
         )
@@ -454,7 +459,7 @@ class ModelRegistry:
 
         What `push_to_hub` has pushed comes back as the same model: under its name, with its digest,
         ids and card, every file compared with the record. If its base model is not here, it is
-        known from then on without a place, which `relocate_base_model` tells. Anything else is
+        known from then on without a place, which `add_base_model` tells. Anything else is
         registered as by `register`: an adapter, or a full model.
 
         Args:
@@ -469,12 +474,13 @@ class ModelRegistry:
             HubError: The Hub does not answer, does not have it, or refuses.
             IntegrityError: It is not as it was pushed.
             AlreadyExistsError: Its name stands for another model here.
-            BaseModelMismatch: Its base's name stands for another base model here.
+            BaseModelMismatch: Its base's name stands for another base model here, or its base has
+                another name here.
             InvalidNameError: `repository` is no Hub id.
         And as `register`.
         """
         name = arguments.text("repository", repository)
-        with hub.fetched(_hub(endpoint, token), name, revision, self.root / ".hub") as directory:
+        with hub.fetched(_hub(endpoint, token), name, revision, self.root / DOWNLOADS) as directory:
             if hub.was_pushed(directory):
                 return hub.take_back(self.catalog, self.shelf, directory)
             return self.register(
@@ -980,16 +986,28 @@ class ModelRegistry:
         Raises:
             CustomizedModelsError: Something cannot be done now; the rest was.
         """
-        done = [*self.shelf.recover(), *recover_deployments(self.catalog, self.shelf)]
-        done += Outbox(self.root).recover(self.catalog, self.shelf)
+        done, failed = list[str](), list[CustomizedModelsError]()
+        for recover in (
+            self.shelf.recover,
+            lambda: recover_deployments(self.catalog, self.shelf),
+            lambda: Outbox(self.root).recover(self.catalog, self.shelf),
+        ):
+            try:
+                done += recover()
+            except CustomizedModelsError as error:
+                failed.append(error)
         for one in done:
             _log.info("recovery: %s", one)
+        if failed:
+            raise failed[0]
         return done
 
     def gc(self, *, grace_seconds: float = GRACE_SECONDS, dry_run: bool = False) -> list[Litter]:
         """List stored bytes that belong to no model, and remove those known for long enough.
 
-        Logs of jobs that were last written to that long ago are removed as well.
+        Logs of jobs that were last written to that long ago are removed as well, and so is what
+        interrupted downloads have left. What trainings have left that `recover` cannot register
+        stays for a week at least.
 
         Args:
             grace_seconds: How long after `gc` has first seen them they are removed.
@@ -1001,7 +1019,8 @@ class ModelRegistry:
         grace = arguments.seconds("grace_seconds", grace_seconds)
         if not arguments.truth("dry_run", dry_run):
             self.queue.drop_logs(grace)
-        return self.shelf.gc(grace_seconds=grace, dry_run=dry_run)
+        found = self.shelf.gc(grace_seconds=grace, dry_run=dry_run)
+        return found + sweep(self.root, grace_seconds=grace, dry_run=dry_run)
 
     def reindex(self) -> list[str]:
         """Make rows again for stored models that have none, or a damaged one, from manifests.

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from attrs import evolve, frozen
 
 from .base_models import verified_path
-from .cards.readme import render_complete, render_customized, storable_card
+from .cards.readme import render, storable_card
 from .errors import (
     AlreadyExistsError,
     CustomizedModelsError,
@@ -267,12 +267,8 @@ class Shelf:
         manifest = self.manifest(model.key)
         base = from_document(BaseModel, manifest.record["base"])
         record = {**manifest.record, "model": to_document(model)}
-        if isinstance(model, CustomizedModel):
-            text = render_customized(model, base)
-        else:
-            text = render_complete(model, base)
         self.storage.rewrite(model.key, MANIFEST, evolve(manifest, record=record).to_bytes())
-        self.storage.rewrite(model.key, README, text.encode())
+        self.storage.rewrite(model.key, README, render(model, base).encode())
 
     # Deleting
 

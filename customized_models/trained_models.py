@@ -49,6 +49,11 @@ class TrainedModel:
         """
         model = _unwrapped(model)
         if isinstance(model, PreTrainedModel) and not isinstance(model, PeftModel):
+            if getattr(model, "_hf_peft_config_loaded", False):
+                raise UnsupportedAdapterError(
+                    "the model has an adapter of model.add_adapter, which transformers saves in "
+                    "its own way; train peft.get_peft_model(model, config) instead"
+                )
             return cls(model, None)
         if not isinstance(model, PeftModel):
             raise UnsupportedAdapterError(
@@ -79,10 +84,6 @@ class TrainedModel:
         """For the card: those of the method, as they were saved."""
         return dict(FULL) if self.adapter is None else peft_settings(json_object(saved / CONFIG))
 
-    def saved_in(self, directory: Path) -> Path:
-        """Where `save` puts it if it is given `directory`; PEFT knows one name for an adapter."""
-        return directory if self.adapter in (None, "default") else directory / str(self.adapter)
-
     def save(self, directory: Path, processing_class: Any = None, state: State = None) -> Path:
         """Save the adapter or the full model, with its tokenizer or processor.
 
@@ -96,7 +97,8 @@ class TrainedModel:
         """
         only = {} if self.adapter is None else {"selected_adapters": [self.adapter]}
         self.model.save_pretrained(str(directory), state_dict=state, **only)
-        saved = self.saved_in(directory)
+        # PEFT saves an adapter of another name than this one below the directory.
+        saved = directory if self.adapter in (None, "default") else directory / str(self.adapter)
         if processing_class is not None:
             processing_class.save_pretrained(str(saved))
         return saved

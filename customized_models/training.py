@@ -10,8 +10,8 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +23,9 @@ from .cards.checkpoints import best_step, is_unfinished, state_at
 from .cards.reading import evaluation_summary, metrics_of, training_arguments
 from .errors import (
     AlreadyExistsError,
+    CustomizedModelsError,
     NotFoundError,
     RegistrationError,
-    StorageError,
     UnsupportedError,
     shown,
 )
@@ -76,21 +76,18 @@ class _Registration:
         return cls(registry, reserved.name, training)
 
     def register(
-        self, saved: Path, settings: Mapping[str, Any], evaluation: EvaluationSummary | None
+        self, saved: Path, trained: TrainedModel, evaluation: EvaluationSummary | None
     ) -> CustomizedModel:
-        """Register what was saved in a directory, by a method with these settings.
+        """Register what was saved of a model in a directory.
 
         Raises:
             RegistrationError: It could not be registered. The cause says why.
         """
-        training = evolve(
-            self.training,
-            configuration=evolve(
-                self.training.configuration or TrainingConfiguration(), peft=settings
-            ),
-            evaluation=evaluation or EvaluationSummary(),
-        )
+        training = evolve(self.training, evaluation=evaluation or EvaluationSummary())
         try:
+            known = training.configuration or TrainingConfiguration()
+            configuration = evolve(known, peft=trained.settings(saved))
+            training = evolve(training, configuration=configuration)
             return self.registry.register(
                 saved,
                 train_name=training.label,
@@ -107,7 +104,7 @@ class _Registration:
         try:
             kept = Outbox(self.registry.root).keep(self.name, saved, training)
             way_out = "ModelRegistry.recover() registers it"
-        except StorageError:
+        except Exception:  # the error that there was is the one to tell of
             kept = saved
             way_out = (
                 f"retry with register(that directory, train_name={training.label!r}, "
@@ -239,13 +236,14 @@ class RegisterCallback(TrainerCallback):
             )
             return
         try:
-            self.model = _registered(
-                registration,
-                TrainedModel.of(kwargs["model"]),
-                Path(str(args.output_dir)),
-                kwargs.get("processing_class"),
-                evaluation_summary(_state_of_model(args, state)),
-            )
+            with _registering(registration.name):
+                self.model = _registered(
+                    registration,
+                    TrainedModel.of(kwargs["model"]),
+                    Path(str(args.output_dir)),
+                    kwargs.get("processing_class"),
+                    evaluation_summary(_state_of_model(args, state)),
+                )
         except RegistrationError as error:
             if self.strict:
                 raise
@@ -259,11 +257,21 @@ class RegisterCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Add what is measured after the training to the card of what was registered."""
+        """Add what is measured after the training to the card of what was registered.
+
+        Raises:
+            CustomizedModelsError: It could not be added, and the callback is strict.
+        """
         measured = metrics_of(kwargs.get("metrics") or {})
         if self.model is not None and measured:
-            with suppress(NotFoundError):  # it has been deleted since
+            try:
                 self.model = self.registry.add_evaluation(self.model, measured)
+            except NotFoundError:  # it has been deleted since
+                pass
+            except CustomizedModelsError as error:
+                if self.strict:
+                    raise
+                _log.error("what was measured of %s is not in its card: %s", self.name, error)
 
 
 def register_from_model(
@@ -369,25 +377,33 @@ def _registered(
     Raises:
         RegistrationError: It could not be saved, or not registered.
     """
-    try:
+    with _registering(registration.name):
         scratch.mkdir(parents=True, exist_ok=True)
         prefix = f"unregistered-{registration.name}-"
         directory = Path(tempfile.mkdtemp(prefix=prefix, dir=scratch))
         saved = trained.save(directory, processing_class, state)
-    except Exception as error:
-        raise RegistrationError(
-            f"{registration.name} is trained but could not be saved in {shown(scratch)} "
-            f"({type(error).__name__}: {error}); the last checkpoint of the training can be "
-            f"registered with ModelRegistry.register"
-        ) from error
     try:
-        model = registration.register(saved, trained.settings(saved), evaluation)
+        model = registration.register(saved, trained, evaluation)
     except RegistrationError as error:
         if Path(error.directory) != saved:  # it has been moved
             shutil.rmtree(directory, ignore_errors=True)
         raise
-    shutil.rmtree(directory)
+    shutil.rmtree(directory, ignore_errors=True)
     return model
+
+
+@contextmanager
+def _registering(name: str) -> Iterator[None]:
+    """Turn any error in the block into `RegistrationError`: the training itself has succeeded."""
+    try:
+        yield
+    except RegistrationError:
+        raise
+    except Exception as error:
+        raise RegistrationError(
+            f"{name} is trained but not registered ({type(error).__name__}: {error}); the last "
+            f"checkpoint of the training can be registered with ModelRegistry.register"
+        ) from error
 
 
 def _registry(given: ModelRegistry | str | os.PathLike[str]) -> ModelRegistry:

@@ -291,6 +291,14 @@ def test_pickled_shards_are_converted_one_by_one(checkpoint: Path, tmp_path: Pat
     assert all(opened[name].equal(tensors[name]) for name in tensors)
 
 
+def test_an_index_that_names_no_shards_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    (checkpoint / "model.safetensors").unlink()
+    (checkpoint / "pytorch_model.bin.index.json").write_text('{"weight_map": {}}')
+    with pytest.raises(MalformedError, match="no shards"):
+        convert_pickle(checkpoint, tmp_path / "converted")
+    assert not (tmp_path / "converted").exists()
+
+
 class Trap:
     """Unpickled, it makes a directory."""
 

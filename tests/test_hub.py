@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import huggingface_hub
 import pytest
+from attrs import evolve
 from huggingface_hub import ModelCard as HubModelCard
 
 from customized_models import (
+    AlreadyExistsError,
+    BaseModel,
     BaseModelMismatch,
     BaseModelMissingError,
     CompleteModel,
@@ -23,7 +28,9 @@ from customized_models import (
     InvalidNameError,
     Merger,
     ModelRegistry,
+    UnsafeFileError,
 )
+from customized_models.files.manifest import Manifest
 from customized_models.testing import tiny_llama, tiny_lora
 from tests.servers.hub_server import TOKEN, Hub, hub_server
 
@@ -157,24 +164,60 @@ def test_weights_of_another_model_are_removed(
 
 
 def test_no_path_of_this_host_is_pushed(
-    registry: ModelRegistry, other: ModelRegistry, tmp_path: Path, tiny_base: Path, hub: Hub
+    registry: ModelRegistry, tmp_path: Path, tiny_base: Path, hub: Hub
 ) -> None:
-    adapter = tiny_lora(tmp_path / "adapter", tiny_base)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (adapter / name).write_bytes((tiny_base / name).read_bytes())
-    settings = json.loads((adapter / "tokenizer_config.json").read_text())
-    settings |= {"name_or_path": str(tmp_path), "tokenizer_file": f"{tmp_path}/tokenizer.json"}
-    (adapter / "tokenizer_config.json").write_text(json.dumps(settings))
-    model = registry.register(adapter, train_name="support", base_model="llama-tiny")
+    base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
+    adapter = tiny_lora(tmp_path / "adapter", base)
+    for directory in (base, adapter):
+        shutil.copy(tiny_base / "tokenizer.json", directory)
+        settings = json.loads((tiny_base / "tokenizer_config.json").read_text())
+        settings |= {"name_or_path": str(tmp_path), "tokenizer_file": f"{tmp_path}/tokenizer.json"}
+        (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    config = json.loads((base / "config.json").read_text()) | {"_name_or_path": str(tmp_path)}
+    (base / "config.json").write_text(json.dumps(config))
+    (base / "trainer_state.json").write_text(json.dumps({"best_model_checkpoint": str(tmp_path)}))
+    told = json.dumps({"output_dir": str(tmp_path), "hub_token": "hf_" + "S" * 30})
+    for name in ("args.json", "axolotl.yaml", "trainer_log.jsonl", "anything.txt"):
+        (adapter / name).write_text(told)
+    other = ModelRegistry(tmp_path / "other")
+    for one in (registry, other):
+        one.add_base_model("pathy", base, model_name="tests/pathy")
+    card = {"training": {"arguments": {"output_dir": str(tmp_path), "seed": 1}}}
+    customized = registry.register(adapter, train_name="support", base_model="pathy", **card)
+    complete = Merger(registry).save(customized).result(progress=False)
 
-    registry.push_to_hub(model, "me/model", **ask(hub))
+    for model in (customized, complete):
+        registry.push_to_hub(model, "me/model", **ask(hub))
+        everything = b"".join(pushed(hub, "me/model").values())
+        for private in (str(tmp_path), str(registry.root), "hf_SSS"):
+            assert private.encode() not in everything
+        assert registry.from_hub("me/model", **ask(hub)) == model
+        back = other.from_hub("me/model", **ask(hub))
+        assert (back.name, back.digest) == (model.name, model.digest)
+        assert back.card.training.arguments == {"seed": 1}
 
-    everything = b"".join(pushed(hub, "me/model").values())
-    for path in (tmp_path, registry.root, tiny_base):
-        assert str(path).encode() not in everything
-    back = other.from_hub("me/model", **ask(hub))
-    other.verify(back)
-    assert (back.name, back.training_id) == (model.name, model.training_id)
+
+def test_a_file_that_tells_of_this_host_is_refused(
+    registry: ModelRegistry,
+    tiny_base: Path,
+    tmp_path: Path,
+    hub: Hub,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    checkpoint = Path(shutil.copytree(tiny_base, tmp_path / "checkpoint"))
+    (checkpoint / "notes.txt").write_text("data in /home/me/data")
+    model = registry.register(checkpoint, train_name="full", base_model="llama-tiny")
+    with pytest.raises(UnsafeFileError, match=r"notes\.txt"):
+        registry.push_to_hub(model, "me/model", **ask(hub))
+    assert "me/model" not in hub.repositories
+
+
+def test_an_evicted_model_is_rebuilt_to_be_pushed(
+    registry: ModelRegistry, other: ModelRegistry, complete: CompleteModel, hub: Hub
+) -> None:
+    registry.push_to_hub(registry.evict(complete), "me/model", **ask(hub))
+    assert other.from_hub("me/model", **ask(hub)) == complete
 
 
 def test_what_was_tampered_with_is_refused(
@@ -273,3 +316,142 @@ print(base.technical_name, base.model_name, base.digest)
     registry = ModelRegistry(tmp_path / "models")
     digest = registry.add_base_model("llama-tiny", tiny_base).digest
     assert done.stdout.split() == ["llama-tiny", "tests/Llama-Tiny", digest]
+
+
+def test_brought_at_once_it_comes_back_once(
+    registry: ModelRegistry, other: ModelRegistry, complete: CompleteModel, hub: Hub
+) -> None:
+    registry.push_to_hub(complete, "me/model", **ask(hub))
+    registry.push_to_hub(complete, "me/copy", **ask(hub))
+    repositories = ["me/model", "me/copy"] * 2
+    with ThreadPoolExecutor(len(repositories)) as pool:
+        back = list(pool.map(lambda one: other.from_hub(one, **ask(hub)), repositories))
+    assert back == [complete] * len(repositories)
+    other.verify(complete.name)
+
+
+def test_a_killed_process_does_not_keep_a_model_from_coming_back(
+    registry: ModelRegistry, other: ModelRegistry, complete: CompleteModel, hub: Hub
+) -> None:
+    registry.push_to_hub(complete, "me/model", **ask(hub))
+    script = f"""
+import os, signal
+import huggingface_hub.constants
+huggingface_hub.constants.HF_HUB_DISABLE_XET = True
+from customized_models import ModelRegistry
+from customized_models.files.safetensors import Checkpoint
+Checkpoint.open = lambda directory: os.kill(os.getpid(), signal.SIGKILL)
+ModelRegistry({str(other.root)!r}).from_hub("me/model", token={TOKEN!r}, endpoint={hub.url!r})
+"""
+    environment = os.environ | {"PYTHONPATH": os.getcwd()}
+    killed = subprocess.run([sys.executable, "-c", script], env=environment, check=False)
+    assert killed.returncode == -9
+    assert other.from_hub("me/model", **ask(hub)) == complete
+
+
+def test_what_others_put_beside_a_model_does_not_come_with_it(
+    registry: ModelRegistry,
+    other: ModelRegistry,
+    customized: CustomizedModel,
+    complete: CompleteModel,
+    hub: Hub,
+) -> None:
+    api = huggingface_hub.HfApi(endpoint=hub.url, token=TOKEN)
+    for model in (customized, complete):
+        registry.push_to_hub(model, f"me/{model.name}", **ask(hub))
+        for name in ("chat_template.jinja", "special_tokens_map.json", "notes.txt"):
+            if name not in pushed(hub, f"me/{model.name}"):
+                api.upload_file(
+                    path_or_fileobj=b"{}", path_in_repo=name, repo_id=f"me/{model.name}"
+                )
+        assert other.from_hub(f"me/{model.name}", **ask(hub)) == model
+        other.verify(model.name)
+
+
+def test_a_repository_that_is_pushed_to_twice_has_the_second_model_alone(
+    registry: ModelRegistry,
+    other: ModelRegistry,
+    customized: CustomizedModel,
+    complete: CompleteModel,
+    hub: Hub,
+) -> None:
+    api = huggingface_hub.HfApi(endpoint=hub.url, token=TOKEN)
+    registry.push_to_hub(complete, "me/model", **ask(hub))
+    for name in ("LICENSE", "pytorch_model-00001-of-00001.bin"):
+        api.upload_file(path_or_fileobj=b"x", path_in_repo=name, repo_id="me/model")
+    registry.push_to_hub(customized, "me/model", **ask(hub))
+    with registry.checkout(customized) as directory:
+        own = {path.name for path in directory.iterdir()}
+    assert pushed(hub, "me/model").keys() == own | {"LICENSE"}
+    assert other.from_hub("me/model", **ask(hub)) == customized
+
+
+def test_a_hub_that_fails_while_its_files_are_listed_is_not_pushed_to(
+    registry: ModelRegistry, customized: CustomizedModel, complete: CompleteModel, hub: Hub
+) -> None:
+    registry.push_to_hub(complete, "me/model", **ask(hub))
+    before, hub.listing_fails = pushed(hub, "me/model"), True
+    with pytest.raises(HubError):
+        registry.push_to_hub(customized, "me/model", **ask(hub))
+    assert pushed(hub, "me/model") == before
+
+
+def test_a_record_cannot_say_what_only_this_host_knows(
+    registry: ModelRegistry, complete: CompleteModel, tmp_path: Path, hub: Hub
+) -> None:
+    registry.push_to_hub(complete, "me/model", **ask(hub))
+    tree = pushed(hub, "me/model")
+    manifest = Manifest.parse(tree["manifest.json"])
+    record = json.loads(json.dumps(dict(manifest.record)))
+    record["base"] |= {
+        "trust_remote_code": True,
+        "deployment_template": {"text": "theirs", "stop": []},
+    }
+    tree["manifest.json"] = evolve(manifest, record=record).to_bytes()
+    empty = ModelRegistry(tmp_path / "empty")
+    empty.from_hub("me/model", **ask(hub))
+    base = empty.get(BaseModel, "llama-tiny")
+    assert (base.trust_remote_code, base.deployment_template) == (False, None)
+    (empty.root / "registry.db").unlink()
+    again = ModelRegistry(empty.root)
+    again.reindex()
+    assert again.get(BaseModel, "llama-tiny") == base
+
+    record["model"]["evicted"] = True
+    tree["manifest.json"] = evolve(manifest, record=record).to_bytes()
+    with pytest.raises(IntegrityError, match="evicted"):
+        ModelRegistry(tmp_path / "another").from_hub("me/model", **ask(hub))
+
+
+def test_adding_the_base_of_what_came_back_says_where_it_is(
+    registry: ModelRegistry,
+    customized: CustomizedModel,
+    tiny_base: Path,
+    tmp_path: Path,
+    hub: Hub,
+) -> None:
+    registry.push_to_hub(customized, "me/model", **ask(hub))
+    empty = ModelRegistry(tmp_path / "empty")
+    back = empty.from_hub("me/model", **ask(hub))
+    with pytest.raises(AlreadyExistsError, match="model_name"):
+        empty.add_base_model("llama-tiny", tiny_base, model_name="tests/another")
+    base = empty.add_base_model(
+        "llama-tiny", tiny_base, model_name="tests/llama-tiny", trust_remote_code=True
+    )
+    assert base.trust_remote_code
+    assert empty.get(BaseModel, "llama-tiny") == base
+    assert Merger(empty).plan(back).changes
+
+
+def test_its_base_under_another_name_is_told(
+    registry: ModelRegistry,
+    customized: CustomizedModel,
+    tiny_base: Path,
+    tmp_path: Path,
+    hub: Hub,
+) -> None:
+    registry.push_to_hub(customized, "me/model", **ask(hub))
+    renamed = ModelRegistry(tmp_path / "renamed")
+    renamed.add_base_model("short", tiny_base, model_name="tests/llama-tiny")
+    with pytest.raises(BaseModelMismatch, match="short"):
+        renamed.from_hub("me/model", **ask(hub))

@@ -18,6 +18,7 @@ from ..files.copying import copy_untrusted
 from ..files.digests import FileDigest, hash_file
 from ..files.links import linked_file
 from ..files.model_directory import CARRIED, Role, checked_size, files_of, row_of
+from ..files.paths import strip_paths
 from ..files.reading import json_object, opened
 from ..files.safetensors import Header, TensorInfo, header_bytes, is_zero, read_header
 from ..files.streams import FileWriter, copy_range
@@ -32,7 +33,7 @@ WEIGHTS = "adapter_model.safetensors"
 PICKLED = ("adapter_model.bin", "adapter_model.pt")
 """What the weights are called where they are pickled, as older versions of PEFT saved them."""
 
-_TAKEN = ({Role.ADAPTER} | CARRIED) - {Role.RECORD}
+_TAKEN = ({Role.ADAPTER} | CARRIED) - {Role.UNKNOWN}
 
 _MAX_HEADER = 32 << 20  # bytes: one adapted expert by expert has about 100,000 tensors
 _MAX_FILES = 1000  # an adapter has a dozen
@@ -63,9 +64,10 @@ class Intake:
 def take_in(source: Path, destination: Path) -> Intake:
     """Copy an adapter's files into the empty directory `destination`, and check them.
 
-    Each file of `source` is read once. Weights in other formats and files that only the training
-    needs are left out. The configuration is rewritten so that equal adapters have equal bytes; see
-    `canonical`. Tensors get the names that PEFT gives them; see `plain_names`.
+    Each file of `source` is read once. Weights in other formats, files that only the training
+    needs and files that nobody knows are left out. The configuration is rewritten so that equal
+    adapters have equal bytes; see `canonical`. No configuration keeps a path. Tensors get the names
+    that PEFT gives them; see `plain_names`.
 
     Args:
         source: The directory that a training saved.
@@ -86,6 +88,7 @@ def take_in(source: Path, destination: Path) -> Intake:
         config = json_object(destination / CONFIG, limit=row_of(CONFIG).limit)
         (destination / CONFIG).write_bytes(canonical(config))
         content[CONFIG] = hash_file(destination / CONFIG)
+        content |= strip_paths(destination, content)
         header = read_header(destination / WEIGHTS, limit=_MAX_HEADER)
         renamed, notes = _with_plain_names(destination, config, header)
         content |= renamed

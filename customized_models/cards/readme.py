@@ -1,7 +1,7 @@
 """Renders a model's card as `README.md`, in the Hub's format, and reads it back.
 
-Law: `parse_card(render_customized(model, base)) == storable_card(model.card)`, and the same for
-complete models. A number that is not finite is left out of a mapping, and is None elsewhere.
+Law: `parse_card(render(model, base)) == storable_card(model.card)`. A number that is not finite
+is left out of a mapping, and is None elsewhere.
 """
 
 from __future__ import annotations
@@ -141,32 +141,20 @@ def _storable(value: Any, depth: int) -> Any:
     return value
 
 
-def render_customized(model: CustomizedModel, base: BaseModel) -> str:
-    """The `README.md` of a customized model, with the digests of its lineage in the header."""
-    facts = {
-        "name": model.name,
-        "digest": model.digest,
-        "base": base.name,
-        "base_digest": base.digest,
-        "train_name": model.train_name,
-        "training_id": str(model.training_id),
-    }
-    relation = "adapter" if is_adapter(model) else "finetune"
+def render(model: CustomizedModel | CompleteModel, base: BaseModel) -> str:
+    """A model's `README.md`, with the digests of its lineage in the header."""
+    facts = {"name": model.name, "digest": model.digest}
+    relation = "finetune"
+    if isinstance(model, CompleteModel):
+        facts |= {"customized": model.customized, "customized_digest": model.customized_digest}
+        digest = model.base_digest
+    else:
+        facts["training_id"] = str(model.training_id)
+        digest = base.digest
+        if is_adapter(model):
+            relation = "adapter"
+    facts |= {"base": base.name, "base_digest": digest, "train_name": model.train_name}
     return _render(relation, facts, base, model.card)
-
-
-def render_complete(model: CompleteModel, base: BaseModel) -> str:
-    """The `README.md` of a complete model, with the digests of its lineage in the header."""
-    facts = {
-        "name": model.name,
-        "digest": model.digest,
-        "customized": model.customized,
-        "customized_digest": model.customized_digest,
-        "base": base.name,
-        "base_digest": model.base_digest,
-        "train_name": model.train_name,
-    }
-    return _render("finetune", facts, base, model.card)
 
 
 def _render(relation: str, facts: dict[str, str], base: BaseModel, card: ModelCard) -> str:

@@ -45,13 +45,18 @@ class Bases:
     def add(self, base: BaseModel, location: Location) -> BaseModel:
         """Add a base model; adding the same again gives the one that is there.
 
+        One without a place, as records of its models bring it, gets this one's.
+
         Raises:
             AlreadyExistsError: A name is taken by another; the message says what differs.
         """
         with self._database.write() as connection:
             row = find_row(connection, base_models, name=base.technical_name)
             if row is not None:
-                return _added_again(base, value_of(BaseModel, row))
+                known = value_of(BaseModel, row)
+                if row["path"] is None and known.digest == base.digest:
+                    return _placed(connection, base, known, location)
+                return _added_again(base, known)
             other = find_row(connection, base_models, model_name=base.model_name)
             if other is not None:
                 raise AlreadyExistsError(
@@ -118,6 +123,17 @@ class Bases:
                 f"say base_model=, one of: {candidates}"
             )
         return value_of(BaseModel, matching[0])
+
+
+def _placed(
+    connection: Connection, base: BaseModel, known: BaseModel, location: Location
+) -> BaseModel:
+    """What is added, in place of what a record has said of it."""
+    template = base.deployment_template or known.deployment_template
+    added = evolve(base, created=known.created, deployment_template=template)
+    _added_again(base, evolve(added, model_name=known.model_name))
+    update_value(connection, added, action="relocated", **_columns(location))
+    return added
 
 
 def _added_again(new: BaseModel, known: BaseModel) -> BaseModel:

@@ -217,7 +217,7 @@ class Levels:
         query = select(table).where(*(table.c[key] == value for key, value in equals.items()))
         rows = connection.execute(query.order_by(table.c.seq.desc())).mappings().all()
         for row in rows:
-            if row["stage"] != "visible":
+            if row.get("stage", VISIBLE) != VISIBLE:
                 raise InUseError(f"{row['name']} is being {_DOING[row['stage']]}")
         return [value_of(kind, row) for row in rows]
 

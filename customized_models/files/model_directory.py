@@ -150,6 +150,11 @@ TABLE: tuple[KnownFile, ...] = (
         "all_results.json",
         "train_results.json",
         "eval_results.json",
+        "args.json",  # ms-swift's; what tools write down has paths, and tokens at times
+        "*.yaml",  # axolotl's, LLaMA-Factory's
+        "*.yml",
+        "*.jsonl",
+        "*.log",
     ),
     *_rows(
         Role.OTHER_WEIGHTS,
@@ -216,7 +221,9 @@ TABLE: tuple[KnownFile, ...] = (
 
 _ANYTHING = KnownFile("**/*", Role.UNKNOWN, 64 * _MIB)
 
-DROPPED = frozenset({Role.WEIGHTS, Role.OTHER_WEIGHTS, Role.ADAPTER, Role.CARD, Role.LITTER})
+DROPPED = frozenset(
+    {Role.WEIGHTS, Role.OTHER_WEIGHTS, Role.ADAPTER, Role.CARD, Role.RECORD, Role.LITTER}
+)
 """What does not go from a base model into a complete one: that has weights and a card of its own.
 
 Everything else is carried, known or not.

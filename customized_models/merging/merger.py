@@ -11,7 +11,7 @@ from typing import Any
 from attrs import evolve
 
 from ..arguments import instance
-from ..cards.readme import render_complete
+from ..cards.readme import render
 from ..errors import (
     UnmergedTensorsError,
     UnsupportedQuantizationError,
@@ -195,7 +195,7 @@ def run_save(work: Work) -> None:
         )
         record = {"model": to_document(complete), "base": to_document(base)}
         evolve(manifest, record=record).write(staging)
-        write_file(staging / README, render_complete(complete, base).encode())
+        write_file(staging / README, render(complete, base).encode())
         with catalog.database.write() as connection:
             work.lease.check(connection)
             shelf.announce(connection, complete, work.lease)

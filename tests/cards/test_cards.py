@@ -25,8 +25,7 @@ from customized_models.cards.reading import (
 from customized_models.cards.readme import (
     parse_card,
     readme_header,
-    render_complete,
-    render_customized,
+    render,
     storable_card,
 )
 from customized_models.errors import MalformedError, UnsafeFileError
@@ -288,14 +287,14 @@ cards = st.builds(
 def test_a_card_is_read_back_as_it_was_rendered(card: ModelCard) -> None:
     stored = storable_card(card)
     assert storable_card(stored) == stored
-    assert parse_card(render_customized(customized(card), BASE)) == stored
-    assert parse_card(render_complete(complete(card), BASE)) == stored
+    assert parse_card(render(customized(card), BASE)) == stored
+    assert parse_card(render(complete(card), BASE)) == stored
 
 
 @settings(deadline=None)
 @given(cards)
 def test_the_hub_reads_the_same_header(card: ModelCard) -> None:
-    readme = render_customized(customized(card), BASE)
+    readme = render(customized(card), BASE)
     assert HubCard(readme).data.to_dict() == readme_header(readme)
 
 
@@ -305,8 +304,8 @@ def test_the_hub_reads_what_was_measured() -> None:
         EvaluationSummary(metrics={"eval_f1": 0.5, "mmlu": 0.25, "train_loss": 2.0}),
     )
     for model, readme in (
-        (customized(card), render_customized(customized(card), BASE)),
-        (complete(card), render_complete(complete(card), BASE)),
+        (customized(card), render(customized(card), BASE)),
+        (complete(card), render(complete(card), BASE)),
     ):
         data = HubCard(readme).data
         assert data.model_name == model.name
@@ -318,7 +317,7 @@ def test_the_hub_reads_what_was_measured() -> None:
 
 def test_what_was_not_evaluated_has_no_results_for_the_hub() -> None:
     card = ModelCard(evaluation=EvaluationSummary(metrics={"train_loss": 2.0}))
-    assert HubCard(render_customized(customized(card), BASE)).data.eval_results is None
+    assert HubCard(render(customized(card), BASE)).data.eval_results is None
 
 
 def test_numbers_that_are_not_finite_are_not_stored() -> None:
@@ -354,7 +353,7 @@ CARD = ModelCard(
 
 def test_the_hub_sees_an_adapter_of_its_base(tmp_path: Path) -> None:
     path = tmp_path / "README.md"
-    path.write_text(render_customized(customized(CARD), BASE))
+    path.write_text(render(customized(CARD), BASE))
 
     header = HubCard.load(path).data.to_dict()
 
@@ -368,7 +367,7 @@ def test_the_hub_sees_an_adapter_of_its_base(tmp_path: Path) -> None:
 
 
 def test_the_hub_sees_a_complete_model_as_a_finetune() -> None:
-    header = HubCard(render_complete(complete(CARD), BASE)).data.to_dict()
+    header = HubCard(render(complete(CARD), BASE)).data.to_dict()
 
     assert header["library_name"] == "transformers"
     assert header["base_model_relation"] == "finetune"
@@ -377,14 +376,14 @@ def test_the_hub_sees_a_complete_model_as_a_finetune() -> None:
 
 @pytest.mark.parametrize("name", ["/home/someone/model", "model", "../model", "a/b/c"])
 def test_a_base_that_is_not_on_the_hub_is_not_named_as_if_it_were(name: str) -> None:
-    readme = render_customized(customized(CARD), evolve(BASE, model_name=name))
+    readme = render(customized(CARD), evolve(BASE, model_name=name))
     assert "base_model" not in HubCard(readme).data.to_dict()
 
 
 def test_odd_text_stays_text_in_the_rendered_page() -> None:
     odd = "<script>\n# x | `y` [z](http://a.b) *bold* _it_ a_b"
     card = ModelCard(TrainingConfiguration(arguments={odd: odd}))
-    body = render_customized(customized(card), BASE).rpartition("\n---\n")[2]
+    body = render(customized(card), BASE).rpartition("\n---\n")[2]
 
     row = next(line for line in body.splitlines() if "script" in line)
     cell = r"&lt;script&gt; # x \| \`y\` \[z\](http&#58;//a.b) \*bold\* \_it\_ a_b"

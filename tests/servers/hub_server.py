@@ -53,6 +53,7 @@ class Hub:
         sent: Bytes of downloaded files.
         refuse_uploads_after: How many more objects are taken before uploads fail; None for no end.
         unavailable_after: How many more files are given before downloads fail; None for no end.
+        listing_fails: Whether the files of a repository cannot be listed.
     """
 
     url: str = ""
@@ -62,6 +63,7 @@ class Hub:
     sent: int = 0
     refuse_uploads_after: int | None = None
     unavailable_after: int | None = None
+    listing_fails: bool = False
 
 
 @contextmanager
@@ -196,12 +198,18 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(200, {"success": True, "commitOid": oid, "commitUrl": url})
 
     def _info(self, name: str, commit: str, tree: dict[str, bytes]) -> None:
+        if self.hub.listing_fails:
+            self._answer(403, {"error": "later"})
+            return
         siblings = [{"rfilename": path} for path in tree]
         private = self.hub.repositories[name].private
         info = {"id": name, "sha": commit, "private": private, "siblings": siblings, "tags": []}
         self._answer(200, {**info, "modelId": name, "_id": name, "downloads": 0, "likes": 0})
 
     def _list(self, name: str, commit: str, tree: dict[str, bytes]) -> None:
+        if self.hub.listing_fails:
+            self._answer(403, {"error": "later"})
+            return
         entries: list[dict[str, Any]] = []
         for path, data in tree.items():
             entry = {"type": "file", "path": path, "size": len(data), "oid": _blob(data)}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import uuid
@@ -32,6 +34,9 @@ from customized_models.errors import (
     AlreadyExistsError,
     BaseModelMismatch,
     BaseModelMissingError,
+    DatabaseError,
+    DeploymentError,
+    MalformedError,
     RegistrationError,
     UnsupportedAdapterError,
     UnsupportedError,
@@ -233,6 +238,101 @@ def test_a_failed_registration_kills_no_training_and_is_taken_up_later(
     assert other.recover() == []
 
 
+def test_what_is_kept_is_moved_and_needs_no_room(
+    losing: tuple[ModelRegistry, TrainerCallback],
+    make_trainer: MakeTrainer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    other, lose_base = losing
+    callback = RegisterCallback(other, train_name="support", base_model="copy")
+    monkeypatch.setattr(shutil, "copytree", full)
+    make_trainer(callback, lose_base).train()
+    assert isinstance(callback.error, RegistrationError)
+    assert Path(callback.error.directory).is_relative_to(other.root)
+
+
+def test_what_interrupted_trainings_and_downloads_left_is_removed_in_the_end(
+    losing: tuple[ModelRegistry, TrainerCallback], make_trainer: MakeTrainer
+) -> None:
+    other, lose_base = losing
+    callback = RegisterCallback(other, train_name="support", base_model="copy")
+    make_trainer(callback, lose_base).train()
+    assert callback.error is not None
+    kept = Path(callback.error.directory)
+    for name in (".unregistered/half", ".hub/half"):
+        (other.root / name).mkdir(parents=True)
+        (other.root / name / "model.safetensors").write_bytes(b"x")
+
+    found = other.gc(grace_seconds=0)
+    assert [(one.key, one.removed) for one in found] == [
+        (".hub/half", True),
+        (".unregistered/half", False),  # all that there is of a training, perhaps
+    ]
+    for path in (*other.root.glob(".unregistered/**/*"), *other.root.glob(".unregistered/*")):
+        os.utime(path, (0, 0))
+    assert not any(one.removed for one in other.gc(dry_run=True))
+    assert [(one.key, one.removed) for one in other.gc()] == [(".unregistered/half", True)]
+    assert other.gc() == []
+    assert kept.is_dir()
+
+
+def test_what_was_kept_is_taken_up_though_a_tool_is_down(
+    losing: tuple[ModelRegistry, TrainerCallback],
+    make_trainer: MakeTrainer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def down(*_: object) -> None:
+        raise DeploymentError("the tool does not answer")
+
+    other, lose_base = losing
+    make_trainer(RegisterCallback(other, train_name="a", base_model="copy"), lose_base).train()
+    other.relocate_base_model("copy", tmp_path / "moved")
+    monkeypatch.setattr("customized_models.registry.recover_deployments", down)
+    with pytest.raises(DeploymentError):
+        other.recover()
+    assert [model.train_name for model in other.customized_models()] == ["a"]
+
+
+def test_what_cannot_be_removed_keeps_no_training_from_being_registered(
+    registry: ModelRegistry, make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remove = shutil.rmtree
+
+    def of_nfs(path: Any, ignore_errors: bool = False, **options: Any) -> None:
+        if "unregistered-" in str(path) and not ignore_errors:
+            raise OSError(errno.ENOTEMPTY, "Directory not empty")
+        remove(path, ignore_errors, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", of_nfs)
+    callback = RegisterCallback(registry, train_name="support", strict=True)
+    make_trainer(callback).train()
+    assert [callback.model] == list(registry.customized_models())
+
+
+def test_whatever_fails_at_the_end_kills_no_training(
+    registry: ModelRegistry, make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise MalformedError("odd")
+
+    callback = RegisterCallback(registry, train_name="a")
+    with monkeypatch.context() as patch:
+        patch.setattr("customized_models.trained_models.peft_settings", fails)
+        make_trainer(callback).train()
+    assert isinstance(callback.error, RegistrationError)
+    assert any("registered" in done for done in registry.recover())
+
+    callback = RegisterCallback(registry, train_name="b")
+    with monkeypatch.context() as patch:
+        patch.setattr("customized_models.training.evaluation_summary", fails)
+        make_trainer(callback).train()
+    assert isinstance(callback.error, RegistrationError)
+
+
 def test_a_strict_callback_raises(
     losing: tuple[ModelRegistry, TrainerCallback], make_trainer: MakeTrainer, tmp_path: Path
 ) -> None:
@@ -375,8 +475,11 @@ def test_the_files_of_a_training_tell_of_the_adapter_that_was_kept(
 
 
 def test_what_is_evaluated_later_is_added_to_the_card(
-    registry: ModelRegistry, make_trainer: MakeTrainer
+    registry: ModelRegistry, make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def busy(*_: object) -> None:
+        raise DatabaseError("the database is busy")
+
     callback = RegisterCallback(registry, train_name="support")
     trainer = make_trainer(callback, eval_strategy="steps", eval_steps=1)
     trainer.train()
@@ -388,6 +491,12 @@ def test_what_is_evaluated_later_is_added_to_the_card(
     after = registry.get(CustomizedModel, callback.model.name)
     assert after == callback.model
     assert after.card.evaluation.metrics == {**before, "test_loss": measured["test_loss"]}
+    with monkeypatch.context() as patch:
+        patch.setattr(ModelRegistry, "add_evaluation", busy)
+        trainer.evaluate()  # which is logged
+        callback.strict = True
+        with pytest.raises(DatabaseError):
+            trainer.evaluate()
     registry.delete(after)
     trainer.evaluate()  # which nobody is told of
 
@@ -478,6 +587,16 @@ def test_a_full_model_is_registered_as_well(
 def test_a_model_of_no_known_kind_is_refused_at_the_beginning(registry: ModelRegistry) -> None:
     with pytest.raises(UnsupportedAdapterError, match="Linear"):
         register_from_model(registry, torch.nn.Linear(2, 2), train_name="support")
+
+
+def test_an_adapter_of_transformers_own_is_refused_with_the_way_out(
+    registry: ModelRegistry, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.integrations.peft.check_peft_version", lambda **_: None)
+    model = AutoModelForCausalLM.from_pretrained(tiny_base)
+    model.add_adapter(LoraConfig(r=4, target_modules=["q_proj"]))
+    with pytest.raises(UnsupportedAdapterError, match="get_peft_model"):
+        register_from_model(registry, model, train_name="support", base_model="llama-tiny")
 
 
 def test_a_loop_without_a_trainer_registers_what_it_has_in_memory(
