@@ -21,7 +21,7 @@ from .adapters import intake
 from .adapters.finite import refuse_non_finite
 from .adapters.fitting import check_fits
 from .arguments import identifier, name_of, past
-from .base_models import verified_path
+from .base_models import Location, verified_path
 from .cards.reading import training_facts
 from .cards.readme import render, storable_card
 from .errors import (
@@ -29,6 +29,7 @@ from .errors import (
     BaseModelMismatch,
     BaseModelMissingError,
     InUseError,
+    UnsupportedError,
     listed,
     shown,
 )
@@ -226,7 +227,18 @@ def _base_of(catalog: Catalog, named: str | None, taken: Taken) -> BaseModel:
             raise
         return _found_by_content(catalog, taken, taken.is_of)
     taken.check_base(verified_path(location))
+    _refuse_base_itself(taken, location)
     return base
+
+
+def _refuse_base_itself(taken: Taken, location: Location) -> None:
+    """A full model that nobody has trained is a mistake of whoever names the directory."""
+    weights = {name: d for name, d in taken.content.items() if name.endswith(".safetensors")}
+    if taken.kind == "checkpoint" and weights.items() <= location.digests.items():
+        raise UnsupportedError(
+            "the checkpoint has the very weights of its base model: it was not trained, or the "
+            "directory is the base model's; say the directory that the training saved"
+        )
 
 
 def _refuse_changed_base(configuration: TrainingConfiguration | None, base: BaseModel) -> None:
@@ -250,6 +262,7 @@ def _found_by_content(catalog: Catalog, taken: Taken, is_of: Callable[[Path], bo
         except (BaseModelMismatch, BaseModelMissingError):
             continue
         if is_of(directory):
+            _refuse_base_itself(taken, location)
             fitting.append(base)
     if len(fitting) != 1:
         candidates = listed(base.name for base in fitting) or "none"

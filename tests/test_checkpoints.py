@@ -82,6 +82,14 @@ def test_a_trainers_checkpoint_becomes_a_customized_model_of_the_base_it_fits(
         assert same_tensors(directory, checkpoint)
 
 
+@pytest.mark.parametrize("named", ["llama-tiny", None])
+def test_a_base_model_is_no_training_of_itself(
+    registry: ModelRegistry, tiny_base: Path, named: str | None
+) -> None:
+    with pytest.raises(UnsupportedError, match="the very weights of its base model"):
+        registry.register(tiny_base, train_name="full", base_model=named)
+
+
 def test_a_save_completes_it_from_its_base_without_a_merge(
     registry: ModelRegistry, checkpoint: Path, tiny_base: Path
 ) -> None:
