@@ -224,7 +224,7 @@ _ANYTHING = KnownFile("**/*", Role.UNKNOWN, 64 * _MIB)
 DROPPED = frozenset(
     {Role.WEIGHTS, Role.OTHER_WEIGHTS, Role.ADAPTER, Role.CARD, Role.RECORD, Role.LITTER}
 )
-"""What does not go from a base model into a complete one: that has weights and a card of its own.
+"""What does not go from a base model into a complete one, which has weights and a card of its own.
 
 Everything else is carried, known or not.
 """
