@@ -321,13 +321,14 @@ CARRIED = (
     "generation_config.json", "added_tokens.json", "special_tokens_map.json", "bpe.codes",
     "vocab-src.json", "entity_vocab.json", "spm.model", "qwen.tiktoken", "tekken.json",
     "audio_tokenizer_config.json", "LICENSE", "notice.pdf", "1_Pooling/config.json",
-    "of_tomorrow.json", "modules.json", "figures/loss.png", "configuration_own.py", "é.txt",
+    "of_tomorrow.json", "recipe.yaml", "modules.json", "figures/loss.png",
+    "configuration_own.py", "é.txt",
 )  # fmt: skip
 LEFT = (
     "pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5", "flax_model.msgpack",
     "model.fp16.safetensors", "onnx/model.onnx", "original/consolidated.00.pth", "a.Q4_K_M.gguf",
     "consolidated.safetensors", "README.md", ".gitattributes", ".git/config", ".DS_Store",
-    ".cache/huggingface/a.lock", "trainer_state.json", "axolotl.yaml", "optimizer.pt",
+    ".cache/huggingface/a.lock", "trainer_state.json", "training_args.yaml", "optimizer.pt",
     "rng_state.pth", "training_args.bin",
     "checkpoint-500/model.safetensors", "runs/a/events.out.tfevents.1", "manifest.json",
 )  # fmt: skip

@@ -177,7 +177,7 @@ def test_no_path_of_this_host_is_pushed(
     (base / "config.json").write_text(json.dumps(config))
     (base / "trainer_state.json").write_text(json.dumps({"best_model_checkpoint": str(tmp_path)}))
     told = json.dumps({"output_dir": str(tmp_path), "hub_token": "hf_" + "S" * 30})
-    for name in ("args.json", "axolotl.yaml", "trainer_log.jsonl", "anything.txt"):
+    for name in ("args.json", "training_args.yaml", "trainer_log.jsonl"):
         (adapter / name).write_text(told)
     other = ModelRegistry(tmp_path / "other")
     for one in (registry, other):
@@ -199,13 +199,12 @@ def test_no_path_of_this_host_is_pushed(
 
 def test_a_file_that_tells_of_this_host_is_refused(
     registry: ModelRegistry,
-    tiny_base: Path,
     tmp_path: Path,
     hub: Hub,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("HOME", "/home/me")
-    checkpoint = Path(shutil.copytree(tiny_base, tmp_path / "checkpoint"))
+    checkpoint = tiny_llama(tmp_path / "checkpoint", dtype="float32")
     (checkpoint / "notes.txt").write_text("data in /home/me/data")
     model = registry.register(checkpoint, train_name="full", base_model="llama-tiny")
     with pytest.raises(UnsafeFileError, match=r"notes\.txt"):

@@ -33,7 +33,7 @@ WEIGHTS = "adapter_model.safetensors"
 PICKLED = ("adapter_model.bin", "adapter_model.pt")
 """What the weights are called where they are pickled, as older versions of PEFT saved them."""
 
-_TAKEN = ({Role.ADAPTER} | CARRIED) - {Role.UNKNOWN}
+_TAKEN = {Role.ADAPTER} | CARRIED
 
 _MAX_HEADER = 32 << 20  # bytes: one adapted expert by expert has about 100,000 tensors
 _MAX_FILES = 1000  # an adapter has a dozen
@@ -64,10 +64,10 @@ class Intake:
 def take_in(source: Path, destination: Path) -> Intake:
     """Copy an adapter's files into the empty directory `destination`, and check them.
 
-    Each file of `source` is read once. Weights in other formats, files that only the training
-    needs and files that nobody knows are left out. The configuration is rewritten so that equal
-    adapters have equal bytes; see `canonical`. No configuration keeps a path. Tensors get the names
-    that PEFT gives them; see `plain_names`.
+    Each file of `source` is read once. Weights in other formats and files that only the training
+    needs are left out. The configuration is rewritten so that equal adapters have equal bytes; see
+    `canonical`. No configuration keeps a path. Tensors get the names that PEFT gives them; see
+    `plain_names`.
 
     Args:
         source: The directory that a training saved.

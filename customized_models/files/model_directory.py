@@ -151,10 +151,10 @@ TABLE: tuple[KnownFile, ...] = (
         "train_results.json",
         "eval_results.json",
         "args.json",  # ms-swift's; what tools write down has paths, and tokens at times
-        "*.yaml",  # axolotl's, LLaMA-Factory's
-        "*.yml",
-        "*.jsonl",
-        "*.log",
+        "training_args.yaml",  # LLaMA-Factory's, as are those that follow
+        "llamaboard_config.yaml",
+        "trainer_log.jsonl",
+        "running_log.txt",
     ),
     *_rows(
         Role.OTHER_WEIGHTS,

@@ -141,10 +141,9 @@ def test_an_adapter_is_taken_where_the_hubs_cache_has_it(
     untrusted: Path, copy: Path, tmp_path: Path
 ) -> None:
     (untrusted / "notes.txt").write_text("x")
-    (untrusted / "merges.txt").write_text("x")
     snapshot = cached(untrusted, tmp_path / "hub")
     intake = take_in(snapshot, copy)
-    assert {path.name for path in copy.iterdir()} == {CONFIG, WEIGHTS, "merges.txt"}
+    assert {path.name for path in copy.iterdir()} == {CONFIG, WEIGHTS, "notes.txt"}
     assert not any(path.is_symlink() for path in copy.iterdir())
     assert intake.adapter == Adapter.open(copy)
 
