@@ -116,7 +116,7 @@ class ModelRegistry:
     Args:
         root: Made when something is first written. `~` is the user's home.
         storage: Where bytes are kept, or its URL; plain directories under `root` if None.
-        database: The database's URL; `sqlite:///<root>/registry.db` if None.
+        database: The URL of an SQLite file; `sqlite:///<root>/registry.db` if None.
         max_running: How many jobs of the registry may run at once, those of other processes
             counted; the rest wait in the order in which they were submitted. The number of cores
             that this process may use if None.
@@ -459,8 +459,8 @@ class ModelRegistry:
 
         What `push_to_hub` has pushed comes back as the same model: under its name, with its digest,
         ids and card, every file compared with the record. If its base model is not here, it is
-        known from then on without a place, which `add_base_model` tells. Anything else is
-        registered as by `register`: an adapter, or a full model.
+        recorded without a directory, which `add_base_model` or `relocate_base_model` gives.
+        Anything else is registered as by `register`: an adapter, or a full model.
 
         Args:
             repository: Its id on the Hub.
@@ -852,8 +852,11 @@ class ModelRegistry:
     def local_path(self, model: BaseModel | CustomizedModel | CompleteModel | str) -> Path:
         """The model's directory on this host, for a look; `checkout` keeps it from being deleted.
 
+        A model that was evicted is rebuilt first, which takes as long as a save.
+
         Raises:
             NotFoundError: It has been deleted.
+            NotReproducible, BaseModelMissingError, BaseModelMismatch: As `checkout`.
             NotLocalError: The storage is not on this host.
         """
         known: WithBytes = self.catalog.levels.meant("model", model, *get_args(WithBytes))
@@ -1025,8 +1028,8 @@ class ModelRegistry:
     def reindex(self) -> list[str]:
         """Make rows again for stored models that have none, or a damaged one, from manifests.
 
-        Base models come back without a place, which `relocate_base_model` tells. What only the
-        database knew is lost: tags, descriptions, aliases and what they protected, the log of
+        Base models come back without a directory, which `relocate_base_model` gives. What only
+        the database knew is lost: tags, descriptions, aliases and what they protected, the log of
         events, live models, environments, third-party models, jobs.
 
         Returns:

@@ -147,11 +147,6 @@ def i32s(values: Sequence[int]) -> bytes:
     return struct.pack(f"<IIQ{len(values)}i", 9, 5, len(values), *values)
 
 
-def u32s(values: Sequence[int]) -> bytes:
-    """An array of unsigned 32-bit values."""
-    return struct.pack(f"<IIQ{len(values)}I", 9, 4, len(values), *values)
-
-
 def flags(values: Sequence[bool]) -> bytes:
     """An array of truth values."""
     return struct.pack(f"<IIQ{len(values)}?", 9, 7, len(values), *values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import sqlite3
 import subprocess
@@ -81,6 +82,32 @@ def test_a_complete_model_goes_live_and_can_be_called(
     assert Deployer(registry).status(live) is Status.LOADED
     completion(live)
     assert list(registry.live_models()) == [live]
+
+
+def test_awaited_calls_leave_the_loop_to_others(
+    registry: ModelRegistry, customized: CustomizedModel, here: DeploymentEnvironment
+) -> None:
+    deployer, turns = Deployer(registry), list[int]()
+
+    async def others() -> None:
+        while True:
+            turns[-1] += 1
+            await asyncio.sleep(0)
+
+    async def main() -> LiveModel:
+        beside = asyncio.ensure_future(others())
+        turns.append(0)
+        live = await (await deployer.deploy_async(customized, environment="here"))
+        turns.append(0)
+        assert await deployer.status_async(live) is Status.LOADED
+        turns.append(0)
+        undeployed = await deployer.undeploy_async(live)
+        beside.cancel()
+        return undeployed
+
+    assert asyncio.run(main()).state == "undeployed"
+    assert len(turns) == 3
+    assert min(turns) > 10
 
 
 def test_a_customized_model_goes_live_without_a_complete_model_on_disk(

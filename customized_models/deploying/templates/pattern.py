@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 from attrs import frozen
@@ -100,7 +100,3 @@ class Pattern:
             previous = role
         end = self.gaps.get((previous, END))
         return None if end is None else result + end
-
-
-Rendering = Callable[[Sequence[Message]], str | None]
-"""A chat template's text for messages; None where it refuses them."""
