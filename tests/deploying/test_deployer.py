@@ -329,9 +329,10 @@ def state_of(registry: ModelRegistry, ollama: object) -> dict[str, str]:
         if path.is_file() and path.name != "registry.db"
     }
     with sqlite3.connect(registry.root / "registry.db") as connection:
-        # `litter` only says since when files of the cache have been unused.
+        # `litter` only says since when cached files have been unused; the log of events grows.
         tables = connection.execute(
-            "SELECT name FROM sqlite_master WHERE type = 'table' AND name != 'litter'"
+            "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT IN "
+            "('litter', 'events', 'event_subjects', 'sqlite_sequence')"
         )
         for (table,) in tables.fetchall():
             for row in connection.execute(f"SELECT * FROM {table}"):
