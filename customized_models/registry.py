@@ -433,6 +433,8 @@ class ModelRegistry:
             NotFoundError: It has been deleted.
             IntegrityError: It is damaged here.
             UnsafeFileError: A file states what should not be published.
+            NotReproducible, BaseModelMissingError, BaseModelMismatch: It was evicted, and cannot be
+                rebuilt.
             InvalidNameError: `repository` is no Hub id.
             HubError: The Hub does not answer or refuses.
         """
@@ -477,7 +479,9 @@ class ModelRegistry:
             BaseModelMismatch: Its base's name stands for another base model here, or its base has
                 another name here.
             InvalidNameError: `repository` is no Hub id.
-        And as `register`.
+            MalformedError, UnsafeFileError, NonFiniteError, UnsupportedAdapterError,
+                UnsupportedError: What was not pushed by this library cannot be registered; see
+                `register`.
         """
         name = arguments.text("repository", repository)
         with hub.fetched(_hub(endpoint, token), name, revision, self.root / DOWNLOADS) as directory:
@@ -1002,6 +1006,8 @@ class ModelRegistry:
         for one in done:
             _log.info("recovery: %s", one)
         if failed:
+            for other in failed[1:]:
+                failed[0].add_note(str(other))
             raise failed[0]
         return done
 

@@ -348,7 +348,9 @@ def register_from_trainer(
     Returns:
         The customized model on the first rank, None on the others.
 
-    Raises: as `register_from_model`.
+    Raises:
+        AlreadyExistsError, BaseModelMismatch, UnsupportedAdapterError, RegistrationError: See
+            `register_from_model`.
     """
     instance("trainer", trainer, Trainer)
     return register_from_model(

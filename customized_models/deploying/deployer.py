@@ -160,6 +160,8 @@ class Deployer:
 
         Raises:
             NotFoundError: The model has been deleted.
+            NotReproducible, BaseModelMissingError, BaseModelMismatch: It was evicted, and cannot be
+                rebuilt.
             UnsupportedError: Not an architecture or mode we can make, or nothing is replaced there.
             NoEnvironmentError: No environment to deploy to.
             NoTemplateError: The tool needs a deployment template; the message has one that fits,

@@ -49,6 +49,15 @@ from customized_models.training import (
     register_from_trainer,
 )
 
+FIRST_IS_BEST: dict[str, Any] = {
+    "learning_rate": 0.1,
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "load_best_model_at_end": True,
+    "greater_is_better": True,  # so that the first step, with the largest loss, is the best
+}
 EXAMPLES = [{"input_ids": [1, 5 + i, 7, 9, 2], "labels": [1, 5 + i, 7, 9, 2]} for i in range(8)]
 MakeTrainer = Callable[..., Trainer]
 
@@ -416,13 +425,7 @@ def test_the_best_checkpoint_is_what_is_registered(
     trainer = make_trainer(
         callback,
         max_steps=3,
-        learning_rate=0.1,
-        eval_strategy="steps",
-        eval_steps=1,
-        save_strategy="steps",
-        save_steps=1,
-        load_best_model_at_end=True,
-        greater_is_better=True,  # so that the first step, with the largest loss, is the best
+        **FIRST_IS_BEST,
     )
     trainer.train()
 
@@ -449,13 +452,7 @@ def test_the_files_of_a_training_tell_of_the_adapter_that_was_kept(
 ) -> None:
     trainer = make_trainer(
         max_steps=3,
-        learning_rate=0.1,
-        eval_strategy="steps",
-        eval_steps=1,
-        save_strategy="steps",
-        save_steps=1,
-        load_best_model_at_end=True,
-        greater_is_better=True,
+        **FIRST_IS_BEST,
     )
     trainer.train()
     trainer.save_model()
@@ -531,13 +528,7 @@ def test_a_training_that_stopped_for_want_of_progress_is_registered(
         callback,
         EarlyStoppingCallback(early_stopping_patience=1),
         max_steps=6,
-        learning_rate=0.1,
-        eval_strategy="steps",
-        eval_steps=1,
-        save_strategy="steps",
-        save_steps=1,
-        load_best_model_at_end=True,
-        greater_is_better=True,
+        **FIRST_IS_BEST,
     )
     trainer.train()
 

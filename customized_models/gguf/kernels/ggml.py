@@ -17,7 +17,7 @@ _SYMBOLS = (
     "ggml_quantize_chunk", "ggml_type_name", "ggml_row_size",
 )  # fmt: skip
 _TYPES = (F32, F16, BF16, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K)
-INSTALL = "pip install customized-models[llama-cpp]"
+INSTALL = "pip install 'customized-models[llama-cpp]'"
 
 
 class Ggml:
@@ -81,7 +81,7 @@ def _library() -> Path:
             return path
     raise MissingDependencyError(
         "quantizing needs Numba, which is faster, or xllamacpp: "
-        "pip install customized-models[gguf], or [llama-cpp]"
+        "pip install 'customized-models[gguf]', or [llama-cpp]"
     )
 
 
