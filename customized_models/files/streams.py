@@ -25,8 +25,11 @@ from .writing import disk_errors
 BUFFER = 4 << 20
 """Bytes of each of a file's two buffers: enough that a write's time is in the disk."""
 
-SYNCED = 64 << 20
-"""Bytes after which a file in the page cache is pushed to the disk, not all of it at the end."""
+PUSHED = 64 << 20
+"""Bytes after which a file is pushed to the disk while it goes on, not all of it at the end.
+
+The disk has a cache too, so this is not of the page cache alone.
+"""
 
 DIRECT = getattr(os, "O_DIRECT", 0)
 """The flag of direct writes, where the system has it, as Linux does."""
@@ -144,7 +147,9 @@ class FileWriter(HashSink):
         self._path = path
         with self._errors():
             self._fd, self._direct = _create(path)
-        self._synced = 0
+        self._pusher = ThreadPoolExecutor(1, "push to the disk")
+        self._push: Future[None] | None = None
+        self._unpushed = 0
 
     def finish(self) -> FileDigest:
         """See `Sink`; the file is on the disk.
@@ -154,6 +159,8 @@ class FileWriter(HashSink):
         """
         digest = super().finish()
         with self._errors():
+            if self._push is not None:
+                self._push.result()  # the system tells of a failed write once
             os.ftruncate(self._fd, digest.size)
             os.fsync(self._fd)
         if not self._direct and hasattr(os, "posix_fadvise"):
@@ -164,6 +171,7 @@ class FileWriter(HashSink):
     def close(self) -> None:
         """See `HashSink`."""
         super().close()
+        self._pusher.shutdown()
         os.close(self._fd)
 
     def _take(self, buffer: memoryview, count: int) -> None:
@@ -183,10 +191,12 @@ class FileWriter(HashSink):
                 fcntl.fcntl(self._fd, fcntl.F_SETFL, flags & ~DIRECT)
                 os.lseek(self._fd, start, os.SEEK_SET)  # some of the buffer may be written
                 self._write(buffer[:count])
-            self._synced += count
-            if not self._direct and self._synced >= SYNCED:
-                self._synced = 0
-                os.fsync(self._fd)
+            self._unpushed += count
+            if self._unpushed >= PUSHED and (self._push is None or self._push.done()):
+                if self._push is not None:
+                    self._push.result()
+                self._unpushed = 0
+                self._push = self._pusher.submit(os.fsync, self._fd)
 
     def _write(self, view: memoryview) -> None:
         while view:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import gc
 import sys
+from contextlib import suppress
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -66,6 +67,8 @@ def open_merge(
 def preload() -> None:
     """Import torch, transformers and PEFT, which takes seconds, in an interpreter of our own.
 
+    transformers' table of conversions, with a thousand regular expressions, is made too.
+
     The collector does not run meanwhile, and never looks at what was imported: with the about one
     million objects of the three, each full collection takes a second.
     """
@@ -75,6 +78,10 @@ def preload() -> None:
     gc.disable()
     try:
         import_module(f"{__name__}.execution")
+        with suppress(Exception):  # a merge that needs the table says what is wrong with it
+            import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping(
+                "llama"
+            )
         gc.freeze()
         atexit.register(gc.unfreeze)  # libraries count their leaks at exit
     finally:

@@ -222,7 +222,7 @@ def profile(directory: Path) -> None:
 
     from customized_models import Merger, ModelRegistry, merging, shelf
     from customized_models.files import checking, streams
-    from customized_models.jobs import fork_server, queue, worker
+    from customized_models.jobs import queue, worker
     from customized_models.jobs.isolated import run_isolated
     from customized_models.merging import merger
 
@@ -251,7 +251,7 @@ def profile(directory: Path) -> None:
     split.watch("publishing", shelf.Shelf, "publish")
 
     def run_here(function: str, arguments: bytes, output: Any) -> Any:
-        worker.run(None, fork_server.Turn(None), *pickle.loads(arguments))  # type: ignore[arg-type]
+        worker.run(None, *pickle.loads(arguments))  # type: ignore[arg-type]
         return SimpleNamespace(has_ended=False)
 
     queue.start_worker = run_here

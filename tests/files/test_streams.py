@@ -96,7 +96,7 @@ linux = pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="the system has n
 @pytest.fixture
 def small_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streams, "BUFFER", 8192)
-    monkeypatch.setattr(streams, "SYNCED", 16_384)
+    monkeypatch.setattr(streams, "PUSHED", 16_384)
 
 
 def digest_of(data: bytes) -> FileDigest:

@@ -100,7 +100,7 @@ class MergedRows:
             read_next: Reads the matrix's bytes.
         """
         same = True
-        for before, after in self._pairs(read_next):
+        for before, after in self._pairs(read_next, bounded=self._is_bounded()):
             same = same and torch.equal(before, after)
             yield after
         self.outcome.note([self.info.name], same=same, where=self.info.name)
@@ -110,17 +110,23 @@ class MergedRows:
 
         That tells all if the change is too small to carry a number of the base out of its dtype.
         """
-        largest, same = self.factors.largest_change(), True
-        bounded = largest < _room(self.dtype)
+        bounded, same = self._is_bounded(), True
         if bounded and self.outcome.may_stay:
             return
-        for before, after in self._pairs(read_next) if largest != 0 else ():
+        changes = self.factors.largest_change() != 0
+        for before, after in self._pairs(read_next, bounded=bounded) if changes else ():
             same = same and torch.equal(before, after)
             if bounded and not same:
                 break
         self.outcome.note([self.info.name], same=same, where=self.info.name)
 
-    def _pairs(self, read_next: ReadNext) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def _is_bounded(self) -> bool:
+        """Whether the change is too small to make any number of the base infinite."""
+        return self.factors.largest_change() < _room(self.dtype)
+
+    def _pairs(
+        self, read_next: ReadNext, *, bounded: bool
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Rows before and after the merge."""
         stored, columns = torch_dtype(self.info.dtype), self.info.shape[1]
         for start, end in self.factors.bounds():
@@ -129,7 +135,8 @@ class MergedRows:
             before = rows.to(self.dtype)
             after = self.workspace.result(rows.shape, self.dtype)
             self.add(before, after, start, end)
-            refuse_non_finite(self.info.name, after, partial(torch.Tensor.detach, before))
+            if not bounded:
+                refuse_non_finite(self.info.name, after, partial(torch.Tensor.detach, before))
             yield before, after
 
 
