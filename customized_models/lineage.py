@@ -7,11 +7,12 @@ model is gone. What was deleted keeps its facts in the event log, so that its ow
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from attrs import evolve, field, frozen
 
-from .backends import open_backend
+from .backends import open_backend, served_there
 from .errors import (
     BaseModelMismatch,
     BaseModelMissingError,
@@ -89,7 +90,8 @@ def short(digest: str) -> str:
     return f"{algorithm}:{value[:8]}" if value else ""
 
 
-Verify: TypeAlias = Callable[[Link], Link]
+AskStatus: TypeAlias = Callable[[LiveModel], Status]
+Verify: TypeAlias = Callable[[Link, AskStatus | None], Link]
 
 
 @frozen
@@ -105,13 +107,17 @@ class Lineage:
     model: Link
     _verify: Verify = field(eq=False, repr=False)
 
-    def verify(self) -> Lineage:
+    def verify(self, status: AskStatus | None = None) -> Lineage:
         """Read every byte of the model and of what it was made of, and ask the tool that serves it.
 
         Nothing is raised for what is wrong: the links of the result say it. What was made of the
         model stays claimed. It takes as long as reading the files.
+
+        Args:
+            status: What tells the status of a live model: `deployer.status`, where the deployer was
+                given the backend or the secrets. By default its environment alone is used.
         """
-        return evolve(self, model=_verified(self.model, self._verify))
+        return evolve(self, model=_verified(self.model, self._verify, status))
 
     @property
     def links(self) -> tuple[Link, ...]:
@@ -142,7 +148,7 @@ def lineage_of(catalog: Catalog, shelf: Shelf, model: Model) -> Lineage:
     """See `ModelRegistry.lineage`."""
     tracing = _Tracing(catalog, shelf)
     link = evolve(tracing.upwards(model), children=tracing.children(model))
-    return Lineage(link, lambda claimed: _checked_bytes(catalog, shelf, claimed))
+    return Lineage(link, partial(_checked_bytes, catalog, shelf))
 
 
 @frozen
@@ -244,7 +250,7 @@ class _Tracing:
         )
 
 
-def _checked_bytes(catalog: Catalog, shelf: Shelf, link: Link) -> Link:
+def _checked_bytes(catalog: Catalog, shelf: Shelf, link: Link, status: AskStatus | None) -> Link:
     """A claimed link, as its bytes or its tool say it is."""
     try:
         match link.level:
@@ -257,7 +263,7 @@ def _checked_bytes(catalog: Catalog, shelf: Shelf, link: Link) -> Link:
             case "complete":
                 shelf.verify(catalog.levels.get(CompleteModel, link.name))
             case "live":
-                return _asked(catalog, link)
+                return _asked(catalog, link, status)
             case "training":
                 return link
     except EvictedError:  # its note says so; it can be made again, to this digest or not at all
@@ -271,13 +277,12 @@ def _checked_bytes(catalog: Catalog, shelf: Shelf, link: Link) -> Link:
     return evolve(link, state="verified")
 
 
-def _asked(catalog: Catalog, link: Link) -> Link:
+def _asked(catalog: Catalog, link: Link, status: AskStatus | None) -> Link:
     live = catalog.levels.get(LiveModel, link.name)
     if live.state == "undeployed":
         return link
     try:
-        environment = catalog.levels.get(DeploymentEnvironment, live.environment)
-        status = open_backend(environment).status(live.served)
+        found = (status or partial(_status, catalog))(live)
     except (DeploymentError, NotFoundError) as error:
         return evolve(link, note=f"{live.environment} cannot be asked: {error}")
     state: LinkState = {
@@ -285,13 +290,19 @@ def _asked(catalog: Catalog, link: Link) -> Link:
         Status.LOADED: "verified",
         Status.ABSENT: "missing",
         Status.CHANGED: "damaged",
-    }.get(status, "claimed")  # type: ignore[assignment]  # of mypy: the values are text
-    return evolve(link, state=state, note=f"{status.value} at {live.environment}")
+    }.get(found, "claimed")  # type: ignore[assignment]  # of mypy: the values are text
+    return evolve(link, state=state, note=f"{found.value} at {live.environment}")
 
 
-def _verified(link: Link, verify: Verify) -> Link:
-    parents = tuple(_verified(parent, verify) for parent in link.parents)
-    checked = verify(link) if link.state == "claimed" else link
+def _status(catalog: Catalog, live: LiveModel) -> Status:
+    """What an environment's tool says, where the environment tells all that it takes to ask."""
+    backend = open_backend(catalog.levels.get(DeploymentEnvironment, live.environment))
+    return backend.status(served_there(live, backend))
+
+
+def _verified(link: Link, verify: Verify, status: AskStatus | None) -> Link:
+    parents = tuple(_verified(parent, verify, status) for parent in link.parents)
+    checked = verify(link, status) if link.state == "claimed" else link
     return evolve(checked, parents=parents)
 
 

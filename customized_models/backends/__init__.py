@@ -3,7 +3,14 @@
 from ..gguf import GGUFFile
 from ..models import Progress, Quantization
 from .connection import Secrets, environment_variable
-from .opening import BackendFactory, Tools, check_environment, moved_endpoint, open_backend
+from .opening import (
+    BackendFactory,
+    Tools,
+    check_environment,
+    moved_endpoint,
+    open_backend,
+    served_there,
+)
 from .protocol import (
     AdapterBesideBase,
     Addressed,
@@ -42,4 +49,5 @@ __all__ = [
     "environment_variable",
     "moved_endpoint",
     "open_backend",
+    "served_there",
 ]

@@ -11,12 +11,12 @@ from typing import TypeAlias
 from attrs import field, frozen
 
 from ..errors import InvalidOptionError, shown
-from ..models import DeploymentEnvironment
+from ..models import DeploymentEnvironment, LiveModel, Served
 from .connection import Secrets, environment_variable
 from .llama_cpp import LlamaCpp
 from .llama_server import LlamaServer
 from .ollama import Ollama
-from .protocol import Addressed, Backend
+from .protocol import Addressed, Backend, Promoting
 from .sglang import SGLang
 from .vllm import VLLM
 
@@ -73,6 +73,13 @@ def open_backend(environment: DeploymentEnvironment, tools: Tools | None = None)
         f"known are {names}, what installed packages add to {ENTRY_POINTS}, and what "
         f"Deployer(registry, backends=...) is given"
     )
+
+
+def served_there(live: LiveModel, backend: Backend) -> Served:
+    """What a live model is called there: its name stands for another once it is superseded."""
+    if live.state == "superseded" and isinstance(backend, Promoting):
+        return backend.version(live.served)
+    return live.served
 
 
 def moved_endpoint(

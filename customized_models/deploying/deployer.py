@@ -25,6 +25,7 @@ from ..backends import (
     environment_variable,
     moved_endpoint,
     open_backend,
+    served_there,
 )
 from ..errors import (
     AlreadyExistsError,
@@ -49,7 +50,6 @@ from ..models import (
     DeploymentEnvironment,
     DeploymentTemplate,
     LiveModel,
-    Served,
     Status,
     checked_quantization,
 )
@@ -323,7 +323,7 @@ class Deployer:
         if live.state == "undeployed":
             return Status.ABSENT
         backend = self._backend_of(live)
-        return backend.status(_at_the_tool(live, backend))
+        return backend.status(served_there(live, backend))
 
     def undeploy(
         self, live: LiveModel | str, *, wait: float = UNLOAD_SECONDS, forget: bool = False
@@ -369,7 +369,7 @@ class Deployer:
 
     def _take_off(self, live: LiveModel, wait: float) -> str:
         backend = self._backend_of(live)
-        served = _at_the_tool(live, backend)
+        served = served_there(live, backend)
         note = _UNKNOWN if wait else ""
         if isinstance(backend, Unloading):
             note = backend.unload(served, wait)
@@ -432,7 +432,7 @@ class Deployer:
             served = evolve(live.served, endpoint=endpoint)
             moved = evolve(live, environment=target.name, served=served)
             backend = open_backend(target, self._tools)
-            status = backend.status(_at_the_tool(moved, backend))
+            status = backend.status(served_there(moved, backend))
             if status not in (Status.LIVE, Status.LOADED):
                 raise DeploymentError(f"{live.name} is {status.value} at {target.name}")
             with self._catalog.database.write() as connection:
@@ -520,13 +520,6 @@ class Deployer:
         every = self._catalog.levels.listing(DeploymentEnvironment)
         names = listed(environment.name for environment in every)
         return names or "none; ModelRegistry.add_environment(DeploymentEnvironment(...)) adds one"
-
-
-def _at_the_tool(live: LiveModel, backend: Backend) -> Served:
-    """What a live model is called there: its name stands for another once it is superseded."""
-    if live.state == "superseded" and isinstance(backend, Promoting):
-        return backend.version(live.served)
-    return live.served
 
 
 def _text_or_none(argument: str, value: object) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -260,6 +261,18 @@ def test_what_somebody_changed_is_left_alone(
     with pytest.raises(ServedModelChangedError):
         deployer.undeploy(live)
     assert registry.get(LiveModel, live.name).state == "live"
+
+
+def test_a_lineage_asks_the_tools_that_the_deployer_knows(
+    registry: ModelRegistry, customized: CustomizedModel, there: DeploymentEnvironment
+) -> None:
+    deployer = Deployer(registry, backends=BACKENDS)
+    live = deployer.deploy(customized, options=Options("adapter")).result(progress=False)
+    lineage = registry.lineage(live)
+    assert lineage.verify().model.state == "claimed"
+    assert lineage.verify(status=deployer.status).model.state == "verified"
+    shutil.rmtree(live.served.details["place"])
+    assert lineage.verify(status=deployer.status).model.state == "missing"
 
 
 def test_a_backend_that_is_not_given_is_named(
