@@ -67,7 +67,8 @@ def open_merge(
 def preload() -> None:
     """Import torch, transformers and PEFT, which takes seconds, in an interpreter of our own.
 
-    transformers' table of conversions, with a thousand regular expressions, is made too.
+    transformers' table of conversions, with a thousand regular expressions, is made too, and what
+    Numba compiles is taken up, where that is installed.
 
     The collector does not run meanwhile, and never looks at what was imported: with the about one
     million objects of the three, each full collection takes a second.
@@ -78,6 +79,7 @@ def preload() -> None:
     gc.disable()
     try:
         import_module(f"{__name__}.execution")
+        import_module(f"{__name__}.strategies.fused").kernels()
         with suppress(Exception):  # a merge that needs the table says what is wrong with it
             import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping(
                 "llama"

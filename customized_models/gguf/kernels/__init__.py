@@ -7,9 +7,9 @@ and rows do not depend on each other, so that blocks of rows may be quantized si
 
 from __future__ import annotations
 
-import importlib.util
 from typing import TYPE_CHECKING, Protocol
 
+from ...kernels import has_numba
 from ..format import TensorType
 from .ggml import Ggml
 
@@ -31,7 +31,7 @@ def quantizer() -> Quantizer:
         MissingDependencyError: neither Numba nor xllamacpp is installed.
         UnsupportedVersionError: the installed xllamacpp lacks a function or disagrees on a type.
     """
-    if not _has_numba():
+    if not has_numba():
         return Ggml()
     from .compiled import Compiled
 
@@ -43,9 +43,5 @@ def check_quantizer() -> None:
 
     Raises: as `quantizer`.
     """
-    if not _has_numba():
+    if not has_numba():
         Ggml()
-
-
-def _has_numba() -> bool:
-    return importlib.util.find_spec("numba") is not None

@@ -1,33 +1,20 @@
-"""The formulas, compiled by Numba and kept between processes.
-
-Numba's own cache looks at the file that a function is in and not at those that it calls, and fails
-where its directory cannot be written. So the directory here has a name of its own for every state
-of all the sources, belongs to the user alone, since what lies there is executed, and is done
-without where it cannot be had.
-"""
+"""The formulas, compiled by Numba and kept between processes."""
 
 from __future__ import annotations
 
 import hashlib
-import importlib
-import os
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from attrs import frozen
-from numba.core import config
 
+from ...kernels.cache import import_kept, reload_unkept
 from ..format import Q4_K, Q5_0, Q5_1, Q5_K, Q6_K, Q8_0, TensorType
 from .ggml import Ggml
-
-_SOURCES = ("lanes.py", "formulas.py")
 
 Quantize = Callable[[torch.Tensor], bytearray | memoryview]
 
@@ -66,8 +53,7 @@ class Compiled:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._ready: dict[TensorType, Quantize] = {}
-        with _cache_directory():
-            self._formulas = importlib.import_module(".formulas", __package__)
+        self._formulas = import_kept("formulas", __package__ or "")
 
     def __call__(self, rows: torch.Tensor, type_: TensorType) -> bytearray | memoryview:
         """See `kernels.Quantizer`.
@@ -84,8 +70,7 @@ class Compiled:
         try:
             matches = self._matches(type_)
         except OSError:  # the cache's disk is full, say
-            with _no_cache_directory():
-                self._formulas = importlib.reload(self._formulas)
+            self._formulas = reload_unkept(self._formulas)
             matches = self._matches(type_)
         if not matches:
             ggml = Ggml()
@@ -119,37 +104,3 @@ def _probe() -> torch.Tensor:
     mixed = (numbers * 2654435761 % (1 << 24) - (1 << 23)).to(torch.float32)
     sizes = torch.tensor([2.0**-exponent for exponent in (20, 24, 26, 28, 30, 36, 44)])
     return torch.cat([mixed.view(7, 256) * sizes[:, None], torch.zeros(1, 256)])
-
-
-@contextmanager
-def _cache_directory() -> Iterator[None]:
-    """Let Numba keep what is defined within in a directory of ours, or nowhere."""
-    digest = hashlib.sha256(numba.__version__.encode())
-    for name in _SOURCES:
-        digest.update(Path(__file__).with_name(name).read_bytes())
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-    directory = caches / "customized-models" / f"kernels-{digest.hexdigest()[:16]}"
-    with _no_cache_directory():
-        if _is_private(directory):
-            config.CACHE_DIR = str(directory)
-        yield
-
-
-@contextmanager
-def _no_cache_directory() -> Iterator[None]:
-    before, config.CACHE_DIR = config.CACHE_DIR, ""
-    try:
-        yield
-    finally:
-        config.CACHE_DIR = before
-
-
-def _is_private(directory: Path) -> bool:
-    """Whether it is there, or could be made, and this user alone writes to it."""
-    try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = directory.stat()
-    except OSError:
-        return False
-    own = status.st_uid == os.getuid() and not status.st_mode & 0o077
-    return own and os.access(directory, os.W_OK)

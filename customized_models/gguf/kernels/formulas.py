@@ -15,7 +15,7 @@ import numpy as np
 from numba import njit
 from numba.core import config
 
-from .lanes import (
+from ...kernels.lanes import (
     bit_mask,
     bits,
     first,

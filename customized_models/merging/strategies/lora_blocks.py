@@ -12,6 +12,7 @@ from peft.tuners.lora import Linear
 from ...files.safetensors import TensorInfo
 from ..groups import TensorGroup
 from ..layers import AdaptedLayer
+from .fused import fused_bit_identical, fused_sum
 from .outcome import Outcome
 from .protocol import Cost, MergeContext, Reading, ReadNext
 from .rows import LoraFactors, MergedRows
@@ -27,9 +28,10 @@ class LoraBlocks:
 
     name = "lora_blocks"
 
-    def __init__(self, group: TensorGroup, context: MergeContext) -> None:
-        """`group`: one that `for_group` accepts."""
+    def __init__(self, group: TensorGroup, context: MergeContext, *, is_fused: bool) -> None:
+        """`group`: one that `for_group` accepts. `is_fused`: whether that gives PEFT's bits."""
         (planned,), (info,) = group.layers, group.infos
+        self._is_fused = is_fused
         self._layer, self._context, self._tensor = planned.adapted, context, info.name
         self._may_stay = planned.may_stay
         (tensor,) = context.skeleton.conversion(planned.sources["weight"]).tensors
@@ -44,8 +46,9 @@ class LoraBlocks:
         shapes = _factor_shapes(group.layers[0].adapted)
         if shapes is None:
             return None
-        decide = partial(context.threads.run_in_block_thread, _blocks_suit, *shapes, context)
-        return cls(group, context) if context.decisions.once(shapes, decide) else None
+        decide = partial(context.threads.run_in_block_thread, _suits, *shapes, context)
+        blocks, fused = context.decisions.once(shapes, decide)
+        return cls(group, context, is_fused=fused) if blocks else None
 
     @property
     def cost(self) -> Cost:
@@ -68,7 +71,11 @@ class LoraBlocks:
         workspace = self._context.threads.workspace()
         factors = _factors(self._layer)
 
+        fused = fused_sum(factors, self._dtype) if self._is_fused else None
+
         def add(before: torch.Tensor, after: torch.Tensor, start: int, end: int) -> None:
+            if fused is not None and fused(before, after, start, end):
+                return
             total = workspace.block("total", before.shape, torch.float32).copy_(before)
             after.copy_(total.add_(factors.product(start, end, workspace)))
 
@@ -133,9 +140,12 @@ def _factor_shapes(adapted: AdaptedLayer) -> tuple[torch.Size, torch.Size] | Non
     return (up.shape, down.shape) if up.dtype == down.dtype == torch.float32 else None
 
 
-def _blocks_suit(up: torch.Size, down: torch.Size, context: MergeContext) -> bool:
+def _suits(up: torch.Size, down: torch.Size, context: MergeContext) -> tuple[bool, bool]:
+    """Whether blocks give the bits of PEFT's whole product, and whether the fused sum does."""
     drawn = torch.Generator().manual_seed(0)
     one, other = (torch.randn(size, generator=drawn) for size in (up, down))
-    factors = LoraFactors(one, other, 1.0)
+    one[::7] = 0  # as training may leave a row: the sign of its product counts too
+    factors, workspace = LoraFactors(one, other, 1.0), context.threads.workspace()
     whole = context.threads.run_peft(torch.mm, one, other)
-    return factors.blocks_bit_identical(whole, context.threads.workspace())
+    blocks = factors.blocks_bit_identical(whole, workspace)
+    return blocks, blocks and fused_bit_identical(factors, whole, workspace)

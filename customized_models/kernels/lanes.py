@@ -140,6 +140,30 @@ _unary(operator.neg, lambda builder, value: builder.fneg(value))
 
 
 @intrinsic
+def fma(typing, a, b, c):
+    """`a * b + c`, rounded once; `a` is one number."""
+
+    def emit(context, builder, signature, arguments):
+        x, y, z = arguments
+        x = _spread(context, builder, x, signature.args[0], c)
+        kind = ir.FunctionType(z.type, [z.type] * 3)
+        full = f"llvm.fma.v{c.count}f32"
+        return builder.call(cgutils.get_or_insert_function(builder.module, kind, full), [x, y, z])
+
+    return c(a, b, c), emit
+
+
+@intrinsic
+def zeros(typing, value):
+    """As many lanes of the same kind, all of them zero."""
+
+    def emit(context, builder, signature, arguments):
+        return ir.Constant(arguments[0].type, None)
+
+    return value(value), emit
+
+
+@intrinsic
 def where(typing, mask, a, b):
     """`a` in the lanes where `mask` is true, `b` in the others."""
     of = next((t for t in (a, b) if isinstance(t, Lanes)), None) or Lanes(a, mask.count)
@@ -172,6 +196,9 @@ bits = _conversion("bitcast", types.int32)  # of float32
 real = _conversion("sitofp", types.float32)  # of int32
 integer = _conversion("fptosi", types.int32)  # of float32, towards 0; it must fit
 low_byte = _conversion("trunc", types.uint8)  # of int32
+low_half = _conversion("trunc", types.uint16)  # of int32
+from_bits = _conversion("bitcast", types.float32)  # of int32
+from_half = _conversion("zext", types.int32)  # of uint16
 
 
 # Memory -------------------------------------------------------------------------------------------
