@@ -82,6 +82,11 @@ def test_what_no_kernel_is_for_is_left_to_torch(
     )
 
 
+def test_a_scaling_that_is_no_float32_is_left_to_torch() -> None:
+    factors = LoraFactors(torch.ones(64, 16), torch.ones(16, 64), 1e300)
+    assert fused_sum(factors, torch.bfloat16) is None
+
+
 def test_a_product_of_other_bits_is_left_to_torch() -> None:
     factors = LoraFactors(torch.randn(64, 16), torch.randn(16, 64), 1.0)
     whole = torch.mm(factors.up, factors.down)

@@ -34,6 +34,8 @@ def fused_sum(factors: LoraFactors, dtype: torch.dtype) -> AddFused | None:
     found = kernels()
     if found is None or not 0 < rank <= MOST_RANK or columns % found.LANES:
         return None
+    if abs(factors.scaling) > torch.finfo(torch.float32).max:
+        return None  # torch says what becomes of it
     merge = {torch.bfloat16: found.merge_bf16, torch.float32: found.merge_fp32}.get(dtype)
     if merge is None:
         return None
