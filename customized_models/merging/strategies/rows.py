@@ -99,8 +99,8 @@ class MergedRows:
         Args:
             read_next: Reads the matrix's bytes.
         """
-        same = True
-        for before, after in self._pairs(read_next, bounded=self._is_bounded()):
+        same, bounded = True, self.factors.largest_change() < _room(self.dtype)
+        for before, after in self._pairs(read_next, bounded=bounded):
             same = same and torch.equal(before, after)
             yield after
         self.outcome.note([self.info.name], same=same, where=self.info.name)
@@ -110,24 +110,23 @@ class MergedRows:
 
         That tells all if the change is too small to carry a number of the base out of its dtype.
         """
-        bounded, same = self._is_bounded(), True
+        largest, same = self.factors.largest_change(), True
+        bounded = largest < _room(self.dtype)
         if bounded and self.outcome.may_stay:
             return
-        changes = self.factors.largest_change() != 0
-        for before, after in self._pairs(read_next, bounded=bounded) if changes else ():
+        for before, after in self._pairs(read_next, bounded=bounded) if largest != 0 else ():
             same = same and torch.equal(before, after)
             if bounded and not same:
                 break
         self.outcome.note([self.info.name], same=same, where=self.info.name)
 
-    def _is_bounded(self) -> bool:
-        """Whether the change is too small to make any number of the base infinite."""
-        return self.factors.largest_change() < _room(self.dtype)
-
     def _pairs(
         self, read_next: ReadNext, *, bounded: bool
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Rows before and after the merge."""
+        """Rows before and after the merge.
+
+        `bounded`: whether the change is too small to make any number of the base infinite.
+        """
         stored, columns = torch_dtype(self.info.dtype), self.info.shape[1]
         for start, end in self.factors.bounds():
             rows = self.workspace.block("rows", (end - start, columns), stored)
