@@ -76,7 +76,7 @@ from .models import (
 )
 from .registry import ModelRegistry
 from .search import metric, tag
-from .storage import LocalStorage, Storage
+from .storage import FsspecStorage, LocalStorage, Storage
 from .usage import DeletionPlan, Usage
 
 __all__ = [
@@ -97,6 +97,7 @@ __all__ = [
     "EvaluationSummary",
     "Event",
     "EvictedError",
+    "FsspecStorage",
     "HubCommit",
     "HubError",
     "InUseError",

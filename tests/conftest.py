@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.servers import build_llama_cpp, build_ollama, build_vllm
+from tests.servers import build_llama_cpp, build_ollama, build_versitygw, build_vllm
 from tests.servers.artifact import FileArtifact, tiny_artifact
 from tests.servers.counting_proxy import CountingProxy, counting_proxy
 from tests.servers.llama_cpp_oracle import Oracle, oracle
 from tests.servers.ollama_server import OllamaServer, ollama_server
+from tests.servers.s3_server import S3Server, s3_server
 
 pytest_plugins = ["tests.models"]
 pytest.register_assert_rewrite("tests.merging.parity")
@@ -24,6 +25,7 @@ pytest.register_assert_rewrite("tests.merging.parity")
 BUILDERS = {
     "built_llama_cpp": (build_llama_cpp.build,),
     "built_ollama": (build_llama_cpp.build, build_ollama.build),  # a current one serves with both
+    "built_versitygw": (build_versitygw.build,),
     "built_vllm": (build_vllm.build,),
 }
 """What builds the servers that a fixture stands for."""
@@ -66,6 +68,19 @@ def built_ollama() -> None:
 def built_vllm() -> None:
     """For what needs vLLM, which `pytest_collection_finish` has installed if it could."""
     skip_without(build_vllm.missing())
+
+
+@pytest.fixture(scope="session")
+def built_versitygw() -> None:
+    """For what needs the S3 server, which `pytest_collection_finish` has built if it could."""
+    skip_without(build_versitygw.missing())
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory, built_versitygw: None) -> Iterator[S3Server]:
+    """A real S3 server, shared: tests have prefixes of their own."""
+    with s3_server(tmp_path_factory.mktemp("s3")) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ from nbclient import NotebookClient
 from tests.pages import blocks_of, run_page
 from tests.servers.hub_server import TOKEN, hub_server
 from tests.servers.ollama_server import OllamaServer
+from tests.servers.s3_server import S3Server
 
 pytestmark = pytest.mark.slow
 
@@ -30,7 +31,8 @@ ENVIRONMENT = {
 PAGES = [page for page in sorted(DOCS.rglob("*.md")) if blocks_of(page.read_text())]
 WITH_OLLAMA = [page for page in PAGES if OLLAMA_PORT in page.read_text()]
 WITH_HUB = [page for page in PAGES if "push_to_hub(" in page.read_text()]
-ALONE = [page for page in PAGES if page not in WITH_OLLAMA + WITH_HUB]
+WITH_S3 = [page for page in PAGES if 'storage="s3://' in page.read_text()]
+ALONE = [page for page in PAGES if page not in WITH_OLLAMA + WITH_HUB + WITH_S3]
 
 
 @pytest.mark.parametrize("page", ALONE, ids=lambda page: page.stem)
@@ -57,6 +59,15 @@ def test_a_page_that_talks_to_the_hub_does_what_it_says(page: Path, tmp_path: Pa
         }
         (tmp_path / "page").mkdir()
         run_page(page, tmp_path / "page", environment)
+
+
+@pytest.mark.parametrize("page", WITH_S3, ids=lambda page: page.stem)
+def test_a_page_that_talks_to_s3_does_what_it_says(
+    page: Path, tmp_path: Path, s3: S3Server
+) -> None:
+    (tmp_path / "page").mkdir()
+    cache = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    run_page(page, tmp_path / "page", ENVIRONMENT | s3.environment | cache)
 
 
 @pytest.mark.parametrize("name", ["tour", "sweep"])

@@ -21,7 +21,7 @@ from ..files.writing import (
     rename_without_replacing,
     write_file,
 )
-from .protocol import checked_key
+from .protocol import checked_key, is_key
 
 _STAGING_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}", re.ASCII)
 STAGING_GRACE = 7 * 24 * 3600  # seconds: a save that died on Friday is taken up on Monday
@@ -128,7 +128,7 @@ class LocalStorage:
         with disk_errors("the stored models cannot be listed"):
             kinds = sorted(self.root.glob("[a-z]*/")) if self.root.is_dir() else []
             every = [f"{kind.name}/{path.name}" for kind in kinds for path in kind.iterdir()]
-        return iter(sorted(key for key in every if key.startswith(prefix) and _is_key(key)))
+        return iter(sorted(key for key in every if key.startswith(prefix) and is_key(key)))
 
     def _path(self, key: str) -> Path:
         return self.root / checked_key(key)
@@ -141,10 +141,3 @@ class LocalStorage:
                 continue  # its owner finished meanwhile
             if abandoned:
                 shutil.rmtree(directory, ignore_errors=True)
-
-
-def _is_key(key: str) -> bool:
-    try:
-        return bool(checked_key(key))
-    except InvalidNameError:
-        return False

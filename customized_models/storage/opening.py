@@ -1,4 +1,4 @@
-"""A storage by its URL, ours or an installed plug-in's."""
+"""A storage by its URL: a directory, an object store, or what an installed plug-in brings."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from urllib.parse import unquote
 
 from ..errors import InvalidOptionError, shown
 from .local import LocalStorage
+from .object_store import FsspecStorage
 from .protocol import Storage
+from .stores import STORES
 
 ENTRY_POINTS = "customized_models.storages"
 """The entry point group of further storages: a URL's scheme to a callable that takes the URL."""
@@ -19,6 +21,7 @@ def open_storage(url: str) -> Storage:
 
     Raises:
         InvalidOptionError: No storage is installed for its scheme, or it is no URL as it stands.
+        MissingDependencyError: It is of an object store, whose package is not installed.
     """
     scheme, separator, rest = url.partition("://")
     if not separator:
@@ -34,11 +37,13 @@ def open_storage(url: str) -> Storage:
                 "file:///srv/models"
             )
         return LocalStorage(unquote(rest))
+    if scheme in STORES:
+        return FsspecStorage(url)
     further = entry_points(group=ENTRY_POINTS)
     for point in further.select(name=scheme):
         storage: Storage = point.load()(url)
         return storage
-    known = ", ".join(sorted({"file", *further.names}))
+    known = ", ".join(sorted({"file", *STORES, *further.names}))
     raise InvalidOptionError(
         f"no storage is installed for {shown(scheme)}:// URLs; known are {known}, and what "
         f"installed packages add to {ENTRY_POINTS}"

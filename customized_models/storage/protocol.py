@@ -78,3 +78,8 @@ def checked_key(key: str) -> str:
     if not _KEY.fullmatch(key):
         raise InvalidNameError(f"not a key: {shown(key)}")
     return key
+
+
+def is_key(key: str) -> bool:
+    """Whether `checked_key` would take it."""
+    return _KEY.fullmatch(key) is not None
