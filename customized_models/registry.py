@@ -116,7 +116,8 @@ class ModelRegistry:
     Args:
         root: Made when something is first written. `~` is the user's home.
         storage: Where bytes are kept, or its URL; plain directories under `root` if None.
-        database: The URL of an SQLite file; `sqlite:///<root>/registry.db` if None.
+        database: The URL of an SQLite file, or of a database of PostgreSQL's that machines share,
+            `postgresql+psycopg://<user>@<host>/<database>`; `sqlite:///<root>/registry.db` if None.
         max_running: How many jobs of the registry may run at once, those of other processes
             counted; the rest wait in the order in which they were submitted. The number of cores
             that this process may use if None.
@@ -124,8 +125,9 @@ class ModelRegistry:
     Raises:
         InvalidArgumentError: An argument is of another type, or `root` is a URL.
         InvalidOptionError: `storage` is no URL of a storage that is installed.
-        UnsupportedError: This is Windows. When something is first asked for: `database` is not one
-            of SQLite's.
+        UnsupportedError: This is Windows. When something is first asked for: `database` is of
+            another kind.
+        MissingDependencyError: When something is first asked for: psycopg is not installed.
 
     Attributes:
         root: The absolute path.

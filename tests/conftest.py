@@ -11,11 +11,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.servers import build_llama_cpp, build_ollama, build_versitygw, build_vllm
+from tests.servers import (
+    build_llama_cpp,
+    build_ollama,
+    build_versitygw,
+    build_vllm,
+    install_postgresql,
+)
 from tests.servers.artifact import FileArtifact, tiny_artifact
 from tests.servers.counting_proxy import CountingProxy, counting_proxy
 from tests.servers.llama_cpp_oracle import Oracle, oracle
 from tests.servers.ollama_server import OllamaServer, ollama_server
+from tests.servers.postgresql_server import PostgreSQLServer, postgresql_server
 from tests.servers.s3_server import S3Server, s3_server
 
 pytest_plugins = ["tests.models"]
@@ -27,6 +34,8 @@ BUILDERS = {
     "built_ollama": (build_llama_cpp.build, build_ollama.build),  # a current one serves with both
     "built_versitygw": (build_versitygw.build,),
     "built_vllm": (build_vllm.build,),
+    "databases": (install_postgresql.build,),
+    "postgresql": (install_postgresql.build,),
 }
 """What builds the servers that a fixture stands for."""
 
@@ -152,3 +161,32 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> FileArtifact:
 def other_artifact(tmp_path_factory: pytest.TempPathFactory) -> FileArtifact:
     """A tiny model of other content."""
     return tiny_artifact(tmp_path_factory.mktemp("other-artifact"), num_hidden_layers=1)
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[PostgreSQLServer]:
+    """A real PostgreSQL, shared: each test has a schema of its own."""
+    skip_without(install_postgresql.missing())
+    with postgresql_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def databases(request: pytest.FixtureRequest) -> Callable[[str, Path], str]:
+    """Gives the URL of a new database, "sqlite" or "postgresql", for a registry in a directory."""
+
+    def fresh(kind: str, directory: Path) -> str:
+        if kind == "sqlite":
+            return f"sqlite:///{directory / 'registry.db'}"
+        server: PostgreSQLServer = request.getfixturevalue("postgresql")
+        return server.database()
+
+    return fresh
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database(
+    request: pytest.FixtureRequest, databases: Callable[[str, Path], str], tmp_path: Path
+) -> str:
+    """The URL of an empty database of each kind, for a registry in `tmp_path / "models"`."""
+    return databases(request.param, tmp_path / "models")

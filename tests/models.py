@@ -22,9 +22,21 @@ def tiny_adapter(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return tiny_lora(tmp_path_factory.mktemp("adapter") / "lora", tiny_base)
 
 
+only_sqlite = pytest.mark.parametrize("database", ["sqlite"], indirect=True)
+"""For a test that looks into SQLite's file, where others of its module use every database."""
+
+
 @pytest.fixture
 def registry(tiny_base: Path, tmp_path: Path) -> ModelRegistry:
     """A registry that knows `tiny_base` as llama-tiny."""
     registry = ModelRegistry(tmp_path / "models")
+    registry.add_base_model("llama-tiny", tiny_base, model_name="tests/llama-tiny")
+    return registry
+
+
+@pytest.fixture
+def each_registry(tiny_base: Path, tmp_path: Path, database: str) -> ModelRegistry:
+    """As `registry`, with every kind of database."""
+    registry = ModelRegistry(tmp_path / "models", database=database)
     registry.add_base_model("llama-tiny", tiny_base, model_name="tests/llama-tiny")
     return registry

@@ -20,7 +20,7 @@ import customized_models
 PACKAGE = Path(customized_models.__file__).parent
 HEAVY = {
     "torch", "transformers", "peft", "huggingface_hub", "httpx", "sqlalchemy", "safetensors",
-    "gguf", "numba", "numpy", "xllamacpp", "tqdm", "yaml", "fsspec", "s3fs", "botocore",
+    "gguf", "numba", "numpy", "psycopg", "xllamacpp", "tqdm", "yaml", "fsspec", "s3fs", "botocore",
 }  # fmt: skip
 THEIRS = {
     "_exit",  # os

@@ -15,12 +15,14 @@ from nbclient import NotebookClient
 from tests.pages import blocks_of, run_page
 from tests.servers.hub_server import TOKEN, hub_server
 from tests.servers.ollama_server import OllamaServer
+from tests.servers.postgresql_server import PostgreSQLServer
 from tests.servers.s3_server import S3Server
 
 pytestmark = pytest.mark.slow
 
 DOCS = Path(__file__).parent.parent / "docs"
 OLLAMA_PORT = "11434"
+DATABASE = "postgresql+psycopg://models@db.example.org/models"
 ENVIRONMENT = {
     **{name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"},
     "HF_HUB_OFFLINE": "1",
@@ -30,9 +32,10 @@ ENVIRONMENT = {
 
 PAGES = [page for page in sorted(DOCS.rglob("*.md")) if blocks_of(page.read_text())]
 WITH_OLLAMA = [page for page in PAGES if OLLAMA_PORT in page.read_text()]
+WITH_POSTGRESQL = [page for page in PAGES if DATABASE in page.read_text()]
 WITH_HUB = [page for page in PAGES if "push_to_hub(" in page.read_text()]
 WITH_S3 = [page for page in PAGES if 'storage="s3://' in page.read_text()]
-ALONE = [page for page in PAGES if page not in WITH_OLLAMA + WITH_HUB + WITH_S3]
+ALONE = [page for page in PAGES if page not in WITH_OLLAMA + WITH_POSTGRESQL + WITH_HUB + WITH_S3]
 
 
 @pytest.mark.parametrize("page", ALONE, ids=lambda page: page.stem)
@@ -45,6 +48,13 @@ def test_a_page_that_talks_to_ollama_does_what_it_says(
     page: Path, tmp_path: Path, ollama: OllamaServer
 ) -> None:
     run_page(page, tmp_path, ENVIRONMENT, {OLLAMA_PORT: str(ollama.port)})
+
+
+@pytest.mark.parametrize("page", WITH_POSTGRESQL, ids=lambda page: page.stem)
+def test_a_page_that_talks_to_postgresql_does_what_it_says(
+    page: Path, tmp_path: Path, postgresql: PostgreSQLServer
+) -> None:
+    run_page(page, tmp_path, ENVIRONMENT, {DATABASE: postgresql.database()})
 
 
 @pytest.mark.parametrize("page", WITH_HUB, ids=lambda page: page.stem)

@@ -43,8 +43,15 @@ from customized_models import (
 )
 from customized_models.cards.readme import parse_card
 from customized_models.testing import MemoryStorage, tiny_llama, tiny_lora
+from tests.models import only_sqlite
 
 TRAINING = uuid.UUID("a1b2c3d4-0000-4000-8000-000000000000")
+
+
+@pytest.fixture
+def registry(each_registry: ModelRegistry) -> ModelRegistry:
+    """A registry that knows `tiny_base` as llama-tiny, with every kind of database."""
+    return each_registry
 
 
 # Base models
@@ -79,6 +86,7 @@ def test_adding_the_same_base_model_again_returns_it(
     assert again == known
 
 
+@only_sqlite  # no row is made
 @pytest.mark.parametrize("name", ["", "A", "a_b", "../a", "a" * 25, "-a", "a\n", "ä", "a..b"])
 def test_a_technical_name_outside_its_alphabet_is_refused(
     registry: ModelRegistry, tiny_base: Path, name: str
@@ -285,6 +293,7 @@ def test_a_model_may_be_dated_when_it_was_trained(
     assert registry.register(tiny_adapter, train_name="old") == model
 
 
+@only_sqlite  # no row is made
 @pytest.mark.parametrize(
     "created", [datetime(2026, 1, 1), datetime(9999, 1, 1, tzinfo=UTC)], ids=["naive", "future"]
 )
@@ -330,6 +339,7 @@ def test_evaluations_added_at_once_are_all_kept(
         assert parse_card(directory / "README.md") == card
 
 
+@only_sqlite  # no row is made
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_an_adapter_that_has_diverged_is_refused(
@@ -347,6 +357,7 @@ def test_an_adapter_that_has_diverged_is_refused(
     assert list(registry.customized_models()) == []
 
 
+@only_sqlite
 @pytest.mark.parametrize(
     ("label", "train_name"),
     [
@@ -367,6 +378,7 @@ def test_what_a_person_calls_a_training_is_kept_and_a_name_derived_from_it(
         assert list(registry.customized_models(train_name=either)) == [customized]
 
 
+@only_sqlite  # no row is made
 @pytest.mark.parametrize("name", ["", "...", "模型", "a\x00", "a\n", "a" * 201])
 def test_a_train_name_that_nothing_can_be_derived_from_is_refused(
     registry: ModelRegistry, tiny_adapter: Path, name: str
@@ -502,9 +514,11 @@ def test_another_process_sees_everything(registry: ModelRegistry, tiny_adapter: 
     customized = registry.register(tiny_adapter, train_name="support")
     script = (
         "import sys; from customized_models import ModelRegistry\n"
-        "print(*[m.name for m in ModelRegistry(sys.argv[1]).customized_models()])"
+        "registry = ModelRegistry(sys.argv[1], database=sys.argv[2])\n"
+        "print(*[m.name for m in registry.customized_models()])"
     )
-    output = subprocess.check_output([sys.executable, "-c", script, str(registry.root)], text=True)
+    where = [str(registry.root), registry.catalog.database.url]
+    output = subprocess.check_output([sys.executable, "-c", script, *where], text=True)
     assert output.split() == [customized.name]
 
 
@@ -522,6 +536,7 @@ def test_a_registry_survives_a_fork(registry: ModelRegistry, tiny_adapter: Path)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
+@only_sqlite  # for races on a server see catalog/test_postgresql.py
 @pytest.mark.slow
 def test_eight_processes_register_fifty_adapters_each(
     registry: ModelRegistry, tiny_adapter: Path, tmp_path: Path

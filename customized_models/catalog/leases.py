@@ -1,9 +1,11 @@
 """Leases: what a process holds must not be deleted while it lives and renews its hold.
 
-A lease needs no agreement between the clocks of several hosts. Its row says which process holds it
-and when that process last renewed it by its own host's monotonic clock. Processes of that host see
-whether the process runs, and read the same clock; those of other hosts see whether the row changes
-while they watch it for as long as a lease lasts.
+A lease's row says which process holds it, and when that process last renewed it. Processes of the
+same host see whether it runs.
+
+A server of PostgreSQL's has one clock for all. With SQLite no clocks need to agree: the time is
+that of the host's own monotonic clock, which processes of the host read as well; those of other
+hosts see whether the row changes while they watch it for as long as a lease lasts.
 """
 
 from __future__ import annotations
@@ -82,7 +84,14 @@ class Leases:
         """
         for key in keys:
             self.end(connection, owner, key)
-            add_row(connection, leases, owner=owner, key=key, purpose=purpose, **_now(process))
+            add_row(
+                connection,
+                leases,
+                owner=owner,
+                key=key,
+                purpose=purpose,
+                **self._now(connection, process),
+            )
 
     def end(self, connection: Connection, owner: str, key: str | None = None) -> None:
         """Release what `owner` holds: one key, or everything."""
@@ -98,33 +107,33 @@ class Leases:
         with self._database.write() as connection:
             if not self.holds(connection, owner):
                 return False
-            mine = update(leases).where(leases.c.owner == owner).values(**_now())
+            mine = update(leases).where(leases.c.owner == owner).values(**self._now(connection))
             return connection.execute(mine).rowcount > 0
 
     def holds(self, connection: Connection, owner: str) -> bool:
         """Whether the lease of `owner` lasts, as far as is known without waiting."""
         query = select(leases).where(leases.c.owner == owner).limit(1)
         row = connection.execute(query).mappings().first()
-        return row is not None and not self._row_has_ended(row)
+        return row is not None and not self._row_has_ended(connection, row)
 
     def held(self, connection: Connection, owners: Collection[str]) -> set[str]:
         """Those of `owners` whose leases last, as `holds` says of one."""
         query = select(leases).where(leases.c.owner.in_(owners))
         rows = {row["owner"]: row for row in connection.execute(query).mappings().all()}
-        return {owner for owner, row in rows.items() if not self._row_has_ended(row)}
+        return {owner for owner, row in rows.items() if not self._row_has_ended(connection, row)}
 
     def refuse_if_held(self, connection: Connection, key: str) -> None:
         """Raise `InUseError` if anyone holds `key`; take it from those whose lease has ended."""
         for row in connection.execute(select(leases).where(leases.c.key == key)).mappings().all():
             holder = Holder.of(row)
-            if not self._has_ended(holder):
+            if not self._has_ended(connection, holder):
                 raise InUseError(f"{shown(key)} is in use by {holder.purpose}")
             self.end(connection, holder.owner, key)
 
     def forget_ended(self, connection: Connection) -> None:
         """Remove the rows of leases that have ended."""
         for row in connection.execute(select(leases)).mappings().all():
-            if self._row_has_ended(row):
+            if self._row_has_ended(connection, row):
                 self.end(connection, row["owner"])
 
     def wait_for_other_hosts(self, keys: Iterable[str]) -> None:
@@ -132,32 +141,33 @@ class Leases:
 
         That takes as long as a lease lasts at most, and one of theirs is renewed long before. To be
         called before a transaction that asks `refuse_if_held`; where no other host holds anything,
-        it costs nothing.
+        or all have one clock, it costs nothing.
         """
+        if self._database.has_clock:
+            return
         wanted, until = set(keys), time.monotonic() + LEASE_SECONDS + WATCH_SECONDS
         first: dict[str, float] = {}
         while time.monotonic() < until:
             with self._database.read() as connection:
                 query = select(leases).where(leases.c.key.in_(wanted))
-                rows = connection.execute(query).mappings().all()
-            every = [Holder.of(row) for row in rows]
-            others = [holder for holder in every if holder.process.host != host_id()]
-            ended = [self._has_ended(holder) for holder in others]
+                every = list(map(Holder.of, connection.execute(query).mappings()))
+                others = [holder for holder in every if holder.process.host != host_id()]
+                ended = [self._has_ended(connection, holder) for holder in others]
             renewed = any(first.setdefault(h.owner, h.renewed) != h.renewed for h in others)
             if renewed or all(ended):
                 return
             time.sleep(WATCH_SECONDS)
 
-    def _row_has_ended(self, row: Any) -> bool:
+    def _row_has_ended(self, connection: Connection, row: Any) -> bool:
         """As `_has_ended`; nobody holds anything by a row that is damaged, and others go on."""
         try:
-            return self._has_ended(Holder.of(row))
+            return self._has_ended(connection, Holder.of(row))
         except IntegrityError:
             return True
 
-    def _has_ended(self, holder: Holder) -> bool:
-        if holder.process.host == host_id():
-            late = time.monotonic() - holder.renewed > LEASE_SECONDS
+    def _has_ended(self, connection: Connection, holder: Holder) -> bool:
+        if self._database.has_clock or holder.process.host == host_id():
+            late = self._database.clock(connection) - holder.renewed > LEASE_SECONDS
             return late or holder.process.is_gone
         renewed, since = self._watched.get(holder.owner, (None, 0.0))
         if renewed != holder.renewed:
@@ -165,11 +175,10 @@ class Leases:
             return False
         return time.monotonic() - since > LEASE_SECONDS
 
-
-def _now(holder: Process | None = None) -> dict[str, Any]:
-    """Who renews a lease, and when: the columns of its row."""
-    process = json.dumps(asdict(holder or Process.current()), sort_keys=True)
-    return {"process": process, "renewed": time.monotonic()}
+    def _now(self, connection: Connection, holder: Process | None = None) -> dict[str, Any]:
+        """Who renews a lease, and when: the columns of its row."""
+        process = json.dumps(asdict(holder or Process.current()), sort_keys=True)
+        return {"process": process, "renewed": self._database.clock(connection)}
 
 
 class Lease:

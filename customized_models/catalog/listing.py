@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -21,6 +20,8 @@ T_co = TypeVar("T_co", covariant=True)
 
 PAGE = 100  # rows fetched at once
 SHOWN = 20  # rows of a table in a notebook
+
+_MOST = 2**31 - 1  # rows: PostgreSQL is asked for a part of a list in numbers of 32 bits
 
 
 class DamagedRowWarning(UserWarning):
@@ -111,7 +112,7 @@ class Listing(Sequence[T], Generic[T]):
             raise refused("the index of a listing", index, "a whole number or a slice")
         if (place := operator.index(index)) < 0:
             place += len(self)
-        is_place = 0 <= place <= sys.maxsize
+        is_place = 0 <= place <= _MOST
         number = next(iter(self._rows.numbers(1, place) if is_place else ()), None)
         if number is None:
             raise IndexError("listing index out of range")
@@ -127,7 +128,7 @@ class Listing(Sequence[T], Generic[T]):
         start, stop, step = part.start or 0, part.stop, part.step or 1
         if start < 0 or step < 0 or (stop is not None and stop < 0):
             return self._rows.numbers()[part]
-        start, end, step = part.indices(sys.maxsize)
+        start, end, step = part.indices(_MOST)
         count = None if stop is None else max(0, end - start)
         return self._rows.numbers(count, start)[::step]
 

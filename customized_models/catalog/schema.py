@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from sqlalchemy import (
-    DDL,
+    BigInteger,
     Column,
     Float,
     ForeignKey,
@@ -19,7 +19,6 @@ from sqlalchemy import (
     String,
     Table,
     Text,
-    event,
 )
 
 VERSION = 3
@@ -27,9 +26,13 @@ VERSION = 3
 
 metadata = MetaData()
 
+# SQLite orders texts by their bytes and has whole numbers of 64 bits. PostgreSQL is told to.
+_TEXT = String().with_variant(String(collation="C"), "postgresql")
+_WHOLE = Integer().with_variant(BigInteger(), "postgresql")
+
 
 def _text(name: str, **options: Any) -> Column[Any]:
-    return Column(name, String, nullable=False, **options)
+    return Column(name, _TEXT, nullable=False, **options)
 
 
 def _level(name: str, *columns: Column[Any]) -> Table:
@@ -41,7 +44,7 @@ def _level(name: str, *columns: Column[Any]) -> Table:
     table = Table(
         name,
         metadata,
-        Column("seq", Integer, primary_key=True),
+        Column("seq", _WHOLE, primary_key=True),
         _text("name", unique=True),
         *columns,
         Column("value", Text, nullable=False),
@@ -58,7 +61,7 @@ def _created() -> Column[Any]:
 
 
 def _size() -> Column[Any]:
-    return Column("size", Integer, nullable=True)  # bytes of all content files; None before
+    return Column("size", _WHOLE, nullable=True)  # bytes of all content files; None before
 
 
 def _stages() -> tuple[Column[Any], Column[Any]]:
@@ -73,13 +76,13 @@ def _stages() -> tuple[Column[Any], Column[Any]]:
 base_models = _level(
     "base_models",
     _text("model_name", unique=True),
-    Column("path", String, nullable=True),  # None after `reindex`, until it is relocated
+    Column("path", _TEXT, nullable=True),  # None after `reindex`, until it is relocated
     Column("files", Text, nullable=False),
     _created(),
 )
 customized_models = _level(
     "customized_models",
-    Column("base", String, ForeignKey("base_models.name"), nullable=False, index=True),
+    Column("base", _TEXT, ForeignKey("base_models.name"), nullable=False, index=True),
     _text("train_name", index=True),
     _text("training_id", unique=True),
     _created(),
@@ -93,7 +96,7 @@ complete_models = _level(
     _text("train_name", index=True),
     _created(),
     _size(),
-    Column("evicted", Integer, nullable=False),  # 1 while its bytes are dropped, else 0
+    Column("evicted", _WHOLE, nullable=False),  # 1 while its bytes are dropped, else 0
     *_stages(),
 )
 live_models = _level(
@@ -103,7 +106,7 @@ live_models = _level(
     _text("train_name", index=True),
     _text("environment", index=True),
     _text("state", index=True),
-    Column("artifact", String, nullable=True),  # the key of the file that it is served from
+    Column("artifact", _TEXT, nullable=True),  # the key of the file that it is served from
     _created(),
     *_stages(),
 )
@@ -115,9 +118,9 @@ environments = _level("environments")
 metrics = Table(  # made from the values, for searches
     "metrics",
     metadata,
-    Column("level", String, primary_key=True),
-    Column("seq", Integer, primary_key=True),
-    Column("name", String, primary_key=True),
+    Column("level", _TEXT, primary_key=True),
+    Column("seq", _WHOLE, primary_key=True),
+    Column("name", _TEXT, primary_key=True),
     Column("value", Float, nullable=False),
     sqlite_with_rowid=False,
 )
@@ -126,28 +129,28 @@ Index("metrics_by_value", metrics.c.level, metrics.c.name, metrics.c.value, metr
 tags = Table(
     "tags",
     metadata,
-    Column("level", String, primary_key=True),
-    Column("name", String, primary_key=True),
-    Column("tag", String, primary_key=True),
+    Column("level", _TEXT, primary_key=True),
+    Column("name", _TEXT, primary_key=True),
+    Column("tag", _TEXT, primary_key=True),
     sqlite_with_rowid=False,
 )
 Index("tags_by_tag", tags.c.level, tags.c.tag, tags.c.name)
 descriptions = Table(
     "descriptions",
     metadata,
-    Column("level", String, primary_key=True),
-    Column("name", String, primary_key=True),
+    Column("level", _TEXT, primary_key=True),
+    Column("name", _TEXT, primary_key=True),
     Column("text", Text, nullable=False),
     sqlite_with_rowid=False,
 )
 aliases = Table(
     "aliases",
     metadata,
-    Column("level", String, primary_key=True),
-    Column("train_name", String, primary_key=True),
-    Column("alias", String, primary_key=True),
+    Column("level", _TEXT, primary_key=True),
+    Column("train_name", _TEXT, primary_key=True),
+    Column("alias", _TEXT, primary_key=True),
     _text("name"),  # of the model that it stands for now
-    Column("protected", Integer, nullable=False),
+    Column("protected", _WHOLE, nullable=False),
     sqlite_with_rowid=False,
 )
 Index("aliases_by_name", aliases.c.level, aliases.c.name)
@@ -155,7 +158,7 @@ Index("aliases_by_name", aliases.c.level, aliases.c.name)
 events = Table(
     "events",
     metadata,
-    Column("seq", Integer, primary_key=True),
+    Column("seq", _WHOLE, primary_key=True),
     Column("time", Float, nullable=False, index=True),  # seconds since the epoch
     _text("who"),
     _text("action", index=True),
@@ -168,24 +171,15 @@ events = Table(
 event_subjects = Table(  # the names under which an event is found
     "event_subjects",
     metadata,
-    Column("subject", String, primary_key=True),
-    Column("event", Integer, primary_key=True),
+    Column("subject", _TEXT, primary_key=True),
+    Column("event", _WHOLE, primary_key=True),
     sqlite_with_rowid=False,
 )
-for _change in ("UPDATE", "DELETE"):
-    event.listen(
-        events,
-        "after_create",
-        DDL(  # type: ignore[no-untyped-call]
-            f"CREATE TRIGGER events_refuse_{_change} BEFORE {_change} ON events "
-            f"BEGIN SELECT RAISE(ABORT, 'events are only added'); END"
-        ).execute_if(dialect="sqlite"),
-    )
 
 reservations = Table(
     "reservations",
     metadata,
-    Column("training_id", String, primary_key=True),
+    Column("training_id", _TEXT, primary_key=True),
     _text("name", unique=True),
     _text("base"),
     _text("train_name"),
@@ -195,36 +189,36 @@ reservations = Table(
 jobs = Table(
     "jobs",
     metadata,
-    Column("seq", Integer, primary_key=True),
+    Column("seq", _WHOLE, primary_key=True),
     _text("id", unique=True),
     _text("kind"),
     _text("name", unique=True),  # of the model it makes
     _text("state", index=True),
     Column("arguments", Text, nullable=False),
     _text("phase"),
-    Column("done", Integer, nullable=False),
-    Column("total", Integer, nullable=False),
-    Column("cancel", Integer, nullable=False),  # 1 once it was asked to stop
-    Column("max_running", Integer, nullable=False),  # of its registry's jobs, while it begins
+    Column("done", _WHOLE, nullable=False),
+    Column("total", _WHOLE, nullable=False),
+    Column("cancel", _WHOLE, nullable=False),  # 1 once it was asked to stop
+    Column("max_running", _WHOLE, nullable=False),  # of its registry's jobs, while it begins
     Column("error", Text),  # `errors.to_record` as JSON
     _text("created"),
-    Column("started", String),
-    Column("ended", String),
+    Column("started", _TEXT),
+    Column("ended", _TEXT),
     _text("digest"),
     sqlite_autoincrement=True,
 )
 leases = Table(
     "leases",
     metadata,
-    Column("owner", String, primary_key=True),  # a job's id, a checkout's, a publication's
-    Column("key", String, primary_key=True),  # what must not go away meanwhile
+    Column("owner", _TEXT, primary_key=True),  # a job's id, a checkout's, a publication's
+    Column("key", _TEXT, primary_key=True),  # what must not go away meanwhile
     _text("purpose"),
     _text("process"),  # whose it is, as JSON
-    Column("renewed", Float, nullable=False),  # by that process' monotonic clock, in seconds
+    Column("renewed", Float, nullable=False),  # by `Database.clock`, in seconds
 )
 litter = Table(
     "litter",
     metadata,
-    Column("key", String, primary_key=True),
+    Column("key", _TEXT, primary_key=True),
     Column("seen", Float, nullable=False),  # seconds since the epoch
 )

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
+import pickle
 import queue
-import sqlite3
 import subprocess
 import sys
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import pytest
 
 from customized_models import (
     BaseModel,
+    CustomizedModelsError,
     DeploymentEnvironment,
     DeploymentTemplate,
     Event,
@@ -90,10 +90,12 @@ def test_the_log_is_found_by_name_action_and_time(
 
 
 def test_the_log_is_only_added_to(registry: ModelRegistry) -> None:
-    with closing(sqlite3.connect(registry.root / "registry.db")) as connection:
-        for statement in ("UPDATE events SET who = 'nobody'", "DELETE FROM events"):
-            with pytest.raises(sqlite3.IntegrityError, match="only added"):
-                connection.execute(statement)
+    for statement in ("UPDATE events SET who = 'nobody'", "DELETE FROM events"):
+        with (
+            pytest.raises(CustomizedModelsError, match="only added"),
+            registry.catalog.database.write() as connection,
+        ):
+            connection.exec_driver_sql(statement)
 
 
 def test_a_subscriber_is_told_of_what_this_and_other_processes_do(
@@ -104,11 +106,9 @@ def test_a_subscriber_is_told_of_what_this_and_other_processes_do(
     with registry.subscribe(received.put):
         model = registry.register(tiny_adapter, train_name="support")
         assert told([received.get(timeout=SECONDS)]) == [("created", "CustomizedModel")]
-        script = (
-            f"import customized_models as c; r = c.ModelRegistry({str(registry.root)!r}); "
-            f"r.tag({model.name!r}, 'keep')"
-        )
-        subprocess.run([sys.executable, "-c", script], check=True, env=os.environ)
+        script = f"import pickle, sys; pickle.load(sys.stdin.buffer).tag({model.name!r}, 'keep')"
+        command, pickled = [sys.executable, "-c", script], pickle.dumps(registry)
+        subprocess.run(command, check=True, env=os.environ, input=pickled)
         event = received.get(timeout=SECONDS)
         assert (event.action, event.after) == ("tagged", {"tags": ["keep"]})
     registry.untag(model, "keep")
@@ -149,12 +149,11 @@ def test_of_several_that_have_a_name_the_events_of_the_one_that_is_meant_are_fou
 
 def test_an_event_of_a_newer_version_is_left_out(registry: ModelRegistry, caplog: Any) -> None:
     """A subscriber is told of those before and after it."""
-    with closing(sqlite3.connect(registry.root / "registry.db")) as connection:
-        connection.execute(
+    with registry.catalog.database.write() as connection:
+        connection.exec_driver_sql(
             "INSERT INTO events (time, who, action, kind, name, before, after) "
             "VALUES (1.0, 'a', 'teleported', 'BaseModel', 'b', '{}', '{}')"
         )
-        connection.commit()
     registry.add_environment(DeploymentEnvironment("here", backend="llama_cpp"))
     received: queue.Queue[Event] = queue.Queue()
     with registry.subscribe(received.put, after=0):

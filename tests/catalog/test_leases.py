@@ -6,28 +6,30 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
+from sqlalchemy import update
 
 from customized_models import IntegrityError, InUseError, JobLost, LeaseLostError
 from customized_models.catalog import leases as leases_module
 from customized_models.catalog.catalog import Catalog
-from customized_models.catalog.database import BUSY_SECONDS
+from customized_models.catalog.dialect import BUSY_SECONDS
 from customized_models.catalog.leases import LEASE_SECONDS, RENEWAL_SECONDS
+from customized_models.catalog.schema import leases as table
 from customized_models.processes import Process
+from tests.models import only_sqlite
 
 KEY = "customized/a"
 
 
 @pytest.fixture
-def catalog(tmp_path: Path) -> Catalog:
-    return Catalog(f"sqlite:///{tmp_path / 'registry.db'}")
+def catalog(database: str) -> Catalog:
+    return Catalog(database)
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """Moves this host's monotonic clock, as leases see it."""
+def clock(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Moves the clock that leases go by: this host's, or what they are to the server's."""
     ahead = 0.0
     real = time.monotonic
     monkeypatch.setattr(leases_module.time, "monotonic", lambda: real() + ahead)
@@ -35,6 +37,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     def advance(seconds: float) -> None:
         nonlocal ahead
         ahead += seconds
+        if catalog.database.has_clock:
+            with catalog.database.write() as connection:
+                connection.execute(update(table).values(renewed=table.c.renewed - seconds))
 
     return advance
 
@@ -107,6 +112,7 @@ def test_a_lease_that_has_ended_is_not_renewed(
 ELSEWHERE = Process("another host", 1, "then")
 
 
+@only_sqlite
 @pytest.mark.parametrize("skew", [-1e6, 0.0, 1e6])
 def test_what_another_host_renews_is_refused_whatever_its_clock_says(
     catalog: Catalog, monkeypatch: pytest.MonkeyPatch, skew: float
@@ -131,6 +137,7 @@ def test_what_another_host_renews_is_refused_whatever_its_clock_says(
         other.join()
 
 
+@only_sqlite
 def test_what_another_host_does_not_renew_is_free_once_it_was_watched_for_a_lease(
     catalog: Catalog, clock: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,6 +145,17 @@ def test_what_another_host_does_not_renew_is_free_once_it_was_watched_for_a_leas
     held(catalog, ELSEWHERE)
     with pytest.raises(InUseError), catalog.database.write() as connection:
         catalog.leases.refuse_if_held(connection, KEY)  # without having watched it
+    assert not refused(catalog)
+
+
+@pytest.mark.parametrize("database", ["postgresql"], indirect=True)
+def test_what_another_host_holds_is_free_a_lease_after_its_renewal_by_the_clock_of_the_server(
+    catalog: Catalog, clock: Callable[[float], None]
+) -> None:
+    held(catalog, ELSEWHERE)
+    clock(LEASE_SECONDS - 10)
+    assert refused(catalog)
+    clock(11)
     assert not refused(catalog)
 
 
@@ -200,9 +218,8 @@ def test_a_damaged_lease_is_named_and_stands_in_nobodys_way(catalog: Catalog, pr
     held_elsewhere = "customized/b"
     with catalog.database.write() as connection:
         catalog.leases.take(connection, "other", [held_elsewhere], "a test")
-        connection.exec_driver_sql(
-            "UPDATE leases SET process = ? WHERE owner = 'owner'", (process,)
-        )
+        mine = table.c.owner == "owner"
+        connection.execute(update(table).where(mine).values(process=process))
     with pytest.raises(IntegrityError, match="the lease of 'owner' on 'customized/a'"):
         refused(catalog)
     with catalog.database.write() as connection:

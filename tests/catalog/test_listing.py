@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-import sqlite3
-from contextlib import closing
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from sqlalchemy import update
 
 from customized_models import CustomizedModel, IntegrityError, ModelRegistry
 from customized_models.catalog.listing import DamagedRowWarning
+from customized_models.catalog.schema import customized_models as table
 
 COUNT = 5
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
 def sweep(
-    tiny_base: Path, tiny_adapter: Path, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    databases: Callable[[str, Path], str],
+    tiny_base: Path,
+    tiny_adapter: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> ModelRegistry:
     """Five models, each with another loss."""
-    registry = ModelRegistry(tmp_path_factory.mktemp("sweep") / "models")
+    root = tmp_path_factory.mktemp("sweep") / "models"
+    registry = ModelRegistry(root, database=databases(request.param, root))
     registry.add_base_model("llama-tiny", tiny_base)
     for number in range(COUNT):
         registry.register(
@@ -48,7 +54,7 @@ def test_a_list_can_be_read_again_and_sees_what_has_changed(
     assert model in listing
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=30, deadline=None)  # each asks a server several times
 @given(index=st.integers(-7, 7), part=st.slices(COUNT))
 def test_a_list_is_a_sequence(sweep: ModelRegistry, index: int, part: slice) -> None:
     """Law: it answers as the Python list of the same models."""
@@ -94,10 +100,9 @@ def test_the_best_of_a_sweep_is_found_with_pandas(sweep: ModelRegistry) -> None:
 
 def test_a_damaged_row_has_its_place_in_a_list(registry: ModelRegistry, tiny_adapter: Path) -> None:
     made = [registry.register(tiny_adapter, train_name=f"run-{n}") for n in range(3)]
-    with closing(sqlite3.connect(registry.root / "registry.db")) as connection, connection:
-        connection.execute(
-            "UPDATE customized_models SET value = '{}' WHERE name = ?", (made[1].name,)
-        )
+    with registry.catalog.database.write() as connection:
+        second = table.c.name == made[1].name
+        connection.execute(update(table).where(second).values(value="{}"))
     listing = registry.customized_models()
     assert len(listing) == 3
     with pytest.raises(IntegrityError, match=made[1].name):

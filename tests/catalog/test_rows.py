@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sqlite3
 import warnings
+from collections.abc import Callable
 from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sqlalchemy import func, update
 
 from customized_models import (
     BaseModel,
@@ -19,6 +21,8 @@ from customized_models import (
     ModelRegistry,
 )
 from customized_models.catalog.listing import DamagedRowWarning
+from customized_models.catalog.schema import customized_models as table
+from tests.models import only_sqlite
 
 COLUMNS = ("base", "train_name", "training_id", "stage", "operation", "value", "digest", "name")
 
@@ -28,21 +32,20 @@ def models(registry: ModelRegistry, tiny_adapter: Path) -> list[CustomizedModel]
     return [registry.register(tiny_adapter, train_name=f"run-{n}") for n in range(3)]
 
 
-def execute(registry: ModelRegistry, statement: str, *values: object) -> None:
-    with closing(sqlite3.connect(registry.root / "registry.db")) as connection, connection:
-        connection.execute("PRAGMA foreign_keys=OFF")
-        connection.execute(statement, values)
+@pytest.fixture
+def without_its_database(
+    registry: ModelRegistry, databases: Callable[[str, Path], str], tmp_path: Path
+) -> ModelRegistry:
+    """The registry with an empty database of the same kind."""
+    kind = registry.catalog.database.url.partition(":")[0].partition("+")[0]
+    return ModelRegistry(registry.root, database=databases(kind, tmp_path / "new"))
 
 
 def damage(registry: ModelRegistry, name: str, old: str, new: str) -> None:
     """Replace text in the value of a customized model's row, as rot or a hand may do."""
-    execute(
-        registry,
-        "UPDATE customized_models SET value = replace(value, ?, ?) WHERE name = ?",
-        old,
-        new,
-        name,
-    )
+    with registry.catalog.database.write() as connection:
+        damaged = {"value": func.replace(table.c.value, old, new)}
+        connection.execute(update(table).where(table.c.name == name).values(damaged))
 
 
 def test_a_damaged_row_is_named_and_not_another_value(
@@ -62,6 +65,7 @@ def test_a_damaged_row_does_not_keep_the_others_from_being_listed(
     assert models[0].name in registry.customized_models()._repr_html_()
 
 
+@only_sqlite
 @settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -88,12 +92,9 @@ def test_a_flipped_bit_in_a_row_is_an_error_of_ours_or_does_not_show(
     data = bytearray(text)
     data[int(position * len(data))] ^= 1 << bit
     try:
-        execute(
-            registry,
-            f"UPDATE customized_models SET {column} = CAST(? AS TEXT) WHERE name = ?",
-            bytes(data),
-            name,
-        )
+        with closing(sqlite3.connect(path)) as connection, connection:
+            statement = f"UPDATE customized_models SET {column} = CAST(? AS TEXT) WHERE name = ?"
+            connection.execute(statement, (bytes(data), name))
         with suppress(CustomizedModelsError):
             assert registry.get(CustomizedModel, name) == models[1]
         with warnings.catch_warnings():
@@ -108,10 +109,9 @@ def test_a_flipped_bit_in_a_row_is_an_error_of_ours_or_does_not_show(
 
 
 def test_the_database_is_made_again_from_what_is_stored(
-    registry: ModelRegistry, models: list[CustomizedModel], tiny_base: Path
+    without_its_database: ModelRegistry, models: list[CustomizedModel], tiny_base: Path
 ) -> None:
-    (registry.root / "registry.db").unlink()
-    again = ModelRegistry(registry.root)
+    again = without_its_database
     assert list(again.customized_models()) == []
 
     made = again.reindex()
@@ -134,12 +134,11 @@ def test_a_damaged_row_is_made_again(
 
 
 def test_a_damaged_manifest_does_not_keep_the_others_from_being_indexed(
-    registry: ModelRegistry, models: list[CustomizedModel]
+    registry: ModelRegistry, models: list[CustomizedModel], without_its_database: ModelRegistry
 ) -> None:
     manifest = registry.local_path(models[1]) / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"train_name": "run-1"', '"train_name": "x"'))
-    (registry.root / "registry.db").unlink()
-    again = ModelRegistry(registry.root)
+    again = without_its_database
     with pytest.raises(IntegrityError, match=models[1].name):
         again.reindex()
     assert sorted(again.customized_models(), key=str) == sorted([models[0], models[2]], key=str)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import re
 import uuid
 from collections.abc import Callable
 from datetime import UTC, date, datetime, timedelta
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from attrs import frozen
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from customized_models import InvalidArgumentError, ModelRegistry, metric, tag
@@ -22,12 +23,17 @@ LOSSES = (1.4, 0.9, None, 1.1, 0.9, None, 2.0)
 TAGS = (("keep",), (), ("keep", "team:a"), ("team:b",), (), ("rejected",), ())
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
 def sweep(
-    tiny_base: Path, tiny_adapter: Path, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    databases: Callable[[str, Path], str],
+    tiny_base: Path,
+    tiny_adapter: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> ModelRegistry:
     """Seven models: five with a loss, some with tags."""
-    registry = ModelRegistry(tmp_path_factory.mktemp("sweep") / "models")
+    root = tmp_path_factory.mktemp("sweep") / "models"
+    registry = ModelRegistry(root, database=databases(request.param, root))
     registry.add_base_model("llama-tiny", tiny_base)
     for number, (loss, tags) in enumerate(zip(LOSSES, TAGS, strict=True)):
         evaluation = {"steps": 10 * number, "metrics": {} if loss is None else {"eval_loss": loss}}
@@ -89,7 +95,7 @@ def numbers(models: object) -> list[int]:
     return [int(model.train_name[-1]) for model in models]  # type: ignore[attr-defined]
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=30, deadline=None)  # each asks a server several times
 @given(case=st.recursive(bounds() | tagged(), joined, max_leaves=5))
 def test_a_search_finds_what_a_loop_would(sweep: ModelRegistry, case: Case) -> None:
     found = sweep.customized_models().where(case.condition)
@@ -99,7 +105,7 @@ def test_a_search_finds_what_a_loop_would(sweep: ModelRegistry, case: Case) -> N
     assert bool(found) == bool(expected)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=30, deadline=None)  # each asks a server several times
 @given(part=st.slices(7), index=st.integers(-8, 8))
 def test_an_ordered_list_is_a_sequence(sweep: ModelRegistry, part: slice, index: int) -> None:
     """Smallest loss first, of equal ones the newest, and those without one last."""
@@ -140,6 +146,20 @@ def test_train_names_and_tags_are_found_by_patterns(sweep: ModelRegistry) -> Non
     assert numbers(sweep.customized_models(train_name="Run 3")) == [3]
     assert numbers(sweep.customized_models(train_name="[r]un-*")) == []
     assert numbers(sweep.customized_models().where(tag("team:*"))) == [3, 2]
+
+
+def test_only_stars_and_question_marks_make_a_pattern(
+    registry: ModelRegistry, tiny_adapter: Path
+) -> None:
+    """Not what the databases' own patterns are made of, and capital letters are others."""
+    tags = ["100%", "a_b", "a\\b", "[ab]"]
+    model = registry.register(tiny_adapter, train_name="support")
+    registry.tag(model, *tags)
+    for pattern in ("*%", "?_b", "a\\?", "[*", "*]", "A_*", "%?", "_??", "*\\", "[a]*"):
+        letters = {"*": ".*", "?": "."}
+        wanted = "".join(letters.get(letter, re.escape(letter)) for letter in pattern)
+        expected = any(re.fullmatch(wanted, name) for name in tags)
+        assert bool(registry.customized_models().where(tag(pattern))) == expected, pattern
 
 
 def test_models_are_found_by_when_they_were_made(sweep: ModelRegistry) -> None:
