@@ -14,7 +14,7 @@ from ..catalog.catalog import Catalog
 from ..catalog.leases import Lease
 from ..deploying.exporting import run_export
 from ..deploying.running import run_deploy
-from ..errors import CustomizedModelsError, JobCancelled, JobFailed, JobLost
+from ..errors import CustomizedModelsError, DatabaseError, JobCancelled, JobFailed, JobLost
 from ..merging.merger import run_save
 from ..merging.rebuilding import run_rebuild
 from ..shelf import Shelf
@@ -58,7 +58,10 @@ class Reporter:
             _log.info("job %s: %s", self._id, phase)
         self._phase = phase
         self._next = time.monotonic() + REPORT_SECONDS
-        self._catalog.jobs.report(self._id, phase, done, total)
+        try:
+            self._catalog.jobs.report(self._id, phase, done, total)
+        except DatabaseError as error:  # the lease ends if that lasts too long
+            _log.warning("job %s: %s", self._id, error)
 
 
 def run(connection: socket.socket, id: str, payload: bytes) -> None:
