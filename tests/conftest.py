@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -58,6 +58,13 @@ def pytest_collection_finish(session: pytest.Session) -> None:
                 build()
             except (OSError, subprocess.CalledProcessError) as error:
                 print(f"{error}; tests that need what it builds are skipped", flush=True)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call() -> Generator[None, object, object]:
+    """Let jobs of all tests have one fork server: pytest's name of a test would make it another."""
+    os.environ.pop("PYTEST_CURRENT_TEST", None)
+    return (yield)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
