@@ -54,7 +54,7 @@ from .errors import (
 )
 from .history import Event, Subscription
 from .hub import HubCommit
-from .jobs.job import Job
+from .jobs.job import Job, as_completed
 from .labels import Labels
 from .lineage import Lineage, Link
 from .merging.merger import Merger
@@ -156,6 +156,7 @@ __all__ = [
     "UnsupportedQuantizationError",
     "UnsupportedVersionError",
     "Usage",
+    "as_completed",
     "metric",
     "tag",
 ]

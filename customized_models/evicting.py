@@ -77,7 +77,7 @@ def evict(catalog: Catalog, shelf: Shelf, complete: CompleteModel) -> CompleteMo
             lease.take(connection, keys, f"the eviction of {known.name}")
         _refuse_unless_here(shelf, base, customized)
         _copy_record(shelf, known.key, staging)
-        shelf.put(staging, known.recipe_key)
+        shelf.put(staging, known.recipe_key, lease)
         evicted = evolve(known, evicted=True)
         with catalog.database.write() as connection:
             lease.check(connection)
@@ -120,7 +120,7 @@ def put_back(
         lease: Holds the model and its recipe.
     """
     _copy_record(shelf, complete.recipe_key, staging)
-    shelf.put(staging, complete.key)
+    shelf.put(staging, complete.key, lease)
     with catalog.database.write() as connection:
         lease.check(connection)
         here = evolve(complete, evicted=False)

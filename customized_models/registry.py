@@ -120,7 +120,7 @@ class ModelRegistry:
             `postgresql+psycopg://<user>@<host>/<database>`; `sqlite:///<root>/registry.db` if None.
         max_running: How many jobs of the registry may run at once, those of other processes
             counted; the rest wait in the order in which they were submitted. The number of cores
-            that this process may use if None.
+            that this process may use if None. Those that an executor runs do not count.
 
     Raises:
         InvalidArgumentError: An argument is of another type, or `root` is a URL.

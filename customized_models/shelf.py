@@ -25,6 +25,7 @@ from .errors import (
     DatabaseError,
     IntegrityError,
     InUseError,
+    JobLost,
     MalformedError,
     NotFoundError,
     StorageError,
@@ -103,7 +104,7 @@ class Shelf:
         """
         try:
             size = Manifest.read(staging).size
-            self.put(staging, model.key)
+            self.put(staging, model.key, lease)
         except BaseException:
             self._undo(model, lease)
             raise
@@ -129,21 +130,31 @@ class Shelf:
         purpose = f"the publication of {model.name} in process {os.getpid()}"
         lease.take(connection, [model.key], purpose)
 
-    def put(self, staging: Path, key: str) -> None:
+    def put(self, staging: Path, key: str, lease: Lease) -> None:
         """Publish a staged directory under a key that a row says is the caller's.
 
         Whoever has the row owns the key: bytes under it are what a killed process left.
+
+        Raises:
+            JobLost: There are bytes, and the lease has ended: they may be a successor's.
         """
         with disk_errors(f"{shown(key)} cannot be published"):
             try:
                 self.storage.publish(staging, key)
             except AlreadyExistsError:
+                with self._catalog.database.read() as connection:
+                    lease.check(connection)
                 self.storage.delete(key)
                 self.storage.publish(staging, key)
 
     def _undo(self, model: Stored, lease: Lease) -> None:
-        """Take back what was announced; where that fails, `recover` does it later."""
-        with suppress(StorageError, DatabaseError):
+        """Take back what was announced; where that fails, `recover` does it later.
+
+        So it does where the lease has ended: the bytes may be a successor's.
+        """
+        with suppress(StorageError, DatabaseError, JobLost):
+            with self._catalog.database.read() as connection:
+                lease.check(connection)
             self.remove(model.key)
             with self._catalog.database.write() as connection:
                 self._catalog.levels.drop(connection, model, lease.owner)

@@ -1,4 +1,4 @@
-"""Fixtures that any test may use: a tiny base, an adapter for it, and a registry that knows it."""
+"""Fixtures that any test may use: a tiny base, an adapter for it, a registry that knows it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from customized_models import ModelRegistry
+from customized_models import CustomizedModel, ModelRegistry
 from customized_models.testing import tiny_llama, tiny_lora
 
 
@@ -40,3 +40,15 @@ def each_registry(tiny_base: Path, tmp_path: Path, database: str) -> ModelRegist
     registry = ModelRegistry(tmp_path / "models", database=database)
     registry.add_base_model("llama-tiny", tiny_base, model_name="tests/llama-tiny")
     return registry
+
+
+@pytest.fixture
+def slow(tmp_path: Path) -> tuple[ModelRegistry, CustomizedModel]:
+    """A customized model whose save takes seconds: a base of many layers."""
+    base = tiny_llama(
+        tmp_path / "deep", hidden_size=512, intermediate_size=2048, num_hidden_layers=48
+    )
+    registry = ModelRegistry(tmp_path / "models")
+    registry.add_base_model("deep", base)
+    adapter = tiny_lora(tmp_path / "adapter", base, target_modules="all-linear")
+    return registry, registry.register(adapter, train_name="slow")

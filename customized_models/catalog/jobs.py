@@ -1,4 +1,11 @@
-"""Rows of jobs: what is to be made, how far it has come, how it ended."""
+"""Rows of jobs: what is to be made, how far it has come, how it ended.
+
+A job of this host is done under its own lease, whose owner is the job's id. One that an executor
+runs is done under a lease of its worker, `<id>.1`, `<id>.2` if that one is killed, and so on: a
+worker that comes back after its lease has ended is not taken for the one that was begun since.
+Beside that, its own lease is renewed by the process that submitted it, for as long as the executor
+has it. A job is lost once nobody holds either lease.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +19,11 @@ from sqlalchemy import Connection, select
 
 from ..errors import (
     AlreadyExistsError,
+    CustomizedModelsError,
     IntegrityError,
+    InUseError,
     JobCancelled,
+    JobFailed,
     JobLost,
     NotFoundError,
     shown,
@@ -27,6 +37,12 @@ from .schema import complete_models, jobs, live_models
 
 RUNNING = ("queued", "running")
 """The states of a job that has not ended."""
+
+WORKERS = 3
+"""How many workers may be killed at a job that an executor runs, before it has failed.
+
+A host that goes down takes a worker or two with it; what three have died of is the job.
+"""
 
 _WAIT = 0.1  # seconds for each job ahead: many that wait do not keep the database busy
 _LONGEST_WAIT = 2.0
@@ -47,7 +63,7 @@ class Jobs:
         name: Callable[[uuid.UUID], str],
         arguments: Mapping[str, Any],
         holds: Iterable[str],
-        max_running: int,
+        max_running: int | None,
         process: Process | None = None,
     ) -> uuid.UUID:
         """Record a job, which holds `holds` from now on; returns its id.
@@ -58,7 +74,8 @@ class Jobs:
                 another id is drawn.
             arguments: All that the work depends on, as JSON can hold it.
             holds: What must not be deleted while it runs.
-            max_running: It waits while as many jobs of the registry run or wait before it.
+            max_running: It waits while as many jobs of the registry run or wait before it. None if
+                an executor runs it, which lets jobs wait for each other as it likes.
             process: The one whose end is the job's, until its worker begins; this one if None.
         """
         with self._database.write() as connection:
@@ -115,7 +132,7 @@ class Jobs:
 
     def numbers(self, state: str | None, limit: int | None) -> list[int]:
         """The numbers of the jobs in a state, or of all, newest first."""
-        query = select(jobs.c.seq, jobs.c.id, jobs.c.state).order_by(jobs.c.seq.desc())
+        query = select(*_STANDING).order_by(jobs.c.seq.desc())
         with self._database.read() as connection:
             rows = list(connection.execute(query).mappings())
             lost = set() if state is None else self._lost(connection, rows)
@@ -144,8 +161,13 @@ class Jobs:
 
     def _lost(self, connection: Connection, rows: Iterable[Any]) -> set[str]:
         """The ids of those of `rows` whose workers have gone without a word."""
-        under_way = {row["id"] for row in rows if row["state"] in RUNNING}
-        return under_way - self._leases.held(connection, under_way)
+        owners = {
+            row["id"]: {row["id"], row["worker"]} - {None}
+            for row in rows
+            if row["state"] in RUNNING
+        }
+        held = self._leases.held(connection, set[str]().union(*owners.values()))
+        return {id for id, of_it in owners.items() if not of_it & held}
 
     @staticmethod
     def error(row: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -166,12 +188,16 @@ class Jobs:
 
         Jobs begin in the order in which they were submitted, as soon as fewer than the job's
         `max_running` run or wait before it. Those whose workers are gone do not count, and one
-        that was asked to stop need not wait for that.
+        that was asked to stop need not wait for that. Those that executors run neither wait nor
+        count.
         """
-        query = select(jobs.c.seq, jobs.c.id, jobs.c.state).where(jobs.c.state.in_(RUNNING))
+        of_hosts = jobs.c.max_running.is_not(None)
+        query = select(*_STANDING).where(jobs.c.state.in_(RUNNING), of_hosts)
         with self._database.read() as connection:
             row = find_row(connection, jobs, id=id)
             if row is None or row["state"] != "queued" or row["cancel"]:
+                return 0.0
+            if row["max_running"] is None:
                 return 0.0
             others = list(connection.execute(query).mappings())
             lost = self._lost(connection, others)
@@ -181,14 +207,84 @@ class Jobs:
         )
         return 0.0 if ahead < row["max_running"] else min(_WAIT * ahead, _LONGEST_WAIT)
 
-    def begin(self, id: str) -> Mapping[str, Any] | None:
-        """Say that the work is taken up here; the job's columns, or None if it has ended already.
+    def take_up(
+        self, id: str, holds: Iterable[str], process: Process | None, said: str
+    ) -> str | None:
+        """Let a worker of an executor begin a job; the owner of its lease, or None at the end.
+
+        Whoever submitted the job may be gone, and its lease have ended: what the job needs is held
+        again. After as many workers as `WORKERS` says it is not begun again, and has failed. A
+        deployment has one worker: no lease keeps one that comes back from the deployment tool.
+
+        Args:
+            id: The job's.
+            holds: What must not be deleted while the worker is about it.
+            process: The one whose end is the worker's, until that has begun.
+            said: The end of what workers have printed here, for the error.
 
         Raises:
-            JobLost: Its lease has ended.
+            InUseError: Another worker is about it.
         """
         with self._database.write() as connection:
-            if not self._leases.holds(connection, id):
+            row = find_row(connection, jobs, id=id)
+            if row is None or row["state"] not in RUNNING:
+                return None
+            before = self.workers_of(checked_row(jobs, row))
+            what = f"{row['kind']} of {row['name']}"
+            if self._has_worker(connection, row):
+                raise InUseError(f"another worker is about the {what}")
+            if before and row["kind"] == "deploy":
+                self.end(connection, id, "lost")
+                return None
+            if len(before) >= WORKERS:
+                output = f"; the end of their output: {shown(said, 2000)}" if said else ""
+                error = JobFailed(f"{len(before)} workers were killed at the {what}{output}")
+                self.end(connection, id, "failed", error)
+                return None
+            owner = f"{id}.{len(before) + 1}"
+            for ended in before:
+                self._leases.end(connection, ended)
+            self._leases.take(connection, owner, (f"job/{id}", *holds), what, process)
+            change_row(connection, jobs, row["name"], state="queued", phase="waiting", worker=owner)
+        return owner
+
+    def _has_worker(self, connection: Connection, row: Any) -> bool:
+        """Whether a worker of an executor is about the job, as far as is known."""
+        return row["worker"] is not None and self._leases.holds(connection, row["worker"])
+
+    def vouch(self, ids: Iterable[str]) -> None:
+        """Say that this process lives, which has submitted these jobs to an executor."""
+        with self._database.write() as connection:
+            for id in ids:
+                self._leases.renew_in(connection, id)
+
+    def give_back(self, id: str, error: CustomizedModelsError) -> None:
+        """Say that an executor has done with a job, which ends with `error` if it has not ended.
+
+        A worker that is about it goes on: an engine may lose sight of one that lives.
+        """
+        with self._database.write() as connection:
+            self._leases.end(connection, id)
+            row = find_row(connection, jobs, id=id)
+            if row is None or row["state"] not in RUNNING or self._has_worker(connection, row):
+                return
+            if row["cancel"]:
+                self.end(connection, id, "cancelled")
+            else:
+                self.end(connection, id, "failed", error)
+
+    def begin(self, id: str, owner: str | None = None) -> Mapping[str, Any] | None:
+        """Say that the work is taken up here; the job's columns, or None if it has ended already.
+
+        Args:
+            id: The job's.
+            owner: Of the lease that it is done under; the job's own if None.
+
+        Raises:
+            JobLost: That lease has ended.
+        """
+        with self._database.write() as connection:
+            if not self._leases.holds(connection, owner or id):
                 raise JobLost("the job's lease ended before its worker could begin")
             row = find_row(connection, jobs, id=id)
             if row is None or row["state"] != "queued":
@@ -211,12 +307,18 @@ class Jobs:
             change_row(connection, jobs, row["name"], phase=phase, done=done, total=total)
 
     def ask_to_stop(self, id: str) -> bool:
-        """Ask a job to stop; False if it has ended already."""
+        """Ask a job to stop; False if it has ended already.
+
+        One that waits in an executor ends at once: it may be hours until that would say so.
+        """
         with self._database.write() as connection:
             row = find_row(connection, jobs, id=id)
             if row is None or row["state"] not in RUNNING:
                 return False
-            change_row(connection, jobs, row["name"], cancel=1)
+            if row["max_running"] is None and not self._has_worker(connection, row):
+                self.end(connection, id, "cancelled")
+            else:
+                change_row(connection, jobs, row["name"], cancel=1)
         return True
 
     def end(
@@ -232,28 +334,46 @@ class Jobs:
             raise JobLost("the job was given up while its worker was stopped")
         record = None if error is None else json.dumps(to_record(error))
         change_row(connection, jobs, row["name"], **_ended(row, state), error=record)
+        self._leases.end(connection, id)
 
     def give_up_saves_of(self, customized: str) -> list[str]:
-        """The ids of saves of that customized model whose workers have gone without a word.
+        """The workers of saves of that customized model which have gone without a word.
 
-        Each is given out once, and cannot publish any more: what it left is the caller's.
+        Each is given out once, by the owner of its lease, and cannot publish any more: what it
+        left is the caller's.
         """
         under_way = select(jobs).where(jobs.c.kind == "save", jobs.c.state.in_(RUNNING))
         with self._database.write() as connection:
-            lost = [
-                row
-                for row in connection.execute(under_way).mappings().all()
-                if _saves(row, customized) and not self._leases.holds(connection, row["id"])
-            ]
-            for row in lost:
+            rows = connection.execute(under_way).mappings().all()
+            saves = [row for row in rows if _saves(row, customized)]
+            lost = self._lost(connection, saves)
+            given_up = [row for row in saves if row["id"] in lost]
+            for row in given_up:
                 change_row(connection, jobs, row["name"], **_ended(row, "lost"))
-        return [row["id"] for row in lost]
+        return [owner for row in given_up for owner in self.workers_of(row)]
+
+    @staticmethod
+    def workers_of(row: Any) -> list[str]:
+        """The owners of the leases of all workers that a job has had, the last one last.
+
+        Args:
+            row: A job's columns, not damaged.
+        """
+        if row["max_running"] is not None:
+            return [row["id"]]
+        last = int(row["worker"].rpartition(".")[2]) if row["worker"] else 0
+        return [f"{row['id']}.{number}" for number in range(1, last + 1)]
 
     def finish_for(self, connection: Connection, name: str, state: str) -> None:
         """End the job that makes the model of that name, whose worker is gone."""
         row = find_row(connection, jobs, name=name)
         if row is not None and row["state"] in (*RUNNING, "lost"):
             change_row(connection, jobs, name, **_ended(row, state))
+            self._leases.end(connection, row["id"])
+
+
+_STANDING = (jobs.c.seq, jobs.c.id, jobs.c.state, jobs.c.worker)
+"""What it takes to know how a job stands."""
 
 
 def _saves(row: Any, customized: str) -> bool:

@@ -105,10 +105,14 @@ class Leases:
         seen that it ended.
         """
         with self._database.write() as connection:
-            if not self.holds(connection, owner):
-                return False
-            mine = update(leases).where(leases.c.owner == owner).values(**self._now(connection))
-            return connection.execute(mine).rowcount > 0
+            return self.renew_in(connection, owner)
+
+    def renew_in(self, connection: Connection, owner: str) -> bool:
+        """As `renew`, in a transaction that is open already."""
+        if not self.holds(connection, owner):
+            return False
+        mine = update(leases).where(leases.c.owner == owner).values(**self._now(connection))
+        return connection.execute(mine).rowcount > 0
 
     def holds(self, connection: Connection, owner: str) -> bool:
         """Whether the lease of `owner` lasts, as far as is known without waiting."""

@@ -21,7 +21,7 @@ from sqlalchemy import (
     Text,
 )
 
-VERSION = 3
+VERSION = 4
 """Of the tables below; a database of another version is refused."""
 
 metadata = MetaData()
@@ -199,7 +199,9 @@ jobs = Table(
     Column("done", _WHOLE, nullable=False),
     Column("total", _WHOLE, nullable=False),
     Column("cancel", _WHOLE, nullable=False),  # 1 once it was asked to stop
-    Column("max_running", _WHOLE, nullable=False),  # of its registry's jobs, while it begins
+    # How many of its registry's jobs may run while it begins; None if an executor runs it.
+    Column("max_running", _WHOLE),
+    Column("worker", _TEXT),  # the owner of the lease of the last worker that an executor began
     Column("error", Text),  # `errors.to_record` as JSON
     _text("created"),
     Column("started", _TEXT),

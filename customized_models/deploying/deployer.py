@@ -6,6 +6,7 @@ import asyncio
 import os
 import uuid
 from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -104,6 +105,9 @@ class Deployer:
             the job's process, so it lies in a module that can be imported there.
         secrets: Gives the secret of a name that an environment states, such as its `token_env`;
             environment variables if not given. It is asked in the job's process as well.
+        executor: Runs the jobs, as that of `Merger` does: its hosts see the deployment tools as
+            well. What can be refused is refused in this process, before. A deployment whose worker
+            is killed is lost, and `recover` takes it back; it is not begun again.
     """
 
     def __init__(
@@ -112,10 +116,11 @@ class Deployer:
         *,
         backends: Mapping[str, BackendFactory] | None = None,
         secrets: Secrets = environment_variable,
+        executor: Executor | None = None,
     ) -> None:
         self._catalog = registry.catalog
         self._shelf = registry.shelf
-        self._queue = registry.queue
+        self._queue = registry.queue.run_by(executor)
         self._tools = Tools(dict(backends or {}), secrets)
 
     def __repr__(self) -> str:

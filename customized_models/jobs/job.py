@@ -10,7 +10,15 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Collection, Generator, Mapping
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Collection,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+)
 from contextlib import aclosing
 from datetime import datetime
 from functools import partial
@@ -31,12 +39,14 @@ from ..errors import (
 )
 from ..models import CompleteModel, JobProgress, JobRecord, JobState, LiveModel
 from .bar import Bar
+from .executors import withdraw
 from .watching import changes
 from .workers import Worker
 
 if TYPE_CHECKING:
     from ..catalog.catalog import Catalog
 
+T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
 RESULT_TYPES: Mapping[str, type[Any]] = {
@@ -56,7 +66,8 @@ workers: dict[str, Worker] = {}
 class Job(Generic[T_co]):
     """A save, a rebuild or a deployment that waits, is under way, or is over.
 
-    Jobs of a registry begin in the order in which they were submitted, `max_running` at a time.
+    Jobs of a registry begin in the order in which they were submitted, `max_running` at a time;
+    those of an executor, as it has it.
 
     >>> complete = merger.save(customized).result()          # doctest: +SKIP
     >>> complete = await merger.save(customized)             # doctest: +SKIP
@@ -211,9 +222,11 @@ class Job(Generic[T_co]):
         """Ask it to stop; False if it has ended already.
 
         It stops before its next tensor and leaves nothing behind. If it was just publishing, it
-        may still succeed: `result` tells.
+        may still succeed: `result` tells. One that waits in an executor ends at once.
         """
-        return self._catalog.jobs.ask_to_stop(str(self.id))
+        asked = self._catalog.jobs.ask_to_stop(str(self.id))
+        withdraw(self._catalog, str(self.id))
+        return asked
 
     def _row(self) -> Mapping[str, Any]:
         _reap(self._catalog, str(self.id))
@@ -238,10 +251,10 @@ class Job(Generic[T_co]):
             case "cancelled":
                 return JobCancelled(f"{self.kind} of {self.name} was cancelled")
             case "lost":
-                return JobLost(self._lost())
+                return JobLost(self._lost(row))
         return None
 
-    def _lost(self) -> str:
+    def _lost(self, row: Mapping[str, Any]) -> str:
         left = self._catalog.levels.pending_at_a_tool(self.name)
         what = (
             f"what it was deploying may be left at {left}; ModelRegistry.recover() removes it"
@@ -250,7 +263,9 @@ class Job(Generic[T_co]):
         )
         tail = self.log[-2000:]
         said = f"; the end of its output: {shown(tail, 2000)}" if tail else ""
-        return f"the worker of {self.kind} {self.name} is gone; {what}{said}"
+        not_begun = row["max_running"] is None and row["worker"] is None
+        who = "the process that submitted" if not_begun else "the worker of"
+        return f"{who} {self.kind} {self.name} is gone; {what}{said}"
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
@@ -263,6 +278,40 @@ class Job(Generic[T_co]):
                 lambda job: job.record, return_schema=handler.generate_schema(JobRecord)
             ),
         )
+
+
+def as_completed(jobs: Iterable[Job[T]], timeout: float | None = None) -> Iterator[Job[T]]:
+    """The jobs in the order in which they end, however they do; `result` of each tells how.
+
+    As `concurrent.futures.as_completed` does for futures.
+
+    >>> for job in as_completed(merger.save_many(customized_models)):      # doctest: +SKIP
+    ...     print(job.name, job.state)
+
+    Args:
+        jobs: Of any registries; each is yielded once.
+        timeout: Seconds, from the first look on.
+
+    Raises:
+        JobTimeoutError: `timeout` elapsed; the jobs keep running.
+    """
+    span = None if timeout is None else seconds("timeout", timeout)
+    waiting = {str(job.id): job for job in jobs}
+    deadline = None if span is None else time.monotonic() + span
+    while waiting:
+        catalogs = {job._catalog.database.url: job._catalog for job in waiting.values()}
+        under_way = {
+            id
+            for catalog in catalogs.values()
+            for id, row in _look(catalog, waiting).items()
+            if not isinstance(row, Exception) and row["state"] in _RUNNING
+        }
+        for id in [id for id in waiting if id not in under_way]:
+            yield waiting.pop(id)
+        if waiting and deadline is not None and time.monotonic() > deadline:
+            raise JobTimeoutError(f"{len(waiting)} jobs still run after {timeout} seconds")
+        if waiting:
+            time.sleep(_POLL_SECONDS)
 
 
 def _look(catalog: Catalog, ids: Collection[str]) -> Mapping[str, Mapping[str, Any] | Exception]:

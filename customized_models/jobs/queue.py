@@ -6,18 +6,21 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
 
+from ..arguments import instance
 from ..catalog.listing import Listing
 from ..errors import IntegrityError
 from ..files.writing import disk_errors
 from ..processes import Process
 from ..shelf import Shelf
+from .executors import hand_over
 from .job import Job, workers
-from .workers import pickled, start_worker, warm_up
+from .workers import open_output, pickled, start_worker, warm_up
 
 if TYPE_CHECKING:
     from ..catalog.catalog import Catalog
@@ -33,13 +36,32 @@ class JobQueue:
         shelf: What they work on.
         logs: The directory for what workers print.
         max_running: How many jobs of the registry may run at once; others wait.
+        executor: Runs the jobs; processes of this host do if None.
     """
 
-    def __init__(self, catalog: Catalog, shelf: Shelf, logs: Path, max_running: int) -> None:
+    def __init__(
+        self,
+        catalog: Catalog,
+        shelf: Shelf,
+        logs: Path,
+        max_running: int,
+        executor: Executor | None = None,
+    ) -> None:
         self._catalog = catalog
         self._shelf = shelf
         self._logs = logs
         self._max_running = max_running
+        self._executor = executor
+
+    def run_by(self, executor: Executor | None) -> JobQueue:
+        """This queue, whose jobs an executor runs; processes of this host if None.
+
+        Raises:
+            InvalidArgumentError: It is no executor.
+        """
+        if executor is not None:
+            instance("executor", executor, Executor, "a concurrent.futures.Executor")
+        return JobQueue(self._catalog, self._shelf, self._logs, self._max_running, executor)
 
     def submit(
         self,
@@ -49,7 +71,7 @@ class JobQueue:
         holds: tuple[str, ...],
         *objects: Any,
     ) -> Job[Any]:
-        """Record a job and start its worker; returns at once.
+        """Record a job and start its worker, or hand it to the executor; returns at once.
 
         Args:
             kind: Of the job: "save", "rebuild", "deploy" or "export".
@@ -59,13 +81,18 @@ class JobQueue:
             objects: Further arguments, which need to pickle.
 
         Raises:
-            JobFailed: The registry or an object does not pickle, or is defined in `__main__`.
+            JobFailed: The registry or an object does not pickle, or is defined in `__main__`; or
+                the executor takes no more work.
         """
-        payload = pickled(self._catalog, self._shelf, *objects)
-        # The job is held by the server that will fork its worker: this process may end before.
-        server = Process.of(warm_up())
-        id = self._catalog.jobs.add(kind, name, arguments, holds, self._max_running, server)
-        self._start(str(id), payload)
+        payload, add = pickled(self._catalog, self._shelf, *objects), self._catalog.jobs.add
+        if self._executor is None:
+            # The job is held by the server that will fork its worker: this process may end before.
+            server = Process.of(warm_up())
+            id = add(kind, name, arguments, holds, self._max_running, server)
+            self._start(str(id), payload)
+        else:
+            id = add(kind, name, arguments, holds, None)
+            hand_over(self._executor, self._catalog, str(id), holds, payload, self._log(str(id)))
         job = self.job(id)
         _log.info("job %s submitted: %s of %s", id, kind, job.name)
         return job
@@ -97,11 +124,7 @@ class JobQueue:
         return self._logs / f"{id}.log"
 
     def _start(self, id: str, payload: bytes) -> None:
-        log = self._log(id)
-        with disk_errors("the job's output has no place"):
-            log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            output = log.open("wb")
-        with output:
+        with open_output(self._log(id)) as output:
             arguments = pickled(id, payload)
             workers[id] = start_worker("customized_models.jobs.worker:run", arguments, output)
         for other, known in list(workers.items()):

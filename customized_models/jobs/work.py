@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
@@ -30,8 +30,9 @@ class Work:
         arguments: What it was submitted with.
         catalog: The registry's rows.
         shelf: The registry's bytes.
-        lease: The job's own, which holds what the work reads.
+        lease: Its worker's, which holds what the work reads.
         progress: Called often; raises when it is time to stop.
+        before: Its workers before this one, which are gone, by the owners of their leases.
     """
 
     id: uuid.UUID
@@ -41,6 +42,7 @@ class Work:
     shelf: Shelf
     lease: Lease
     progress: Progress
+    before: Sequence[str] = ()
 
     @classmethod
     def of(
@@ -54,7 +56,8 @@ class Work:
         """The job of a row."""
         arguments = json.loads(row["arguments"])
         id = uuid.UUID(row["id"])
-        return cls(id, row["name"], arguments, catalog, shelf, lease, progress)
+        before = [owner for owner in catalog.jobs.workers_of(row) if owner != lease.owner]
+        return cls(id, row["name"], arguments, catalog, shelf, lease, progress, before)
 
     def end(
         self, connection: Connection, state: str, error: CustomizedModelsError | None = None

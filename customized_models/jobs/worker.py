@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 import pickle
+import platform
 import socket
 import time
 import traceback
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from ..catalog.catalog import Catalog
@@ -64,26 +67,29 @@ class Reporter:
             _log.warning("job %s: %s", self._id, error)
 
 
-def run(connection: socket.socket, id: str, payload: bytes) -> None:
+def run(connection: socket.socket, id: str, payload: bytes, owner: str | None = None) -> None:
     """Do a job when it is its turn; its end is in its row.
 
     Args:
         connection: Closed when the process ends, which tells whoever submitted the job.
         id: The job's.
         payload: The catalog, the shelf and what else the work needs, pickled.
+        owner: Of the lease that it is done under; the job's own if None.
     """
     _log_to_output()
     catalog, shelf, *objects = pickle.loads(payload)  # from a process of ours
-    _run(catalog, shelf, id, objects)
+    _run(catalog, shelf, id, owner or id, objects)
 
 
-def _run(catalog: Catalog, shelf: Shelf, id: str, objects: list[Any]) -> None:
-    with catalog.lease(id) as lease:
+def _run(catalog: Catalog, shelf: Shelf, id: str, owner: str, objects: list[Any]) -> None:
+    with catalog.lease(owner) as lease:
         while (wait := catalog.jobs.seconds_to_wait(id)) and not lease.lost.wait(wait):
             pass
-        row = catalog.jobs.begin(id)
+        _take_back(catalog, shelf, id)
+        row = catalog.jobs.begin(id, owner)
         if row is None:
             return
+        _log.info("job %s: worker %s, process %d of %s", id, owner, os.getpid(), platform.node())
         progress = Reporter(catalog, id, lease)
         work = Work.of(row, catalog, shelf, lease, progress)
         try:
@@ -99,6 +105,18 @@ def _run(catalog: Catalog, shelf: Shelf, id: str, objects: list[Any]) -> None:
             _end(work, "failed", error)
         except BaseException:
             _end(work, "failed", JobFailed(traceback.format_exc()))
+
+
+def _take_back(catalog: Catalog, shelf: Shelf, id: str) -> None:
+    """Finish or undo what workers of the job that were killed had begun to publish.
+
+    Where that fails the name stays taken, and the job ends with the error that says so.
+    """
+    *before, _ = catalog.jobs.workers_of(catalog.jobs.row(id))
+    if before:
+        _log.warning("job %s: worker %s has gone without a word", id, before[-1])
+        with suppress(CustomizedModelsError):
+            shelf.recover()
 
 
 def _end(work: Work, state: str, error: CustomizedModelsError | None = None) -> None:

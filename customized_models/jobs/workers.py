@@ -27,6 +27,7 @@ from typing import IO, Any
 from attrs import frozen
 
 from ..errors import JobFailed, shown
+from ..files.writing import disk_errors
 
 FORKS = sys.platform == "linux"
 """Whether a process may fork after the imports: the frameworks of macOS do not work in a fork."""
@@ -131,6 +132,17 @@ def start_worker(function: str, arguments: bytes, output: IO[bytes]) -> Worker:
     finally:
         os.close(directory)
     return Worker(here)
+
+
+def open_output(log: Path) -> IO[bytes]:
+    """The file for what a job's workers print, to be added to.
+
+    Raises:
+        StorageError: The disk failed, or is full.
+    """
+    with disk_errors("the job's output has no place"):
+        log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return log.open("ab")
 
 
 def warm_up() -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from attrs import evolve
 
-from ..arguments import instance
+from ..arguments import instance, refused
 from ..cards.readme import render
 from ..errors import (
     UnmergedTensorsError,
@@ -43,13 +44,23 @@ class Merger:
     A model may be given by its name.
 
     >>> complete = Merger(registry).save(customized).result()       # doctest: +SKIP
+
+    Args:
+        registry: Where the models are.
+        executor: Runs the jobs, such as a pool of `concurrent.futures` or Dask's
+            `Client.get_executor()`, whose hosts all see the registry's storage and database, and
+            the base models where they were added; it says how many run at once. Processes of this
+            host do, as many as the registry's `max_running`, if None.
+
+    Raises:
+        InvalidArgumentError: One of them is of another type.
     """
 
-    def __init__(self, registry: ModelRegistry) -> None:
+    def __init__(self, registry: ModelRegistry, *, executor: Executor | None = None) -> None:
         instance("registry", registry, ModelRegistry)
         self._catalog = registry.catalog
         self._shelf = registry.shelf
-        self._queue = registry.queue
+        self._queue = registry.queue.run_by(executor)
 
     def __repr__(self) -> str:
         return f"Merger({self._shelf!r})"
@@ -71,6 +82,7 @@ class Merger:
         Raises:
             UnsupportedQuantizationError: `quantization` was given. It belongs to deployment.
             NotFoundError: The customized model has been deleted.
+            JobFailed: The executor takes no more work.
         """
         if quantization is not None:
             raise UnsupportedQuantizationError(
@@ -79,6 +91,34 @@ class Merger:
                 f"deployment: Deployer(registry).deploy(complete, quantization=...)"
             )
         return self._start(self._customized(customized), {})
+
+    def save_many(
+        self, customized_models: Iterable[CustomizedModel | str]
+    ) -> list[Job[CompleteModel]]:
+        """As `save` for each of several; returns at once. None is saved if one is not there.
+
+        Jobs with the same base follow each other. Each reads its base once and compares it with
+        what was added in the same pass; what one has read, the next one of that host finds in the
+        page cache, as far as the base fits there.
+
+        >>> jobs = merger.save_many(registry.customized_models())           # doctest: +SKIP
+        >>> for job in as_completed(jobs):                                  # doctest: +SKIP
+        ...     print(job.result().name)
+
+        Returns:
+            Their jobs, in the order of the models.
+
+        Raises:
+            NotFoundError: A customized model has been deleted.
+            JobFailed: The executor takes no more work.
+        """
+        alone = isinstance(customized_models, str | CustomizedModel)
+        if alone or not isinstance(customized_models, Iterable):
+            raise refused("customized_models", customized_models, "several models, or their names")
+        models = [self._customized(given) for given in customized_models]
+        by_base = sorted(range(len(models)), key=lambda n: models[n].base)
+        jobs = {n: self._start(models[n], {}) for n in by_base}
+        return [jobs[n] for n in range(len(models))]
 
     def _customized(self, given: CustomizedModel | str) -> CustomizedModel:
         return self._catalog.levels.meant("customized", given, CustomizedModel)
@@ -106,7 +146,7 @@ class Merger:
         It imports torch, transformers and PEFT, which takes some seconds and half a gigabyte; a job
         then starts in milliseconds. Without this, the first job starts it. It ends ten minutes
         after its last job, and with this process, and is replaced if environment variables have
-        changed; jobs go on.
+        changed; jobs go on. Each process of an executor starts one for itself, with its first job.
 
         >>> merger.warm_up()                                             # doctest: +SKIP
         """
@@ -228,12 +268,12 @@ def _merged(
     """A staging directory with the merge of two models, proven, and its manifest without record."""
     catalog, shelf = work.catalog, work.shelf
     with (
-        shelf.storage.staging(f"save-{work.id}") as staging,
+        shelf.storage.staging(f"save-{work.lease.owner}") as staging,
         proven_merge(shelf, base, customized) as (merged, check),
     ):
         parents = {"base": base.digest, "customized": customized.digest}
         journal = Journal(staging, digest_of([parents, merged.merge.recipe]))
-        for lost in catalog.jobs.give_up_saves_of(customized.name):
+        for lost in [*work.before, *catalog.jobs.give_up_saves_of(customized.name)]:
             with shelf.storage.staging(f"save-{lost}") as abandoned:
                 journal.take_over(abandoned, merged.merge.shards, work.progress)
         lineage = lineage_metadata(base, customized)

@@ -42,24 +42,12 @@ from customized_models import (
 )
 from customized_models.jobs.job import workers
 from customized_models.testing import MemoryStorage, tiny_llama, tiny_lora
-from tests.waiting import until
+from tests.waiting import stop_outside_a_transaction, until
 
 
 @pytest.fixture
 def customized(registry: ModelRegistry, tiny_adapter: Path) -> CustomizedModel:
     return registry.register(tiny_adapter, train_name="support")
-
-
-@pytest.fixture
-def slow(tmp_path: Path) -> tuple[ModelRegistry, CustomizedModel]:
-    """A customized model whose save takes seconds: a base of many layers."""
-    base = tiny_llama(
-        tmp_path / "deep", hidden_size=512, intermediate_size=2048, num_hidden_layers=48
-    )
-    registry = ModelRegistry(tmp_path / "models")
-    registry.add_base_model("deep", base)
-    adapter = tiny_lora(tmp_path / "adapter", base, target_modules="all-linear")
-    return registry, registry.register(adapter, train_name="slow")
 
 
 def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
@@ -450,21 +438,6 @@ def test_another_process_sees_a_killed_worker_within_the_lease(
     with pytest.raises(JobLost):
         job.result(timeout=60, progress=False)
     registry.delete(customized)
-
-
-def stop_outside_a_transaction(worker: int, registry: ModelRegistry) -> None:
-    """SQLite's lock stays with a process that is stopped; stop it when it holds none."""
-    for _ in range(100):
-        os.kill(worker, signal.SIGSTOP)
-        connection = sqlite3.connect(registry.root / "registry.db", timeout=0.5)
-        try:
-            connection.execute("BEGIN IMMEDIATE")
-            return
-        except sqlite3.OperationalError:
-            os.kill(worker, signal.SIGCONT)
-        finally:
-            connection.close()
-    raise AssertionError("the worker is always in a transaction")
 
 
 def age_leases(registry: ModelRegistry) -> None:
