@@ -8,8 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
-from threading import Lock
 from typing import Any
 
 import torch
@@ -109,9 +107,9 @@ class MergeExecution:
             h: Copy(base.infos[of]) for h, of in copied.items() if h not in self._groups
         }
         self._starts_from = copied
-        self._choices = {id(group): _Choice(group, context) for group in groups}
-        several = [self._choices[id(group)] for group in groups if len(group.infos) > 1]
-        together = any(choice.strategy().cost.together for choice in several)
+        # Before anything is read: a product that is computed as a whole to choose by is large.
+        self._strategies = {id(group): choose_strategy(group, context) for group in groups}
+        together = any(strategy.cost.together for strategy in self._strategies.values())
         self.max_parallel_files = 1 if together else None
         self.changed = frozenset(self._groups.keys() | self._copies.keys())
         self.untrained = frozenset(n for n, group in self._groups.items() if group.untrained)
@@ -127,14 +125,14 @@ class MergeExecution:
         }
 
     def strategy(self, name: str) -> Strategy:
-        """How the changed tensor `name` is merged; may take a moment to be decided."""
+        """How the changed tensor `name` is merged."""
         if name in self._copies:
             return self._copies[name]
-        return self._choices[id(self._groups[name])].strategy()
+        return self._strategies[id(self._groups[name])]
 
     @property
     def probe_elements(self) -> int:
-        """Of the largest product that was computed as a whole to choose a strategy so far."""
+        """Of the largest product that was computed as a whole to choose a strategy."""
         return self._decisions.probe_elements
 
     def sources(self, name: str) -> tuple[str, ...]:
@@ -155,7 +153,6 @@ class MergeExecution:
         """
         if name not in self.changed:
             return self._base.read(name)
-        self.strategy(name)  # decided here: that takes the thread which is then busy
         return self._threads.run_in_block_thread(self._whole, name)
 
     def blocks(self, name: str, read_next: ReadNext | None = None) -> Iterator[torch.Tensor]:
@@ -230,21 +227,6 @@ class MergeExecution:
 
     def _reading(self, name: str) -> AbstractContextManager[ReadNext]:
         return _reading(self._base, self._starts_from.get(name, name))
-
-
-class _Choice:
-    """The strategy of a group: chosen when it is first asked for, beside others' merging."""
-
-    def __init__(self, group: TensorGroup, context: MergeContext) -> None:
-        self._choose = partial(choose_strategy, group, context)
-        self._strategy: Strategy | None = None
-        self._lock = Lock()
-
-    def strategy(self) -> Strategy:
-        with self._lock:
-            if self._strategy is None:
-                self._strategy = self._choose()
-            return self._strategy
 
 
 @contextmanager

@@ -502,12 +502,13 @@ class Changed:
 
 
 @pytest.mark.parametrize("mode", ["no_quantization", "q4_K_M"])
+@pytest.mark.parametrize("place", [(0, 0), (9, 11), (-1, -1)])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_a_value_that_is_not_finite_is_refused_and_leaves_no_file(
-    tmp_path: Path, tiny: Path, mode: str, value: float
+    tmp_path: Path, tiny: Path, mode: str, place: tuple[int, int], value: float
 ) -> None:
     def spoilt(tensor: torch.Tensor) -> torch.Tensor:
-        tensor[-1, -1] = value
+        tensor[place] = value
         return tensor
 
     name = "model.layers.1.self_attn.k_proj.weight"

@@ -102,8 +102,8 @@ def test_bytes_that_change_behind_the_writer_are_found_and_nothing_is_published(
     complete: CompleteModel,
     chosen: Callable[[str], bool],
 ) -> None:
-    id = str(uuid.uuid4())
-    staging = registry.root / ".staging" / f"save-{id}"
+    id, lease = str(uuid.uuid4()), registry.catalog.lease()
+    staging = registry.root / ".staging" / f"save-{lease.owner}"
     flipped: set[str] = set()
 
     def damage(phase: str, done: int, total: int) -> None:
@@ -118,7 +118,7 @@ def test_bytes_that_change_behind_the_writer_are_found_and_nothing_is_published(
         arguments={"customized": customized.name},
         catalog=registry.catalog,
         shelf=registry.shelf,
-        lease=registry.catalog.lease(),
+        lease=lease,
         progress=damage,
     )
     with pytest.raises(MergeError, match="nothing was published") as caught:
