@@ -119,8 +119,8 @@ class ModelRows(Generic[T]):
 
     def _is_common(self, condition: OnMetric) -> bool:
         """Whether so many rows fulfil it that a page is full after a look at some of them."""
-        having = _having(self._table, condition, metrics).limit(_COMMON)
-        return len(self.database.rows(having)) == _COMMON
+        having = _having(self._table, condition, metrics)
+        return bool(self._page(having, 1, _COMMON - 1))
 
     def _by_metric(self, key: Key) -> tuple[Select[Any], Select[Any]]:
         """The rows that have a metric, in its order, and those that do not have it.

@@ -9,11 +9,13 @@ import uuid
 from collections.abc import Callable
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from attrs import frozen
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sqlalchemy import Engine, event
 
 from customized_models import InvalidArgumentError, ModelRegistry, metric, tag
 from customized_models.catalog import listing
@@ -146,6 +148,59 @@ def test_train_names_and_tags_are_found_by_patterns(sweep: ModelRegistry) -> Non
     assert numbers(sweep.customized_models(train_name="Run 3")) == [3]
     assert numbers(sweep.customized_models(train_name="[r]un-*")) == []
     assert numbers(sweep.customized_models().where(tag("team:*"))) == [3, 2]
+
+
+@pytest.mark.parametrize(
+    "search",
+    [
+        lambda models: models.order_by(metric("eval_loss")),
+        lambda models: models.order_by(-metric("eval_loss")),
+        lambda models: models.where(metric("eval_loss") < 1).order_by(-metric("eval_loss")),
+    ],
+    ids=["by a metric", "by a metric, backwards", "a metric, by itself"],
+)
+def test_the_rows_by_a_metric_come_from_an_index_as_they_are(
+    in_sqlite: ModelRegistry, search: Callable[[Any], Any]
+) -> None:
+    plans = sqlite_plans(in_sqlite, search)
+    assert any("metrics_by_value" in step for step in plans), plans
+    assert not any("TEMP B-TREE" in step for step in plans), plans
+
+
+def test_train_names_that_fit_a_pattern_come_from_an_index(
+    in_sqlite: ModelRegistry, tiny_adapter: Path
+) -> None:
+    in_sqlite.register(tiny_adapter, train_name="run-1")
+    plans = sqlite_plans(in_sqlite, lambda _: in_sqlite.customized_models(train_name="run-*"))
+    assert any("train_name>? AND train_name<?" in step for step in plans), plans
+
+
+def sqlite_plans(registry: ModelRegistry, search: Callable[[Any], Any]) -> list[str]:
+    """How SQLite reads the page of a search."""
+    asked: list[tuple[str, Any]] = []
+
+    def note(connection: Any, cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
+        if "OFFSET" in statement and 100 in parameters:
+            asked.append((statement, parameters))
+
+    event.listen(Engine, "before_cursor_execute", note)
+    try:
+        search(registry.customized_models())[:100]
+    finally:
+        event.remove(Engine, "before_cursor_execute", note)
+    with registry.catalog.database.read() as connection:
+        return [
+            row[3]
+            for statement, parameters in asked[:1]
+            for row in connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", parameters)
+        ]
+
+
+@pytest.fixture
+def in_sqlite(tiny_base: Path, tmp_path: Path) -> ModelRegistry:
+    registry = ModelRegistry(tmp_path / "models")
+    registry.add_base_model("llama-tiny", tiny_base)
+    return registry
 
 
 def test_only_stars_and_question_marks_make_a_pattern(
