@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 
+from ..errors import InvalidOptionError
 from ..models import DeploymentEnvironment
 
 DEFAULT_PORT = 11434
@@ -29,7 +30,8 @@ def environment_from_host(
         token_env: See `DeploymentEnvironment`.
 
     Raises:
-        InvalidOptionError: It names no host, or another scheme than http and https.
+        InvalidOptionError: It names no host, another scheme than http and https, or a user, whom
+            Ollama's client takes for the host in `user:password@box`.
 
     Source: `Host` in `envconfig/config.go` of Ollama v0.34.1; unlike a client, nobody can call
     0.0.0.0 or ::, which a server listens on, so that they become the loopback address.
@@ -41,6 +43,11 @@ def environment_from_host(
         scheme, rest = ("https", "ollama.com:443") if value == "ollama.com" else ("http", value)
     default = _PORTS.get(scheme, DEFAULT_PORT) if separator else DEFAULT_PORT
     hostport, _, path = rest.partition("/")
+    if "@" in hostport:  # not shown: it may hold a password
+        raise InvalidOptionError(
+            "OLLAMA_HOST takes no user and no password: the setting 'basic_auth_env' of a "
+            "DeploymentEnvironment names the environment variable that holds 'user:password'"
+        )
     address, port = _split(hostport, default)
     if address in ("", "0.0.0.0", "::"):
         address = "::1" if address == "::" else "127.0.0.1"

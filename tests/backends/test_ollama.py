@@ -68,6 +68,13 @@ def test_the_servers_variable_is_read_as_ollamas_own_client_reads_it(
     assert environment_from_host().url == url
 
 
+@pytest.mark.parametrize("host", ["https://me:hunter2@box", "me:hunter2@box:1", "me@box", "@box"])
+def test_a_user_in_the_servers_variable_is_no_host_and_is_not_shown(host: str) -> None:
+    with pytest.raises(InvalidOptionError, match="basic_auth_env") as raised:
+        environment_from_host(host)
+    assert "hunter2" not in str(raised.value)
+
+
 def test_what_is_refused_is_refused_before_anything_is_sent_that_changes_the_server(
     counting_proxy: CountingProxy, artifact: FileArtifact
 ) -> None:
