@@ -335,7 +335,8 @@ class Deployer:
     ) -> LiveModel:
         """Take the model off its deployment tool; its record stays, third parties' goes stale.
 
-        Only what the recorded digest says is ours is removed. Undeploying again is fine.
+        Only what the recorded digest says is ours is removed. Undeploying again is fine. A
+        protected alias keeps the record from being deleted, not the model from being undeployed.
 
         Args:
             live: The model.

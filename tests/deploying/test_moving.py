@@ -49,6 +49,25 @@ def deploy(registry: ModelRegistry, customized: CustomizedModel) -> LiveModel:
     return job.result(progress=False)
 
 
+@pytest.mark.parametrize("forget", [False, True])
+def test_a_protected_alias_keeps_a_live_model_from_being_deleted_and_not_from_being_undeployed(
+    registry: ModelRegistry, customized: CustomizedModel, server: StandIn, *, forget: bool
+) -> None:
+    registry.add_environment(at(server))
+    live = deploy(registry, customized)
+    registry.set_alias(live, "champion", protected=True)
+    gone = Deployer(registry).undeploy("champion@support", forget=forget)
+    assert gone.state == "undeployed"
+    assert server.models.keys() == (
+        {live.served.details["version"], "support:latest"} if forget else set()
+    )
+    assert registry.get(LiveModel, "champion@support") == gone
+    with pytest.raises(InUseError, match="'champion@support', which is protected"):
+        registry.delete(gone)
+    registry.remove_alias(gone, "champion")
+    registry.delete(gone)
+
+
 def test_what_is_live_follows_an_environment_whose_server_has_moved(
     registry: ModelRegistry, customized: CustomizedModel, server: StandIn
 ) -> None:
