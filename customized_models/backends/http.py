@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -30,6 +31,12 @@ MAX_ANSWER = 16 << 20  # bytes: a listing of ten thousand models has about four 
 MAX_COMPLAINT = 64 << 10  # bytes: as much of an error's body as is read
 CHUNK = 1 << 20  # bytes sent between two looks at the deadline
 AGAIN_SECONDS = 0.5  # after a lost connection: a server that restarts takes longer, a proxy less
+
+# A server that ends in good order, and a proxy before one that is gone, close a connection where a
+# killed one resets it. No class of error tells that from an answer which is no HTTP.
+# Source: `_receive_event` in `_sync/http11.py` of httpcore 1.0; `ContentLengthReader` and
+# `ChunkedReader` in `_readers.py` of h11 0.16.
+_CLOSED = re.compile(r"^(Server disconnected|peer closed connection) without ")
 
 
 @frozen
@@ -213,8 +220,10 @@ class JSONServer:
                 f"{where}: no complete answer within {deadline.seconds:g} seconds"
             )
         reason = f"{type(error).__name__} {self.shown(error)}"
+        if isinstance(error, httpx.RemoteProtocolError) and _CLOSED.search(str(error)):
+            return ServerUnreachableError(f"{where}: the connection was closed: {reason}")
         if isinstance(error, httpx.ProtocolError | httpx.DecodingError | httpx.StreamError):
-            return ServerAnswerError(f"{where}: the answer is broken off or no HTTP: {reason}")
+            return ServerAnswerError(f"{where}: the answer is no HTTP: {reason}")
         return ServerUnreachableError(f"{where}: {reason}")
 
     def _refuse_errors(self, what: str, response: httpx.Response) -> None:

@@ -205,14 +205,13 @@ def create_model(
     """
     try:
         _create(server, name, file, body)
-    except ServerUnreachableError:
+    except (ServerUnreachableError, ServerAnswerError) as error:
         # Without a listener some versions go on, and others never finish.
-        if not _appears(server, name, file):
-            _create(server, name, file, {**body, "stream": False})
-    except ServerAnswerError:
-        # A server that restarts drops what no model uses yet; for other reasons, see `again`.
-        upload_file(server, file, progress)
-        _create(server, name, file, body)
+        lost = isinstance(error, ServerUnreachableError)
+        if not (lost and _appears(server, name, file)):
+            # A server that restarts drops what no model uses yet; for other reasons, see `again`.
+            upload_file(server, file, progress)
+            _create(server, name, file, {**body, "stream": not lost})
     # Whoever deleted another model of the same file meanwhile has deleted the file.
     upload_file(server, file, progress)
 

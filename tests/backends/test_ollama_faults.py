@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -50,11 +51,12 @@ def failing(server: StandIn, monkeypatch: pytest.MonkeyPatch) -> Backend:
 SHORT_FAULTS = [
     (faults.silence, ServerUnreachableError),
     (faults.cut, ServerUnreachableError),
+    (faults.hang_up, ServerUnreachableError),
     (faults.slow_headers, ServerUnreachableError),
     (faults.slow_body, ServerUnreachableError),
     (faults.endless_continue, ServerUnreachableError),
     (faults.endless_body, ServerAnswerError),
-    (faults.truncated, ServerAnswerError),
+    (faults.truncated, ServerUnreachableError),
     (faults.no_http, ServerAnswerError),
     (faults.html, ServerAnswerError),
     (faults.angry, ServerAnswerError),
@@ -123,8 +125,9 @@ def test_an_upload_that_fails_leaves_nothing(
 @pytest.mark.parametrize(
     "fault",
     [
-        faults.cut, faults.truncated, faults.endless_body, faults.error_line, faults.no_success,
-        faults.nothing_created, faults.html, faults.angry, faults.redirect, faults.not_an_object,
+        faults.cut, faults.hang_up, faults.truncated, faults.endless_body, faults.error_line,
+        faults.no_success, faults.nothing_created, faults.html, faults.angry, faults.redirect,
+        faults.not_an_object,
     ],
 )  # fmt: skip
 def test_a_creation_that_fails_leaves_nothing(
@@ -142,6 +145,25 @@ def test_a_creation_that_fails_leaves_nothing(
 
     assert_fit_to_print(caught.value)
     assert server.models == {}
+
+
+@pytest.mark.timeout(30, func_only=True)
+@pytest.mark.parametrize("lost", [faults.cut, faults.hang_up, faults.truncated])
+@pytest.mark.parametrize("path", ["/api/blobs", "/api/create"])
+def test_a_server_that_restarts_meanwhile_is_waited_for(
+    server: StandIn, artifact: FileArtifact, path: str, lost: Fault
+) -> None:
+    def restarting(handler: faults.Handler) -> None:
+        server.faults = {("*", "/"): faults.hang_up}
+        server.blobs.clear()  # as versions before 0.21.0 do with what no model uses
+        threading.Timer(1.5, server.faults.clear).start()
+        lost(handler)
+
+    server.faults["POST", path] = restarting
+    backend = open_backend(at(server, timeout=5.0))
+    served = pushed(backend, artifact, "new")
+    assert backend.status(served) is Status.LIVE
+    assert server.blobs.keys() == {artifact.files[0].digest}
 
 
 @pytest.mark.parametrize(

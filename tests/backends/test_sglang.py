@@ -13,6 +13,7 @@ from customized_models.errors import (
     AlreadyExistsError,
     BaseModelMismatch,
     ServerAnswerError,
+    ServerUnreachableError,
     UnsupportedAdapterError,
     UnsupportedError,
 )
@@ -155,7 +156,7 @@ def test_a_server_that_dies_while_it_loads_leaves_no_directory(
 ) -> None:
     plan = backend.preflight(artifact, "support", backend.options())
     sglang.dies = True
-    with pytest.raises(ServerAnswerError, match="broken off") as caught:
+    with pytest.raises(ServerUnreachableError, match="closed") as caught:
         backend.push(plan, ignore)
     assert "may be loaded at the server" in caught.value.__notes__[-1]
     assert files_in(models) == set()

@@ -191,6 +191,11 @@ def cut(handler: Handler) -> None:
     handler.connection.close()
 
 
+def hang_up(handler: Handler) -> None:
+    """A connection closed in good order, and no answer: a server that is asked to end."""
+    handler.body()
+
+
 def slow_headers(handler: Handler) -> None:
     """A header that grows by a byte now and then."""
     handler.wfile.write(b"HTTP/1.1 200 OK\r\nX: ")
@@ -231,7 +236,7 @@ def truncated(handler: Handler) -> None:
 def no_http(handler: Handler) -> None:
     """Another protocol."""
     handler.body()
-    handler.wfile.write(b"SSH-2.0-OpenSSH_9.2\r\n")
+    handler.wfile.write(b"SSH-2.0-OpenSSH_9.2\r\n\r\n")
 
 
 def html(handler: Handler) -> None:
