@@ -25,12 +25,10 @@ from .deploying.recovery import recover_deployments
 from .errors import (
     BaseModelMissingError,
     CustomizedModelsError,
-    InUseError,
     InvalidArgumentError,
     InvalidNameError,
     NotFoundError,
     NotLocalError,
-    listed,
     shown,
 )
 from .evicting import evict, rebuild
@@ -794,7 +792,7 @@ class ModelRegistry:
 
         Raises:
             NotFoundError: No environment has that name.
-            InUseError: It has another backend, and models are still deployed there.
+            InUseError: It has another backend, and models are still deployed there or on their way.
             InvalidOptionError: No such backend, or it refuses the settings.
         """
         given: DeploymentEnvironment = value_of("environment", environment, DeploymentEnvironment)
@@ -803,12 +801,8 @@ class ModelRegistry:
         with self.catalog.database.write() as connection:
             old = levels.in_transaction(connection, DeploymentEnvironment, given.name)
             deployed = levels.deployed_at(connection, given.name)
-            if deployed and old.backend != given.backend:
-                raise InUseError(
-                    f"{given.name} still serves {listed(live.name for live in deployed)} with the "
-                    f"backend {shown(old.backend)}; undeploy what is there, with forget=True if "
-                    f"the server is gone"
-                )
+            if old.backend != given.backend:
+                levels.refuse_while_used(connection, given.name)
             levels.put(connection, given)
             for live in deployed:
                 endpoint = moved_endpoint(live.served.endpoint, old, given)

@@ -338,6 +338,24 @@ class Levels:
         )
         return [value_of(LiveModel, row) for row in connection.execute(query).mappings()]
 
+    def refuse_while_used(self, connection: Connection, environment: str) -> None:
+        """Refuse if something is deployed at an environment, or on its way there.
+
+        Raises:
+            InUseError: Naming that, and the way out.
+        """
+        if of := [live.name for live in self.deployed_at(connection, environment)]:
+            raise InUseError(
+                f"{environment} still serves {listed(of)}; undeploy what is there, with "
+                f"forget=True if the server is gone"
+            )
+        if of := names(connection, TABLES[LiveModel], environment=environment, stage="pending"):
+            raise InUseError(
+                f"on its way to {environment}: {listed(of)}. What a killed process has left of "
+                f"that is taken back by Deployer.recover, with forget={environment!r} if the "
+                f"server is gone"
+            )
+
     def change_pending(
         self, connection: Connection, value: Any, operation: str, **columns: Any
     ) -> None:
@@ -467,15 +485,7 @@ class Levels:
                     f"evicted; ModelRegistry.rebuild it first, or delete it"
                 )
         if isinstance(value, DeploymentEnvironment):
-            table = TABLES[LiveModel]
-            query = select(table.c.name).where(
-                table.c.environment == value.name, table.c.state.in_(DEPLOYED)
-            )
-            if of := list(connection.execute(query).scalars()):
-                raise InUseError(
-                    f"{value.name} still serves {listed(of)}; undeploy what is there, with "
-                    f"forget=True if the server is gone"
-                )
+            self.refuse_while_used(connection, value.name)
         if isinstance(value, LiveModel) and row["state"] in DEPLOYED:
             raise InUseError(f"{value.name} is deployed; Deployer.undeploy it first")
 

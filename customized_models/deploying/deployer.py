@@ -35,7 +35,6 @@ from ..errors import (
     NoEnvironmentError,
     NoTemplateError,
     NotFoundError,
-    ServerUnreachableError,
     UnsupportedError,
     listed,
     shown,
@@ -351,6 +350,7 @@ class Deployer:
             InUseError: Another process is replacing, rolling back or undeploying it.
             ServerUnreachableError, ServerAnswerError: The tool does not answer, or with an error;
                 `forget=True` is the way out where it never will again.
+            InvalidOptionError: The backend is not installed any more, or a secret is not there.
             ServedModelChangedError: What is there now is not what was deployed; it is left alone.
         """
         known = self._catalog.levels.meant("live", live, LiveModel)
@@ -362,10 +362,11 @@ class Deployer:
             if not forget:
                 try:
                     note = self._take_off(live, wait)
-                except ServerUnreachableError as error:
+                except CustomizedModelsError as error:
                     error.add_note(
-                        "where the server is gone for good, undeploy(live, forget=True) is the "
-                        "way out; where it has moved, ModelRegistry.update_environment"
+                        "undeploy(live, forget=True) marks it as undeployed without asking, for a "
+                        "server that is gone for good; ModelRegistry.update_environment is for "
+                        "one that has moved"
                     )
                     raise
             live = evolve(live, state="undeployed", note=note)
@@ -459,13 +460,22 @@ class Deployer:
         except CustomizedModelsError as error:
             return EnvironmentReport(environment, False, {}, str(error))
 
-    def recover(self) -> list[str]:
-        """As `ModelRegistry.recover`, and with the backends that this deployer was given.
+    def recover(self, *, forget: str | DeploymentEnvironment | None = None) -> list[str]:
+        """Finish or undo what killed deployments left, with the backends that this deployer has.
+
+        Args:
+            forget: An environment whose server is gone for good: what was on its way there is
+                only given up.
+
+        Returns:
+            What was done, a sentence each.
 
         Raises:
+            NoEnvironmentError: There is no such environment to forget.
             CustomizedModelsError: One cannot be finished or undone now; the rest was done.
         """
-        return recover_deployments(self._catalog, self._shelf, self._tools)
+        gone = None if forget is None else self._environment(forget).name
+        return recover_deployments(self._catalog, self._shelf, self._tools, forget=gone)
 
     async def deploy_async(
         self, model: CustomizedModel | CompleteModel | str, **arguments: Any

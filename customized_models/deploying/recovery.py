@@ -21,7 +21,12 @@ if TYPE_CHECKING:
 
 
 def recover_deployments(
-    catalog: Catalog, shelf: Shelf, tools: Tools | None = None, *, environment: str | None = None
+    catalog: Catalog,
+    shelf: Shelf,
+    tools: Tools | None = None,
+    *,
+    environment: str | None = None,
+    forget: str | None = None,
 ) -> list[str]:
     """Finish or undo what killed deployments have left at deployment tools; says what was done.
 
@@ -30,6 +35,7 @@ def recover_deployments(
         shelf: Its bytes.
         tools: Those that the caller can reach.
         environment: Only what was on its way there, if not None.
+        forget: The environment whose server is not asked, because it is gone for good.
 
     Raises:
         CustomizedModelsError: One cannot be finished or undone now; the rest was done.
@@ -39,7 +45,7 @@ def recover_deployments(
         live = change.value
         if isinstance(live, LiveModel) and environment in (None, live.environment):
             try:
-                done += _recover(catalog, shelf, live, change, tools)
+                done += _recover(catalog, shelf, live, change, tools, forget)
             except CustomizedModelsError as error:
                 failed.append(error)
     if done:
@@ -50,7 +56,12 @@ def recover_deployments(
 
 
 def _recover(
-    catalog: Catalog, shelf: Shelf, live: LiveModel, change: Unfinished, tools: Tools | None
+    catalog: Catalog,
+    shelf: Shelf,
+    live: LiveModel,
+    change: Unfinished,
+    tools: Tools | None,
+    forget: str | None,
 ) -> list[str]:
     with catalog.lease() as lease:
         with catalog.database.write() as connection:
@@ -60,7 +71,13 @@ def _recover(
         try:
             environment = catalog.levels.get(DeploymentEnvironment, live.environment)
         except NotFoundError:
+            environment = None
+        if environment is None:
             what = f"{live.name} was on its way to an environment that is no more"
+        elif environment.name == forget:
+            what = (
+                f"gave up the deployment of {live.name} at {live.environment}, which is forgotten"
+            )
         else:
             backend = open_backend(environment, tools)
             if isinstance(backend, Promoting) and _has_its_name(backend.status(live.served)):

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import attrs
 import pytest
 
 from customized_models import (
@@ -19,11 +20,13 @@ from customized_models import (
     Deployer,
     DeploymentEnvironment,
     IntegrityError,
+    InUseError,
     InvalidOptionError,
     JobLost,
     LiveModel,
     Merger,
     ModelRegistry,
+    NoEnvironmentError,
     Served,
     ServedModelChangedError,
     ServerAnswerError,
@@ -258,9 +261,23 @@ def test_what_somebody_changed_is_left_alone(
     deployer = Deployer(registry, backends=BACKENDS)
     live = deployer.deploy(customized, options=Options("adapter")).result(progress=False)
     Path(live.served.details["place"], "changed").touch()
-    with pytest.raises(ServedModelChangedError):
+    with pytest.raises(ServedModelChangedError) as caught:
         deployer.undeploy(live)
+    assert "forget=True" in caught.value.__notes__[-1]
     assert registry.get(LiveModel, live.name).state == "live"
+
+
+def test_a_backend_that_is_not_installed_any_more_keeps_nothing_from_being_removed(
+    registry: ModelRegistry, customized: CustomizedModel, there: DeploymentEnvironment
+) -> None:
+    live = Deployer(registry, backends=BACKENDS).deploy(customized).result(progress=False)
+    deployer = Deployer(registry)
+    with pytest.raises(InvalidOptionError, match="shelf") as caught:
+        deployer.undeploy(live)
+    assert "forget=True" in caught.value.__notes__[-1]
+    assert deployer.undeploy(live, forget=True).state == "undeployed"
+    registry.delete(live)
+    registry.delete(there)
 
 
 def test_a_lineage_asks_the_tools_that_the_deployer_knows(
@@ -327,6 +344,35 @@ def test_what_a_killed_deployment_left_is_taken_back(
     assert list(served.iterdir()) == []
     assert len(files(registry)) == 1  # for the next attempt
     assert registry.recover() == []
+
+
+def test_what_a_killed_deployment_left_at_a_server_that_is_gone_for_good_can_be_forgotten(
+    registry: ModelRegistry, customized: CustomizedModel, tmp_path: Path
+) -> None:
+    (tmp_path / "served").mkdir()
+    settings = {"directory": str(tmp_path / "served"), "kill": True}
+    there = DeploymentEnvironment("there", "shelf", settings=settings)
+    registry.add_environment(there)
+    job = Deployer(registry, backends=BACKENDS).deploy(customized)
+    with pytest.raises(JobLost):
+        job.result(progress=False)
+    for refused in (
+        lambda: registry.delete(there),
+        lambda: registry.update_environment(attrs.evolve(there, backend="another")),
+    ):
+        with pytest.raises(InUseError, match=rf"{job.name}.*recover, with forget='there'"):
+            refused()
+
+    deployer = Deployer(registry)  # which does not know the backend
+    with pytest.raises(InvalidOptionError, match="shelf"):
+        deployer.recover()
+    with pytest.raises(NoEnvironmentError, match="elsewhere"):
+        deployer.recover(forget="elsewhere")
+    assert deployer.recover(forget=there) == [
+        f"gave up the deployment of {job.name} at there, which is forgotten"
+    ]
+    assert deployer.recover() == []
+    registry.delete(there)
 
 
 def test_the_next_deployment_there_takes_back_what_a_killed_one_left(
