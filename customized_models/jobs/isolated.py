@@ -26,7 +26,7 @@ def run_isolated(
     Args:
         task: The function.
         arguments: Its arguments, which need to pickle.
-        seconds: After which it is ended, if not None.
+        seconds: After which it is ended, if not None; from when the process has begun.
         named: Its arguments by name.
 
     Raises:

@@ -94,11 +94,11 @@ class Worker:
         """Wait until it ends; returns all that it has sent.
 
         Raises:
-            TimeoutError: It has sent nothing for `seconds`, if not None.
+            TimeoutError: It has begun, and sent nothing for `seconds`, if not None.
         """
-        self._connection.settimeout(seconds)
-        if self.pid is None:
+        if self.pid is None:  # the libraries may take minutes to import, from a slow disk
             return b""
+        self._connection.settimeout(seconds)
         with self._connection.makefile("rb") as answer:
             return answer.read()
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +28,7 @@ from customized_models import (
 )
 from customized_models.jobs.isolated import run_isolated
 from customized_models.jobs.job import workers
-from customized_models.jobs.workers import warm_up
+from customized_models.jobs.workers import PID, Worker, warm_up
 from customized_models.processes import Process
 from tests.waiting import until
 
@@ -57,6 +59,17 @@ def ran(job: Job[CompleteModel]) -> int:
 
 def parent_of_task() -> int:
     return run_isolated(os.getppid)
+
+
+def test_the_time_for_an_answer_begins_when_the_worker_does() -> None:
+    here, there = socket.socketpair()
+    begun = PID.pack(os.getpid())
+    begins = threading.Timer(1.0, lambda: (there.sendall(begun + b"the answer"), there.close()))
+    begins.start()
+    worker = Worker(here)
+    assert worker.answer(seconds=0.1) == b"the answer"
+    worker.close()
+    begins.join()
 
 
 # The server
