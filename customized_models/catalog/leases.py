@@ -28,6 +28,7 @@ from .rows import add_row
 from .schema import leases
 
 LEASE_SECONDS = 60.0  # twice what a process may wait for the database
+BEGIN_SECONDS = 600.0  # in which a process has imported torch, even from a slow network's disk
 RENEWAL_SECONDS = LEASE_SECONDS / 6  # a few may fail before the lease is lost
 WATCH_SECONDS = 1.0  # between two looks at another host's lease
 
@@ -80,7 +81,8 @@ class Leases:
             owner: Who holds them.
             keys: What to hold.
             purpose: What for.
-            process: Whose end is that of the hold; this process if None.
+            process: Whose end is that of the hold, and who is going to renew it, once it has begun
+                with that; this process if None.
         """
         for key in keys:
             self.end(connection, owner, key)
@@ -182,7 +184,8 @@ class Leases:
     def _now(self, connection: Connection, holder: Process | None = None) -> dict[str, Any]:
         """Who renews a lease, and when: the columns of its row."""
         process = json.dumps(asdict(holder or Process.current()), sort_keys=True)
-        return {"process": process, "renewed": self._database.clock(connection)}
+        renewed = self._database.clock(connection) + (0.0 if holder is None else BEGIN_SECONDS)
+        return {"process": process, "renewed": renewed}
 
 
 class Lease:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from customized_models import IntegrityError, InUseError, JobLost, LeaseLostErro
 from customized_models.catalog import leases as leases_module
 from customized_models.catalog.catalog import Catalog
 from customized_models.catalog.dialect import BUSY_SECONDS
-from customized_models.catalog.leases import LEASE_SECONDS, RENEWAL_SECONDS
+from customized_models.catalog.leases import BEGIN_SECONDS, LEASE_SECONDS, RENEWAL_SECONDS
 from customized_models.catalog.schema import leases as table
 from customized_models.processes import Process
 from tests.models import only_sqlite
@@ -75,8 +76,9 @@ def test_what_a_living_process_holds_is_refused_to_others(catalog: Catalog) -> N
 def test_what_a_dead_process_of_this_host_held_is_free_at_once(catalog: Catalog) -> None:
     child = os.fork()
     if child == 0:
-        os._exit(0)
-    process = Process.of(child)
+        signal.pause()
+    process = Process.of(child)  # one that has ended has none
+    os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     assert process is not None
     held(catalog, process)
@@ -96,6 +98,26 @@ def test_a_process_that_does_not_renew_loses_what_it_held(
     clock(LEASE_SECONDS - 1)
     assert refused(catalog)
     clock(2)
+    assert not refused(catalog)
+
+
+def test_a_process_that_has_still_to_begin_has_minutes_for_it(
+    catalog: Catalog, clock: Callable[[float], None]
+) -> None:
+    with catalog.database.write() as connection:
+        catalog.leases.take(connection, "owner", [KEY], "a test", Process.current())
+    clock(BEGIN_SECONDS)
+    assert refused(catalog)
+    assert catalog.leases.renew("owner")
+    clock(LEASE_SECONDS + 1)
+    assert not refused(catalog)
+
+
+def test_a_process_that_ended_before_it_began_holds_nothing(catalog: Catalog) -> None:
+    this = Process.current()
+    with catalog.database.write() as connection:
+        gone = Process(this.host, this.pid, "at another time")
+        catalog.leases.take(connection, "owner", [KEY], "a test", gone)
     assert not refused(catalog)
 
 
