@@ -18,6 +18,7 @@ from ..backends import (
     Backend,
     BackendFactory,
     Describing,
+    Plan,
     Promoting,
     Secrets,
     Tools,
@@ -153,7 +154,8 @@ class Deployer:
             served_name: What callers put into `model`; derived from the live model's name if None.
             options: The backend's own value, such as `OllamaOptions`.
             template: In place of the base model's deployment template; "infer" makes one from the
-                model's chat template.
+                model's chat template. A tool that renders with that itself needs none, and one
+                that is given is refused.
             replace: Take over a served name that stands for something already; what had it is kept
                 for `rollback`. Not at tools that keep no versions, such as llama.cpp on this host:
                 undeploy what has the name first, or choose another.
@@ -166,7 +168,8 @@ class Deployer:
             NotFoundError: The model has been deleted.
             NotReproducible, BaseModelMissingError, BaseModelMismatch: It was evicted, and cannot be
                 rebuilt.
-            UnsupportedError: Not an architecture or mode we can make, or nothing is replaced there.
+            UnsupportedError: Not an architecture or mode we can make; or nothing is replaced there,
+                or no deployment template taken.
             NoEnvironmentError: No environment to deploy to.
             NoTemplateError: The tool needs a deployment template; the message has one that fits,
                 if there is.
@@ -204,7 +207,12 @@ class Deployer:
             )
         if template == "infer":
             request = evolve(request, template=self.propose_template(known).template)
-        self._preflight(backend, target, known, request, options)
+        plan = self._preflight(backend, target, known, request, options)
+        if isinstance(template, DeploymentTemplate) and plan.template is None:
+            raise UnsupportedError(
+                f"{target.name} renders with the chat template that the model has: deploy there "
+                f"without a deployment template"
+            )
         return self._queue.submit(
             "deploy",
             lambda id: live_name(known.name, id, request.quantization),
@@ -264,7 +272,7 @@ class Deployer:
         model: Stored,
         request: DeployRequest,
         options: Any,
-    ) -> None:
+    ) -> Plan:
         trial = live_name(model.name, uuid.uuid4(), request.quantization)
         with self._artifact(model, request, target, trial) as artifact:
             try:
@@ -276,6 +284,7 @@ class Deployer:
             if plan.template is not None and "template" not in request.accept_failed:
                 with artifact.small_files() as (_, files):
                     run_isolated(check_fitness, plan.template, files, seconds=_RENDER_SECONDS)
+        return plan
 
     def _artifact(
         self, model: Stored, request: DeployRequest, target: DeploymentEnvironment, name: str

@@ -6,17 +6,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 
 from customized_models import (
     CustomizedModel,
     Deployer,
     DeploymentEnvironment,
+    DeploymentTemplate,
     InvalidArgumentError,
     InvalidOptionError,
     ModelRegistry,
     NotFoundError,
+    UnsupportedError,
 )
+from customized_models.backends.ollama import OllamaOptions
 from tests.servers.artifact import at
 from tests.servers.stand_in import stand_in
 
@@ -79,6 +83,24 @@ def test_a_template_that_is_text_is_refused(registry: ModelRegistry, tiny_adapte
     customized = registry.register(tiny_adapter, train_name="support")
     with pytest.raises(InvalidArgumentError, match="a DeploymentTemplate, 'infer' or None"):
         Deployer(registry).deploy(customized, template="{{ .Prompt }}")  # type: ignore[arg-type]
+
+
+def test_a_template_is_not_ignored_where_the_model_has_its_own(
+    registry: ModelRegistry, tiny_adapter: Path
+) -> None:
+    registry.add_environment(DeploymentEnvironment("here", "llama_cpp"))
+    customized = registry.register(tiny_adapter, train_name="support")
+    deployer = Deployer(registry)
+    given = DeploymentTemplate("{{ .Prompt }}")
+    with pytest.raises(UnsupportedError, match="here renders with the chat template"):
+        deployer.deploy(customized, template=given)
+    with stand_in() as server:
+        server.version = "0.34.1"
+        registry.add_environment(attrs.evolve(at(server), name="there"))
+        options = OllamaOptions(use_chat_template=True)
+        with pytest.raises(UnsupportedError, match="there renders with the chat template"):
+            deployer.deploy(customized, environment="there", template=given, options=options)
+    assert list(registry.jobs()) == []
 
 
 def test_names_do_as_well_as_values(registry: ModelRegistry, tiny_adapter: Path) -> None:
