@@ -16,8 +16,10 @@ def check_fits(adapter: Adapter, base: Checkpoint) -> None:
 
     Where `base` has a weight with the name of an adapted module, the shapes must agree. Other
     modules are not checked as long as some are found, because transformers renames and fuses the
-    tensors of some architectures while it loads them. Where it renames all, it is enough that some
-    module's factors have the shape of a matrix in their layer. The merge plan checks the rest.
+    tensors of some architectures while it loads them. Where it renames all, or a weight with only
+    the end of the name has another shape, it is enough that some module's factors have the shape of
+    a matrix in their layer: what a vision tower calls `k_proj` today may have another name in the
+    files, where the language model has a `k_proj` too. The merge plan checks the rest.
 
     Raises:
         BaseModelMismatch: Shapes differ, the base has too few layers, or no module is found.
@@ -26,13 +28,14 @@ def check_fits(adapter: Adapter, base: Checkpoint) -> None:
     here, weights = {name: [info] for name, info in base.infos.items()}, _by_tail(base)
     modules = {name.split(".")[-2] for name in base.infos if "." in name}
     layers = max((layer_of(name) for name in base.infos), default=-1)
-    wrong, found = set(), False
+    wrong, odd, found = set(), set(), False
     for name, info in adapter.tensors.items():
         path = name.removeprefix(PREFIX)
         if layer_of(path) > layers:
             wrong.add(name)
             continue
-        targets = _targets(path, here) or _targets(tail(path), weights)
+        named = _targets(path, here)
+        targets = named or _targets(tail(path), weights)
         if not targets:  # renamed while it is loaded, or a tied head without a tensor
             alike = modules.intersection(path.split("."))
             found = found or "experts" in alike or bool(alike and layer_of(path) < 0)
@@ -40,9 +43,11 @@ def check_fits(adapter: Adapter, base: Checkpoint) -> None:
             continue
         found = True
         if not any(_same_shape(path, info, target, adapter, rows) for target in targets):
-            wrong.add(name)
+            (wrong if named else odd).add(name)
     elsewhere = adapter_type(adapter.config).shared or adapter.config.get("target_parameters")
-    if wrong or not (found or elsewhere or _has_shapes_of(adapter, base)):
+    sure = not odd and (found or elsewhere)
+    if wrong or not (sure or _has_shapes_of(adapter, base)):
+        wrong |= odd
         reason = f"{listed(wrong)} do not fit" if wrong else "none belongs to a module of it"
         raise BaseModelMismatch(
             f"the adapter was not trained on this base model, as its tensors show: {reason}; "

@@ -56,6 +56,20 @@ def test_an_adapter_for_modules_that_the_base_lacks_does_not_fit(
         check_fits(Adapter.open(untrusted), base_of(tmp_path / "base", hidden_size=32))
 
 
+def test_a_vision_tower_may_call_its_modules_as_the_language_model_does(
+    untrusted: Path, trained: Path
+) -> None:
+    """Step 3.7's is such: its files have `attn.in_proj_weight` where the model has `k_proj`."""
+    base = Checkpoint.open(trained.parent / "base")
+    tower = "base_model.model.model.vision_model.layers.0.self_attn.k_proj."
+    own = {f"{tower}lora_A.weight": torch.ones(4, 24), f"{tower}lora_B.weight": torch.ones(24, 4)}
+    save_weights(untrusted, load_file(untrusted / WEIGHTS) | own)
+    check_fits(Adapter.open(untrusted), base)
+    save_weights(untrusted, own)  # and none of its modules is known to be the base's
+    with pytest.raises(BaseModelMismatch, match=r"vision_model\.layers\.0"):
+        check_fits(Adapter.open(untrusted), base)
+
+
 def test_a_layer_beyond_the_last_is_named(untrusted: Path, trained: Path) -> None:
     tensors = load_file(untrusted / WEIGHTS)
     name = next(iter(tensors))
