@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import shutil
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -122,6 +124,44 @@ def whisper() -> Files:
     return settings("WhisperTokenizer") | byte_level() | {"normalizer.json": spelling}
 
 
+def byte_pieces() -> list[bytes]:
+    """What tiktoken's and Mistral's files have for the vocabulary of a byte-level BPE."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    of_character = {character: byte for byte, character in bytes_to_unicode().items()}
+    vocabulary = json.loads(str(byte_level()["vocab.json"]))
+    known = [piece for piece in sorted(vocabulary, key=vocabulary.get) if piece[1:2] != "|"]
+    longer = [bytes(of_character[c] for c in piece) for piece in known if len(piece) > 1]
+    return [*(bytes([byte]) for byte in range(256)), *longer]
+
+
+def tiktoken() -> Files:
+    lines = [f"{base64.b64encode(p).decode()} {rank}" for rank, p in enumerate(byte_pieces())]
+    settings_of = settings("PreTrainedTokenizerFast", extra_special_tokens=["<|end|>"])
+    return settings_of | {"tiktoken.model": "\n".join(lines)}
+
+
+def tekken() -> Files:
+    pieces, special = byte_pieces(), ["<unk>", "<s>", "</s>", "[INST]"]
+    document = {
+        "config": {
+            "pattern": r"\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+",
+            "default_vocab_size": len(special) + len(pieces),
+            "default_num_special_tokens": len(special),
+            "version": "v3",
+        },
+        "vocab": [
+            {"rank": rank, "token_bytes": base64.b64encode(piece).decode(), "token_str": None}
+            for rank, piece in enumerate(pieces)
+        ],
+        "special_tokens": [
+            {"rank": rank, "token_str": token, "is_control": True}
+            for rank, token in enumerate(special)
+        ],
+    }
+    return settings("PreTrainedTokenizerFast") | {"tekken.json": json.dumps(document)}
+
+
 def fast() -> Files:
     document = tiny_tokenizer().backend_tokenizer.to_str()
     return settings("PreTrainedTokenizerFast") | {"tokenizer.json": document}
@@ -135,18 +175,23 @@ TOKENIZERS: dict[str, Callable[[], Files]] = {
     "Marian": marian,
     "byte-level BPE": gpt2,
     "Whisper": whisper,
+    "tiktoken": tiktoken,
+    "tekken": tekken,
     "tokenizers": fast,
 }
 
 
-OF_SENTENCEPIECE = ("T5", "NLLB", "Llama")
+READ_WITH = dict.fromkeys(("T5", "NLLB", "Llama"), "google.protobuf") | {"tiktoken": "tiktoken"}
+"""What transformers needs for them, and does not install by itself."""
 
 
-def tokens(directory: Path) -> list[int]:
+def tokens(directory: Path) -> tuple[list[int], str]:
+    """The sentence's tokens, and what they are decoded to."""
     from transformers import AutoTokenizer
 
-    ids: list[int] = AutoTokenizer.from_pretrained(directory)(SENTENCE).input_ids
-    return ids
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    ids: list[int] = tokenizer(SENTENCE).input_ids
+    return ids, str(tokenizer.decode(ids))
 
 
 @pytest.mark.filterwarnings("ignore:Recommended. pip install sacremoses:UserWarning")
@@ -158,10 +203,12 @@ def test_the_tokenizer_of_a_complete_model_is_that_of_its_base(name: str, tmp_pa
     assert {n: (merged / n).read_bytes() for n in files} == {
         n: (base / n).read_bytes() for n in files
     }
-    if name in OF_SENTENCEPIECE:
-        pytest.importorskip("google.protobuf", reason="transformers reads these with protobuf")
-    assert len(set(tokens(base))) > 5  # not one unknown token after another
-    assert tokens(merged) == tokens(base)
+    if name in READ_WITH:
+        pytest.importorskip(READ_WITH[name], reason="transformers reads these with it")
+    ids, text = tokens(base)
+    assert len(set(ids)) > 5  # not one unknown token after another
+    assert "lighthouse" in text
+    assert tokens(merged) == (ids, text)
 
 
 @pytest.mark.filterwarnings("ignore:Recommended. pip install sacremoses:UserWarning")
@@ -202,7 +249,71 @@ def test_the_feature_extractor_of_a_complete_model_is_that_of_its_base(tmp_path:
     merged = complete(base, write(tmp_path / "adapter", {}), tmp_path)
     known, expected = (AutoFeatureExtractor.from_pretrained(d) for d in (merged, base))
     assert known.to_dict() == expected.to_dict()
-    assert known.feature_size == 8
+    sound = np.sin(np.arange(1600) / 7).astype(np.float32)
+    features, of_base = (
+        extractor(sound, sampling_rate=16000, return_tensors="np").input_features
+        for extractor in (known, expected)
+    )
+    assert features.shape[1] == FEATURES["feature_size"]
+    assert np.array_equal(features, of_base)
+
+
+IMAGE = np.arange(56 * 56 * 3, dtype=np.uint8).reshape(56, 56, 3)
+SMALL = {"min_pixels": 784, "max_pixels": 3136}  # not what Qwen's classes take without a file
+
+
+def qwen_vl() -> Files:
+    """Everything that a processor of Qwen3-VL is read from."""
+    tokenizer = tiny_tokenizer()
+    of_places = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": of_places})
+    mean = {"image_mean": [0.25, 0.5, 0.75]}
+    image = {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen3VLProcessor"}
+    video = {"video_processor_type": "Qwen3VLVideoProcessor", "processor_class": "Qwen3VLProcessor"}
+    return settings("PreTrainedTokenizerFast") | {
+        "tokenizer.json": tokenizer.backend_tokenizer.to_str(),
+        "preprocessor_config.json": json.dumps(image | SMALL | mean),
+        "video_preprocessor_config.json": json.dumps(video | mean | {"fps": 4}),
+        "chat_template.json": json.dumps({"chat_template": "{{ messages[0].content }}"}),
+    }
+
+
+def test_the_image_processor_of_a_complete_model_is_that_of_its_base(tmp_path: Path) -> None:
+    from transformers import AutoImageProcessor
+
+    pytest.importorskip("PIL", reason="transformers changes the size of images with it")
+    base = base_of(tmp_path / "base", qwen_vl())
+    merged = complete(base, write(tmp_path / "adapter", fast()), tmp_path)
+    known, expected = (
+        AutoImageProcessor.from_pretrained(d)(images=[IMAGE], return_tensors="pt")
+        for d in (merged, base)
+    )
+    assert known.pixel_values.shape[0] == 16  # patches, as the file's sizes have it
+    assert torch.equal(known.pixel_values, expected.pixel_values)
+
+
+def test_the_processor_of_images_and_videos_of_a_complete_model_is_that_of_its_base(
+    tmp_path: Path,
+) -> None:
+    from transformers import AutoProcessor
+
+    pytest.importorskip("torchvision", reason="transformers reads videos with it")
+    base = base_of(tmp_path / "base", qwen_vl())
+    merged = complete(base, write(tmp_path / "adapter", {}), tmp_path)
+    known, expected = (AutoProcessor.from_pretrained(directory) for directory in (merged, base))
+    given = {
+        "text": ["a <|image_pad|> and a <|vision_start|><|video_pad|><|vision_end|>"],
+        "images": [torch.from_numpy(IMAGE).permute(2, 0, 1)],
+        "videos": [torch.from_numpy(IMAGE).permute(2, 0, 1).repeat(8, 1, 1, 1)],
+        "return_tensors": "pt",
+    }
+    results, of_base = known(**given), expected(**given)
+    assert {"input_ids", "pixel_values", "pixel_values_videos"} <= results.keys()
+    assert results.keys() == of_base.keys()
+    assert all(
+        torch.equal(torch.as_tensor(results[k]), torch.as_tensor(of_base[k])) for k in results
+    )
+    assert known.chat_template == expected.chat_template == "{{ messages[0].content }}"
 
 
 def test_the_processor_of_a_complete_model_is_whole(tmp_path: Path) -> None:
@@ -256,12 +367,23 @@ def chat_template(directory: Path) -> Any:
     return AutoTokenizer.from_pretrained(directory).chat_template
 
 
+def rendered(directory: Path) -> str:
+    """A conversation with a tool as the tokenizer of `directory` writes it."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    messages = [{"role": "user", "content": "hello"}]
+    tool = {"type": "function", "function": {"name": "look", "parameters": {}}}
+    return str(tokenizer.apply_chat_template(messages, tools=[tool], tokenize=False))
+
+
 @pytest.mark.parametrize("place", PLACES)
 def test_the_chat_template_of_a_base_is_kept_wherever_it_is(place: str, tmp_path: Path) -> None:
     base = base_of(tmp_path / "base", templates(place, "BASE"))
     merged = complete(base, write(tmp_path / "adapter", {}), tmp_path)
     assert chat_template(merged) == chat_template(base)
-    assert "BASE" in str(chat_template(merged))
+    assert rendered(merged) == rendered(base)
+    assert "BASE" in rendered(merged)
 
 
 @pytest.mark.parametrize("before", PLACES)
@@ -273,6 +395,7 @@ def test_an_adapters_chat_template_counts_wherever_both_have_theirs(
     adapter = write(tmp_path / "adapter", templates(place, "OWN"))
     merged = complete(base, adapter, tmp_path)
     assert chat_template(merged) == chat_template(adapter)
+    assert rendered(merged) == rendered(adapter)
     assert not [path for path in files_below(merged) if "BASE" in path.read_text()]
 
 
