@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, Select, select
 
 from ..errors import (
     AlreadyExistsError,
@@ -132,10 +132,7 @@ class Jobs:
 
     def numbers(self, state: str | None, limit: int | None) -> list[int]:
         """The numbers of the jobs in a state, or of all, newest first."""
-        query = select(*_STANDING).order_by(jobs.c.seq.desc())
-        with self._database.read() as connection:
-            rows = list(connection.execute(query).mappings())
-            lost = set() if state is None else self._lost(connection, rows)
+        rows, lost = self._seen(select(*_STANDING).order_by(jobs.c.seq.desc()))
         every = [
             row["seq"]
             for row in rows
@@ -145,10 +142,7 @@ class Jobs:
 
     def _load(self, key: str, values: Iterable[Any]) -> dict[Any, Any]:
         found: dict[Any, Any] = {}
-        with self._database.read() as connection:
-            query = select(jobs).where(jobs.c[key].in_(list(values)))
-            rows = list(connection.execute(query).mappings())
-            lost = self._lost(connection, rows)
+        rows, lost = self._seen(select(jobs).where(jobs.c[key].in_(list(values))))
         for row in rows:
             try:
                 found[row[key]] = dict(checked_row(jobs, row))
@@ -158,6 +152,23 @@ class Jobs:
                 if row["id"] in lost:
                     found[row[key]]["state"] = "lost"
         return found
+
+    def _seen(self, query: Select[Any]) -> tuple[list[Any], set[str]]:
+        """The rows that a query finds, and the ids of those whose workers have gone without a word.
+
+        Those are looked at twice: a worker may write down its end, and end, while a transaction
+        that began before goes on to see the row as it was.
+        """
+        rows, lost = self._look(query)
+        if lost:
+            rows, still = self._look(query)
+            lost &= still
+        return rows, lost
+
+    def _look(self, query: Select[Any]) -> tuple[list[Any], set[str]]:
+        with self._database.read() as connection:
+            rows = list(connection.execute(query).mappings())
+            return rows, self._lost(connection, rows)
 
     def _lost(self, connection: Connection, rows: Iterable[Any]) -> set[str]:
         """The ids of those of `rows` whose workers have gone without a word."""
@@ -252,11 +263,9 @@ class Jobs:
         """Whether a worker of an executor is about the job, as far as is known."""
         return row["worker"] is not None and self._leases.holds(connection, row["worker"])
 
-    def vouch(self, ids: Iterable[str]) -> None:
+    def vouch(self, ids: Collection[str]) -> None:
         """Say that this process lives, which has submitted these jobs to an executor."""
-        with self._database.write() as connection:
-            for id in ids:
-                self._leases.renew_in(connection, id)
+        self._leases.renew_all(ids)
 
     def give_back(self, id: str, error: CustomizedModelsError) -> None:
         """Say that an executor has done with a job, which ends with `error` if it has not ended.

@@ -106,41 +106,38 @@ class Leases:
         A lease that has ended stays so, though nobody may have taken its keys yet: others have
         seen that it ended.
         """
-        with self._database.write() as connection:
-            return self.renew_in(connection, owner)
+        return owner in self.renew_all([owner])
 
-    def renew_in(self, connection: Connection, owner: str) -> bool:
-        """As `renew`, in a transaction that is open already."""
-        if not self.holds(connection, owner):
-            return False
-        mine = update(leases).where(leases.c.owner == owner).values(**self._now(connection))
-        return connection.execute(mine).rowcount > 0
+    def renew_all(self, owners: Collection[str]) -> set[str]:
+        """As `renew` for several, in one transaction; those whose leases last."""
+        with self._database.write() as connection:
+            held = self.held(connection, owners)
+            theirs = update(leases).where(leases.c.owner.in_(held))
+            connection.execute(theirs.values(**self._now(connection)))
+        return held
 
     def holds(self, connection: Connection, owner: str) -> bool:
         """Whether the lease of `owner` lasts, as far as is known without waiting."""
-        query = select(leases).where(leases.c.owner == owner).limit(1)
-        row = connection.execute(query).mappings().first()
-        return row is not None and not self._row_has_ended(connection, row)
+        return owner in self.held(connection, [owner])
 
     def held(self, connection: Connection, owners: Collection[str]) -> set[str]:
         """Those of `owners` whose leases last, as `holds` says of one."""
         query = select(leases).where(leases.c.owner.in_(owners))
         rows = {row["owner"]: row for row in connection.execute(query).mappings().all()}
-        return {owner for owner, row in rows.items() if not self._row_has_ended(connection, row)}
+        return set(rows) - self._ended(connection, rows.values())
 
     def refuse_if_held(self, connection: Connection, key: str) -> None:
         """Raise `InUseError` if anyone holds `key`; take it from those whose lease has ended."""
         for row in connection.execute(select(leases).where(leases.c.key == key)).mappings().all():
             holder = Holder.of(row)
-            if not self._has_ended(connection, holder):
+            if not self._has_ended(holder, self._database.clock(connection)):
                 raise InUseError(f"{shown(key)} is in use by {holder.purpose}")
             self.end(connection, holder.owner, key)
 
     def forget_ended(self, connection: Connection) -> None:
         """Remove the rows of leases that have ended."""
-        for row in connection.execute(select(leases)).mappings().all():
-            if self._row_has_ended(connection, row):
-                self.end(connection, row["owner"])
+        for owner in self._ended(connection, connection.execute(select(leases)).mappings().all()):
+            self.end(connection, owner)
 
     def wait_for_other_hosts(self, keys: Iterable[str]) -> None:
         """Watch those of `keys` that other hosts hold, until each is seen to be renewed or ended.
@@ -158,22 +155,32 @@ class Leases:
                 query = select(leases).where(leases.c.key.in_(wanted))
                 every = list(map(Holder.of, connection.execute(query).mappings()))
                 others = [holder for holder in every if holder.process.host != host_id()]
-                ended = [self._has_ended(connection, holder) for holder in others]
+                now = self._database.clock(connection)
+                ended = [self._has_ended(holder, now) for holder in others]
             renewed = any(first.setdefault(h.owner, h.renewed) != h.renewed for h in others)
             if renewed or all(ended):
                 return
             time.sleep(WATCH_SECONDS)
 
-    def _row_has_ended(self, connection: Connection, row: Any) -> bool:
-        """As `_has_ended`; nobody holds anything by a row that is damaged, and others go on."""
-        try:
-            return self._has_ended(connection, Holder.of(row))
-        except IntegrityError:
-            return True
+    def _ended(self, connection: Connection, rows: Collection[Any]) -> set[str]:
+        """The owners of those rows whose leases have ended.
 
-    def _has_ended(self, connection: Connection, holder: Holder) -> bool:
+        Nobody holds anything by a row that is damaged, and others go on.
+        """
+        now = self._database.clock(connection) if rows else 0.0
+        ended = set()
+        for row in rows:
+            try:
+                if not self._has_ended(Holder.of(row), now):
+                    continue
+            except IntegrityError:
+                pass
+            ended.add(row["owner"])
+        return ended
+
+    def _has_ended(self, holder: Holder, now: float) -> bool:
         if self._database.has_clock or holder.process.host == host_id():
-            late = self._database.clock(connection) - holder.renewed > LEASE_SECONDS
+            late = now - holder.renewed > LEASE_SECONDS
             return late or holder.process.is_gone
         renewed, since = self._watched.get(holder.owner, (None, 0.0))
         if renewed != holder.renewed:

@@ -26,6 +26,7 @@ from customized_models.catalog.catalog import Catalog
 from customized_models.catalog.database import Database
 from customized_models.catalog.schema import litter
 from customized_models.jobs.worker import Reporter
+from customized_models.processes import Process
 from tests.servers.commit_proxy import CommitProxy, commit_proxy
 from tests.servers.postgresql_server import PASSWORD, PostgreSQLServer, postgresql_server
 
@@ -109,6 +110,26 @@ def test_a_job_goes_on_while_the_server_is_away_for_a_moment() -> None:
             server.start()
             report("writing", 2, 2)
             assert catalog.jobs.row(id)["phase"] == "writing"
+
+
+def test_a_job_that_ends_while_somebody_looks_is_not_lost(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who looks goes on to see the row as it was, and does not find the process any more."""
+    catalog, other = Catalog(url), Catalog(url)
+    id = str(catalog.jobs.add("save", lambda id: f"a_s_{id.hex}", {}, (), 1))
+    seen = []
+
+    def ends(process: Process) -> bool:
+        if not seen:
+            seen.append(process)
+            with other.database.write() as connection:
+                other.jobs.end(connection, id, "succeeded")
+        return True
+
+    monkeypatch.setattr(Process, "is_gone", property(ends))
+    assert catalog.jobs.row(id)["state"] == "succeeded"
+    assert seen
 
 
 def test_a_commit_whose_answer_is_lost_was_made(
