@@ -17,6 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from attrs import field, frozen
+
 from ..errors import CustomizedModelsError, DatabaseError, InUseError, JobFailed, shown
 from ..processes import Process
 from .workers import open_output, pickled, start_worker, warm_up
@@ -25,67 +27,82 @@ if TYPE_CHECKING:
     from ..catalog.catalog import Catalog
 
 _VOUCH_SECONDS = 10.0  # a sixth of a lease, as for any other
-_LOOK_SECONDS = 1.0  # between two looks at another worker of the job
+_LOOK_SECONDS = 1.0  # between two looks at another worker of the job, or for the database
+_AWAY_SECONDS = 60.0  # a lease: then what the job held is lost
 _TAIL = 2000  # characters of a log that an error ends with
 
 
-def run_by_executor(
-    catalog: Catalog, id: str, holds: Sequence[str], payload: bytes, log: Path
-) -> None:
-    """What the executor runs: does a job on this host, and returns once it has ended somehow.
+@frozen
+class Errand:
+    """A job as an executor carries it about.
 
-    Args:
+    Attributes:
         catalog: Where it is recorded.
         id: The job's.
         holds: Keys that must not be deleted while it runs.
-        payload: What `worker.run` takes.
-        log: Takes what its workers print, on this host.
+        payload: What `worker.run` takes. It may have the database's password in it, and engines
+            log what they were given.
+        log: Takes what its workers print, on the host that it runs on.
+    """
+
+    catalog: Catalog
+    id: str
+    holds: Sequence[str]
+    payload: bytes = field(repr=False)
+    log: Path
+
+
+def run_by_executor(errand: Errand) -> None:
+    """What the executor runs: does a job on this host, and returns once it has ended somehow.
+
+    While the database is away it waits, for as long as a lease lasts: else an executor would have
+    gone through all jobs that wait in it before the database is back.
 
     Raises:
         CustomizedModelsError: The database or the log's disk failed.
     """
-    while (owner := _take_up(catalog, id, holds, log)) is not None:
-        with open_output(log) as output:
-            arguments = pickled(id, payload, owner)
+    while (owner := _take_up(errand)) is not None:
+        with open_output(errand.log) as output:
+            arguments = pickled(errand.id, errand.payload, owner)
             worker = start_worker("customized_models.jobs.worker:run", arguments, output)
         try:
             worker.answer()  # none: it is the end that is waited for
         finally:
             worker.close()
-        with catalog.database.write() as connection:
-            catalog.leases.end(connection, owner)  # nobody need wait until it runs out
+        with suppress(DatabaseError), errand.catalog.database.write() as connection:
+            errand.catalog.leases.end(connection, owner)  # nobody need wait until it runs out
 
 
-def _take_up(catalog: Catalog, id: str, holds: Sequence[str], log: Path) -> str | None:
+def _take_up(errand: Errand) -> str | None:
     """The owner of the next worker's lease, once no other is about the job; None at its end."""
+    log, until = errand.log, time.monotonic() + _AWAY_SECONDS
     while True:
         said = log.read_text(errors="replace")[-_TAIL:] if log.is_file() else ""
+        server = Process.of(warm_up())
         try:
-            return catalog.jobs.take_up(id, holds, Process.of(warm_up()), said)
+            return errand.catalog.jobs.take_up(errand.id, errand.holds, server, said)
         except InUseError:
-            time.sleep(_LOOK_SECONDS)
+            until = time.monotonic() + _AWAY_SECONDS
+        except DatabaseError:
+            if time.monotonic() > until:
+                raise
+        time.sleep(_LOOK_SECONDS)
 
 
-def hand_over(
-    executor: Executor,
-    catalog: Catalog,
-    id: str,
-    holds: Sequence[str],
-    payload: bytes,
-    log: Path,
-) -> None:
-    """Submit a job to an executor; the arguments are those of `run_by_executor`.
+def hand_over(executor: Executor, errand: Errand) -> None:
+    """Submit a job to an executor.
 
     Raises:
         JobFailed: The executor takes no more work.
     """
+    catalog = errand.catalog
     try:
-        future = executor.submit(run_by_executor, catalog, id, holds, payload, log)
+        future = executor.submit(run_by_executor, errand)
     except Exception as error:  # an executor may be anybody's
         refused = JobFailed(f"the executor does not take the job: {shown(error)}")
-        catalog.jobs.give_back(id, refused)
+        catalog.jobs.give_back(errand.id, refused)
         raise refused from error
-    _submitter(catalog).add(id, future)
+    _submitter(catalog).add(errand.id, future)
 
 
 def withdraw(catalog: Catalog, id: str) -> None:

@@ -18,7 +18,7 @@ from ..errors import IntegrityError
 from ..files.writing import disk_errors
 from ..processes import Process
 from ..shelf import Shelf
-from .executors import hand_over
+from .executors import Errand, hand_over
 from .job import Job, workers
 from .workers import open_output, pickled, start_worker, warm_up
 
@@ -92,7 +92,8 @@ class JobQueue:
             self._start(str(id), payload)
         else:
             id = add(kind, name, arguments, holds, None)
-            hand_over(self._executor, self._catalog, str(id), holds, payload, self._log(str(id)))
+            errand = Errand(self._catalog, str(id), holds, payload, self._log(str(id)))
+            hand_over(self._executor, errand)
         job = self.job(id)
         _log.info("job %s submitted: %s of %s", id, kind, job.name)
         return job

@@ -41,6 +41,7 @@ from customized_models.catalog.jobs import WORKERS
 from customized_models.storage import Storage
 from tests.deploying.third_party import Shelf
 from tests.jobs.storages import Deadly, Gated
+from tests.servers.postgresql_server import PASSWORD, QUOTED, PostgreSQLServer, postgresql_server
 from tests.waiting import stop_outside_a_transaction, until
 
 ROOT = Path(__file__).parent.parent.parent
@@ -53,7 +54,8 @@ def customized(registry: ModelRegistry, tiny_adapter: Path) -> CustomizedModel:
 
 def with_storage(registry: ModelRegistry, kind: Callable[[Path], Storage]) -> ModelRegistry:
     """The same registry, whose workers have a storage of that kind."""
-    return ModelRegistry(registry.root, storage=kind(registry.root))
+    database = registry.catalog.database.url
+    return ModelRegistry(registry.root, storage=kind(registry.root), database=database)
 
 
 def at_the_gate(registry: ModelRegistry) -> None:
@@ -141,6 +143,26 @@ def test_what_is_no_executor_is_refused(registry: ModelRegistry) -> None:
             face(registry, executor="threads")  # type: ignore[arg-type]
 
 
+def test_an_engine_that_logs_what_it_is_given_logs_no_password(
+    postgresql: PostgreSQLServer, tiny_base: Path, tiny_adapter: Path, tmp_path: Path
+) -> None:
+    logged: list[str] = []
+
+    class Logging(Executor):
+        def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+            logged.append(repr((fn, args, kwargs)))
+            return Future()
+
+    by_network = postgresql.by_network(postgresql.database())
+    registry = ModelRegistry(tmp_path / "models", database=by_network)
+    registry.add_base_model("llama-tiny", tiny_base)
+    customized = registry.register(tiny_adapter, train_name="support")
+    job = Merger(registry, executor=Logging()).save(customized)
+    job.cancel()
+    assert str(job.id) in logged[0]
+    assert not any(secret in logged[0] for secret in (PASSWORD, QUOTED))
+
+
 # While a job waits in an executor
 
 
@@ -185,8 +207,10 @@ def test_what_an_executor_drops_has_failed_and_can_be_submitted_again(
 
 @pytest.mark.slow
 def test_another_worker_does_the_job_of_one_that_was_killed(
-    registry: ModelRegistry, customized: CustomizedModel
+    each_registry: ModelRegistry, tiny_adapter: Path
 ) -> None:
+    registry = each_registry
+    customized = registry.register(tiny_adapter, train_name="support")
     gated = with_storage(registry, Gated)
     with ThreadPoolExecutor(1) as pool:
         job = Merger(gated, executor=pool).save(customized)
@@ -199,6 +223,33 @@ def test_another_worker_does_the_job_of_one_that_was_killed(
     assert list(registry.complete_models()) == [complete]
     assert list((registry.root / ".staging").iterdir()) == []
     assert Merger(registry).save(customized).result(progress=False).digest == complete.digest
+
+
+@pytest.mark.slow
+def test_jobs_of_an_executor_are_done_though_the_database_is_away_for_a_while(
+    tiny_base: Path, tiny_adapter: Path, tmp_path: Path
+) -> None:
+    """What was just being published is finished by another worker, and one that waits begins."""
+    with postgresql_server() as server:
+        registry = ModelRegistry(tmp_path / "models", database=server.database())
+        registry.add_base_model("llama-tiny", tiny_base)
+        customized = registry.register(tiny_adapter, train_name="support")
+        with ThreadPoolExecutor(1) as pool:
+            merger = Merger(with_storage(registry, Gated), executor=pool)
+            jobs = merger.save_many([customized] * 2)
+            at_the_gate(registry)
+            worker = begun(jobs[0])
+            server.stop()
+            open_the_gate(registry)
+            until(lambda: not worker.is_running())
+            server.start()
+            saved = [job.result(progress=False) for job in jobs]
+        assert f"worker {jobs[0].id}.1 has gone without a word" in jobs[0].log
+        assert [workers_of(job) for job in jobs] == [1, 1]  # to do all of the work
+        assert sorted(registry.complete_models(), key=saved.index) == saved
+        assert saved[0].digest == saved[1].digest
+        assert registry.recover() == []
+        assert list((registry.root / ".staging").iterdir()) == []
 
 
 @pytest.mark.slow
