@@ -7,12 +7,15 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from types import TracebackType
-from typing import Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 from attrs import field, frozen
 
 from .errors import CustomizedModelsError
 from .values import Value, checked
+
+if TYPE_CHECKING:
+    from .catalog.database import Database
 
 _log = logging.getLogger(__name__)
 
@@ -31,8 +34,6 @@ Action = Literal[
     "rebuilt",
 ]
 ACTIONS: tuple[Action, ...] = get_args(Action)
-
-POLL_SECONDS = 0.2  # between two looks at the database, each of which takes about a millisecond
 
 
 @frozen(field_transformer=checked)
@@ -71,6 +72,7 @@ class Subscription:
     function is logged, and does not keep later events from it. A fork has no subscription.
 
     Args:
+        database: The registry's.
         newer: Gives the events after that number, oldest first.
         call: Called with each.
         after: The number of the last event that is not told.
@@ -78,13 +80,16 @@ class Subscription:
 
     def __init__(
         self,
+        database: Database,
         newer: Callable[[int], Sequence[Event]],
         call: Callable[[Event], object],
         after: int,
     ) -> None:
+        self._database = database
         self._newer = newer
         self._call = call
         self._closed = threading.Event()
+        self._wake = threading.Event()
         self._thread = threading.Thread(
             target=self._run, args=(after,), daemon=True, name="registry events"
         )
@@ -104,20 +109,23 @@ class Subscription:
     def close(self) -> None:
         """End it; a call that is under way is waited for."""
         self._closed.set()
+        self._wake.set()
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
     def _run(self, told: int) -> None:
-        while not self._closed.is_set():
-            for event in self._events(told):
-                if self._closed.is_set():
-                    return
-                told = event.number
-                try:
-                    self._call(event)
-                except Exception:  # somebody's function, which must not end the thread
-                    _log.exception("a subscriber failed at event %d: %s", told, event)
-            self._closed.wait(POLL_SECONDS)
+        with self._database.telling(self._wake):
+            while not self._closed.is_set():
+                for event in self._events(told):
+                    if self._closed.is_set():
+                        return
+                    told = event.number
+                    try:
+                        self._call(event)
+                    except Exception:  # somebody's function, which must not end the thread
+                        _log.exception("a subscriber failed at event %d: %s", told, event)
+                self._wake.wait(self._database.poll_seconds)
+                self._wake.clear()
 
     def _events(self, told: int) -> Sequence[Event]:
         try:

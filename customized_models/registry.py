@@ -748,7 +748,7 @@ class ModelRegistry:
         last = newest if after is None else arguments.whole("after", after)
         if not 0 <= last <= newest:
             raise InvalidArgumentError(f"after takes the number of an event, 0 to {newest}")
-        return Subscription(self.catalog.events.newer, call, last)
+        return Subscription(self.catalog.database, self.catalog.events.newer, call, last)
 
     def lineage(
         self, model: BaseModel | CustomizedModel | CompleteModel | LiveModel | str

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from threading import Event
 from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, exc, pool
@@ -60,6 +61,15 @@ class Database:
     def clock(self, connection: Connection) -> float:
         """Seconds since any moment, by the database's clock; by this host's if it has none."""
         return self._dialect.clock(connection)
+
+    @property
+    def poll_seconds(self) -> float:
+        """How long to wait for a change between two looks."""
+        return self._dialect.poll_seconds
+
+    def telling(self, event: Event) -> AbstractContextManager[None]:
+        """See `Dialect.telling`."""
+        return self._dialect.telling(event)
 
     @functools.cached_property
     def _made(self) -> Engine:

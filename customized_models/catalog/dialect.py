@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+from threading import Event
 from typing import Protocol
 
 from sqlalchemy import Connection, Engine
@@ -14,6 +16,9 @@ class Dialect(Protocol):
 
     has_clock: bool
     """Whether `clock` is the same for all hosts."""
+
+    poll_seconds: float
+    """Whoever waits for a change looks as often as that, told or not."""
 
     def __str__(self) -> str:
         """Where the database is, without its password."""
@@ -51,6 +56,12 @@ class Dialect(Protocol):
 
     def clock(self, connection: Connection) -> float:
         """Seconds that only count upwards, since any moment."""
+
+    def telling(self, event: Event) -> AbstractContextManager[None]:
+        """While the block lasts, set the event soon after anything happens that is waited for.
+
+        That is an event of the registry's, or that a job begins or ends. Nothing relies on it.
+        """
 
     def begin_reading(self, connection: Connection) -> None:
         """Let the transaction see one state of the database."""

@@ -5,14 +5,21 @@ has looked up still holds when it writes. Reading waits for nobody.
 
 Each transaction that writes leaves its id in a table. Where a connection is lost during COMMIT,
 whether the id is there tells whether the commit was made.
+
+Who waits is told of events and of jobs by NOTIFY, on a connection that is open meanwhile, and looks
+now and then all the same: a connection can be lost, and poolers such as PgBouncer pass nothing on.
 """
 
 from __future__ import annotations
 
 import functools
+import logging
+import os
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from threading import Event, Lock, Thread
 from typing import Any
 
 from sqlalchemy import (
@@ -36,6 +43,8 @@ from sqlalchemy.engine import URL
 from ..errors import DatabaseError, MissingDependencyError, shown
 from .dialect import BUSY_SECONDS
 from .schema import VERSION, metadata
+
+_log = logging.getLogger(__name__)
 
 _IDLE_SECONDS = BUSY_SECONDS / 2  # whoever is stopped in a transaction loses it before others fail
 RECONNECT_SECONDS = _IDLE_SECONDS + 5  # then a transaction of which nothing was heard has ended
@@ -76,11 +85,24 @@ _ONLY_ADDED = (
     "FOR EACH STATEMENT EXECUTE FUNCTION events_refuse()",
 )
 
+_TELLING = (
+    "CREATE FUNCTION registry_tells() RETURNS trigger LANGUAGE plpgsql AS "
+    "$$ BEGIN PERFORM pg_notify('customized_models', TG_TABLE_SCHEMA); RETURN NULL; END $$",
+    "CREATE TRIGGER events_tell AFTER INSERT ON events "
+    "FOR EACH STATEMENT EXECUTE FUNCTION registry_tells()",
+    "CREATE TRIGGER jobs_tell AFTER UPDATE ON jobs "
+    "FOR EACH ROW WHEN (OLD.state <> NEW.state) EXECUTE FUNCTION registry_tells()",
+)
+"""The server sends what a transaction tells once that is committed."""
+
+_LISTEN_SECONDS = 1.0  # between looks whether anybody waits still, and attempts to connect
+
 
 class PostgreSQL:
     """The first schema of the search path at `postgresql+psycopg://...`. See `Dialect`."""
 
     has_clock = True
+    poll_seconds = 0.5  # a look opens a connection, which takes some milliseconds
 
     def __init__(self, url: URL) -> None:
         self._url = url
@@ -142,7 +164,7 @@ class PostgreSQL:
             )
         metadata.create_all(connection, checkfirst=False)
         _ours.create_all(connection, checkfirst=False)
-        for statement in _ONLY_ADDED:
+        for statement in _ONLY_ADDED + _TELLING:
             connection.exec_driver_sql(statement)
         connection.execute(insert(_registry).values(version=VERSION))
 
@@ -150,6 +172,11 @@ class PostgreSQL:
         """See `Dialect`; the server's, now, since 1970."""
         now = "SELECT extract(epoch FROM clock_timestamp())::float8"
         return float(connection.exec_driver_sql(now).scalar_one())
+
+    def telling(self, event: Event) -> AbstractContextManager[None]:
+        """See `Dialect`."""
+        key = os.getpid(), self._url
+        return _listeners.setdefault(key, _Listener(self.engine)).telling(event)
 
     def begin_reading(self, connection: Connection) -> None:
         """See `Dialect`."""
@@ -180,6 +207,61 @@ class PostgreSQL:
                     return None
                 time.sleep(0.2)
 
+
+class _Listener:
+    """Listens in a thread, on one connection for all that wait in this process."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._waiting: list[Event] = []
+        self._lock = Lock()
+        self._runs = False
+
+    @contextmanager
+    def telling(self, event: Event) -> Iterator[None]:
+        with self._lock:
+            self._waiting.append(event)
+            if not self._runs:
+                self._runs = True
+                Thread(target=self._run, daemon=True, name="registry listener").start()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._waiting.remove(event)
+
+    def _run(self) -> None:
+        while self._is_needed():
+            try:
+                with self._engine.connect() as connection:
+                    self._listen(connection.execution_options(isolation_level="AUTOCOMMIT"))
+            except (exc.SQLAlchemyError, self._engine.dialect.loaded_dbapi.Error) as error:
+                _log.debug("nothing is told of changes: %s", type(error).__name__)
+                time.sleep(_LISTEN_SECONDS)
+
+    def _listen(self, connection: Connection) -> None:
+        connection.exec_driver_sql("LISTEN customized_models")
+        schema = connection.exec_driver_sql("SELECT current_schema()").scalar_one()
+        driver: Any = connection.connection.driver_connection
+        self._tell()  # something may have happened since they looked
+        while self._is_needed():
+            for notice in driver.notifies(timeout=_LISTEN_SECONDS):
+                if notice.payload == schema:
+                    self._tell()
+
+    def _is_needed(self) -> bool:
+        with self._lock:
+            self._runs = bool(self._waiting)
+            return self._runs
+
+    def _tell(self) -> None:
+        with self._lock:
+            for event in self._waiting:
+                event.set()
+
+
+_listeners: dict[tuple[int, URL], _Listener] = {}
+"""By process, so that a fork has its own, and by database."""
 
 _SECRETS = ("password", "sslpassword")
 """Options of a URL that nobody else may see."""

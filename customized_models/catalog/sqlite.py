@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import functools
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event, pool
@@ -25,6 +27,7 @@ class SQLite:
     """
 
     has_clock = False
+    poll_seconds = 0.1  # a look takes about a millisecond
 
     def __init__(self, url: URL) -> None:
         if (
@@ -86,6 +89,10 @@ class SQLite:
     def clock(self, connection: Connection) -> float:
         """See `Dialect`; this host's."""
         return time.monotonic()
+
+    def telling(self, event: Event) -> AbstractContextManager[None]:
+        """See `Dialect`; SQLite tells nothing."""
+        return nullcontext()
 
     def begin_reading(self, connection: Connection) -> None:
         """See `Dialect`."""

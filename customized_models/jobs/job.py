@@ -19,10 +19,11 @@ from collections.abc import (
     Iterator,
     Mapping,
 )
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing
 from datetime import datetime
 from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from attrs import fields
@@ -56,7 +57,6 @@ RESULT_TYPES: Mapping[str, type[Any]] = {
 }
 """The class of the model that each kind of job makes; an "export" gives the path of a file."""
 
-_POLL_SECONDS = 0.1
 _RUNNING = ("queued", "running")
 
 workers: dict[str, Worker] = {}
@@ -174,25 +174,27 @@ class Job(Generic[T_co]):
         """
         span = None if timeout is None else seconds("timeout", timeout)
         deadline = None if span is None else time.monotonic() + span
-        with Bar(self.name, shown=truth("progress", progress)) as bar:
+        told, database = Event(), self._catalog.database
+        with Bar(self.name, shown=truth("progress", progress)) as bar, database.telling(told):
             while (row := self._row())["state"] in _RUNNING:
                 bar.update(row["phase"], row["done"], row["total"])
                 if deadline is not None and time.monotonic() > deadline:
                     raise JobTimeoutError(
                         f"{self.kind} of {self.name} still runs after {timeout} seconds"
                     )
-                self._pause()
+                self._pause(told, deadline)
             done = row["total"] if row["state"] == "succeeded" else row["done"]
             bar.update(row["phase"], done, row["total"])
         return self._outcome(row)
 
-    def _pause(self) -> None:
-        """Wait for as long as one waits between two looks, or until the worker has ended."""
+    def _pause(self, told: Event, deadline: float | None) -> None:
+        """Wait until the next look: until told, until the worker has ended, or as is usual."""
+        span = _span(self._catalog.database.poll_seconds, deadline)
         worker = workers.get(str(self.id))
-        if worker is None:
-            time.sleep(_POLL_SECONDS)
-        else:
-            worker.wait(_POLL_SECONDS)
+        if worker is not None:
+            worker.wait(span)
+        elif told.wait(span):
+            told.clear()
 
     def __await__(self) -> Generator[Any, None, T_co]:
         return self._wait().__await__()
@@ -211,7 +213,7 @@ class Job(Generic[T_co]):
 
     async def _rows(self) -> AsyncGenerator[Mapping[str, Any]]:
         """Its row at every change, until it has ended; nothing here blocks the event loop."""
-        id, database = str(self.id), self._catalog.database.url
+        id, database = str(self.id), self._catalog.database
         async with aclosing(changes(database, partial(_look, self._catalog), id)) as rows:
             async for row in rows:
                 yield row
@@ -298,20 +300,30 @@ def as_completed(jobs: Iterable[Job[T]], timeout: float | None = None) -> Iterat
     span = None if timeout is None else seconds("timeout", timeout)
     waiting = {str(job.id): job for job in jobs}
     deadline = None if span is None else time.monotonic() + span
-    while waiting:
-        catalogs = {job._catalog.database.url: job._catalog for job in waiting.values()}
-        under_way = {
-            id
-            for catalog in catalogs.values()
-            for id, row in _look(catalog, waiting).items()
-            if not isinstance(row, Exception) and row["state"] in _RUNNING
-        }
-        for id in [id for id in waiting if id not in under_way]:
-            yield waiting.pop(id)
-        if waiting and deadline is not None and time.monotonic() > deadline:
-            raise JobTimeoutError(f"{len(waiting)} jobs still run after {timeout} seconds")
-        if waiting:
-            time.sleep(_POLL_SECONDS)
+    catalogs = {job._catalog.database.url: job._catalog for job in waiting.values()}
+    told = Event()
+    with ExitStack() as stack:
+        for catalog in catalogs.values():
+            stack.enter_context(catalog.database.telling(told))
+        while waiting:
+            under_way = {
+                id
+                for catalog in catalogs.values()
+                for id, row in _look(catalog, waiting).items()
+                if not isinstance(row, Exception) and row["state"] in _RUNNING
+            }
+            for id in [id for id in waiting if id not in under_way]:
+                yield waiting.pop(id)
+            if waiting and deadline is not None and time.monotonic() > deadline:
+                raise JobTimeoutError(f"{len(waiting)} jobs still run after {timeout} seconds")
+            polls = (catalog.database.poll_seconds for catalog in catalogs.values())
+            if waiting and told.wait(_span(min(polls), deadline)):
+                told.clear()
+
+
+def _span(poll: float, deadline: float | None) -> float:
+    """For how many seconds to wait until the next look, of which one is due at the deadline."""
+    return poll if deadline is None else max(0.0, min(poll, deadline - time.monotonic()))
 
 
 def _look(catalog: Catalog, ids: Collection[str]) -> Mapping[str, Mapping[str, Any] | Exception]:

@@ -9,22 +9,23 @@ import asyncio
 import os
 import threading
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..errors import NotFoundError
+
+if TYPE_CHECKING:
+    from ..catalog.database import Database
 
 Row: TypeAlias = "Mapping[str, Any] | Exception"
 Look: TypeAlias = Callable[[Collection[str]], Mapping[str, Row]]
 """Gives the rows of jobs by their ids."""
 
-_POLL_SECONDS = 0.1
 
-
-async def changes(database: str, look: Look, id: str) -> AsyncGenerator[Mapping[str, Any]]:
+async def changes(database: Database, look: Look, id: str) -> AsyncGenerator[Mapping[str, Any]]:
     """A job's row now, and again whenever it has changed, for as long as it is asked for.
 
     Args:
-        database: What identifies the registry; all that wait for its jobs share one thread.
+        database: The registry's; all that wait for its jobs share one thread.
         look: Called in that thread.
         id: The job's.
 
@@ -37,7 +38,7 @@ async def changes(database: str, look: Look, id: str) -> AsyncGenerator[Mapping[
     def tell(row: Row) -> None:
         loop.call_soon_threadsafe(rows.put_nowait, row)
 
-    watcher = _watchers.setdefault((os.getpid(), database), _Watcher(look))
+    watcher = _watchers.setdefault((os.getpid(), database.url), _Watcher(database, look))
     watcher.add(id, tell)
     try:
         while True:
@@ -52,7 +53,8 @@ async def changes(database: str, look: Look, id: str) -> AsyncGenerator[Mapping[
 class _Watcher:
     """The thread of one registry; it runs while somebody waits."""
 
-    def __init__(self, look: Look) -> None:
+    def __init__(self, database: Database, look: Look) -> None:
+        self._database = database
         self._look = look
         self._waiting: dict[Callable[[Row], None], tuple[str, Row | None]] = {}  # id, last seen
         self._lock = threading.Lock()
@@ -72,15 +74,16 @@ class _Watcher:
             self._waiting.pop(tell, None)
 
     def _run(self) -> None:
-        while True:
-            with self._lock:
-                self._wake.clear()
-                ids = {id for id, _ in self._waiting.values()}
-                if not ids:
-                    self._runs = False
-                    return
-            self._tell(self._rows(ids))
-            self._wake.wait(_POLL_SECONDS)
+        with self._database.telling(self._wake):
+            while True:
+                with self._lock:
+                    self._wake.clear()
+                    ids = {id for id, _ in self._waiting.values()}
+                    if not ids:
+                        self._runs = False
+                        return
+                self._tell(self._rows(ids))
+                self._wake.wait(self._database.poll_seconds)
 
     def _rows(self, ids: set[str]) -> Mapping[str, Row]:
         missing = {id: NotFoundError(f"no job {id}") for id in ids}

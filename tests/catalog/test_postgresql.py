@@ -2,33 +2,45 @@
 
 from __future__ import annotations
 
+import asyncio
 import pickle
+import queue
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from sqlalchemy import insert, select
 
 from customized_models import (
+    CompleteModel,
     CustomizedModelsError,
     DatabaseError,
     DeploymentEnvironment,
+    Event,
+    Job,
+    JobFailed,
     Merger,
     MissingDependencyError,
     ModelRegistry,
+    as_completed,
 )
 from customized_models.catalog import postgresql as dialect
 from customized_models.catalog.catalog import Catalog
 from customized_models.catalog.database import Database
+from customized_models.catalog.postgresql import PostgreSQL
 from customized_models.catalog.schema import litter
 from customized_models.jobs.worker import Reporter
 from customized_models.processes import Process
 from tests.servers.commit_proxy import CommitProxy, commit_proxy
 from tests.servers.postgresql_server import PASSWORD, PostgreSQLServer, postgresql_server
+
+SECONDS = 60  # for what takes milliseconds
 
 
 @pytest.fixture
@@ -228,6 +240,81 @@ def test_reading_waits_for_nobody(url: str) -> None:
     with one.write() as connection:
         connection.execute(insert(litter).values(key="first", seen=0.0))
         assert noted(other) == {"before"}
+
+
+# Being told
+
+
+@pytest.fixture
+def never_polls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who waits looks once an hour, unless told."""
+    monkeypatch.setattr(PostgreSQL, "poll_seconds", 3600.0)
+
+
+def listener_of(postgresql: PostgreSQLServer, but: int = 0) -> int:
+    """The number of the server's process that listens for this one, once it is not that one."""
+    listening = "SELECT pid FROM pg_stat_activity WHERE query = 'SELECT current_schema()'"
+    while True:  # that of another test goes on for a second
+        pids = [pid for (pid,) in postgresql.execute(listening)]
+        if len(pids) == 1 and pids != [but]:
+            return int(pids[0])
+        time.sleep(0.02)
+
+
+@pytest.mark.usefixtures("never_polls")
+def test_whoever_waits_for_a_job_is_told_of_its_end(
+    postgresql: PostgreSQLServer, url: str, tmp_path: Path
+) -> None:
+    registry, other = ModelRegistry(tmp_path, database=url), Catalog(url)
+    id = other.jobs.add("save", lambda id: f"a_s_{id.hex}", {}, (), 1)
+    job: Job[CompleteModel] = registry.job(id)
+
+    async def wait() -> CompleteModel:
+        return await job
+
+    with ThreadPoolExecutor(3) as pool:
+        waiting = [
+            pool.submit(job.result, progress=False),
+            pool.submit(lambda: asyncio.run(wait())),
+            pool.submit(lambda: next(as_completed([job])).result()),
+        ]
+        listener_of(postgresql)
+        with other.database.write() as connection:
+            other.jobs.end(connection, str(id), "failed", JobFailed("on purpose"))
+        errors = [future.exception(SECONDS) for future in waiting]
+    assert [str(error) for error in errors] == ["on purpose"] * 3
+
+
+@pytest.mark.usefixtures("never_polls")
+def test_a_subscriber_is_told_at_once_also_after_its_connection_was_cut(
+    postgresql: PostgreSQLServer, url: str, tmp_path: Path
+) -> None:
+    registry, other = (ModelRegistry(tmp_path, database=url) for _ in range(2))
+    received: queue.Queue[Event] = queue.Queue()
+    with registry.subscribe(received.put):
+        first = listener_of(postgresql)
+        other.add_environment(DeploymentEnvironment("here", backend="llama_cpp"))
+        assert received.get(timeout=SECONDS).name == "here"
+        postgresql.execute("SELECT pg_terminate_backend(%s)", first)
+        listener_of(postgresql, but=first)
+        other.add_environment(DeploymentEnvironment("there", backend="llama_cpp"))
+        assert received.get(timeout=SECONDS).name == "there"
+
+
+def test_who_is_told_nothing_looks_now_and_then(
+    postgresql: PostgreSQLServer, url: str, tmp_path: Path
+) -> None:
+    """As behind a pooler that passes no notifications on."""
+    registry, other = (ModelRegistry(tmp_path, database=url) for _ in range(2))
+    other.add_environment(DeploymentEnvironment("here", backend="llama_cpp"))
+    schema = url.rpartition("%3D")[2]
+    for table in ("events", "jobs"):
+        postgresql.execute(f"ALTER TABLE {schema}.{table} DISABLE TRIGGER {table}_tell")
+    received: queue.Queue[Event] = queue.Queue()
+    with registry.subscribe(received.put):
+        listener_of(postgresql)
+        other.add_environment(DeploymentEnvironment("there", backend="llama_cpp"))
+        assert received.get(timeout=SECONDS).name == "there"
 
 
 # Races
