@@ -11,14 +11,14 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import psycopg
 
 from . import install_postgresql
-from .process import free_port
+from .process import ended_with_us, free_port
 
 PASSWORD = "a/secret@of:ours"  # needs quoting in a URL
 QUOTED = "a%2Fsecret%40of%3Aours"
@@ -37,6 +37,7 @@ class PostgreSQLServer:
         self.port = free_port()
         self._programs, self._libraries = _programs(directory)
         self._process: subprocess.Popen[bytes] | None = None
+        self._watched = ExitStack()
         (directory / "password").write_text(PASSWORD)
         if os.geteuid() == 0:
             for path in (directory, directory / "password"):
@@ -62,8 +63,10 @@ class PostgreSQLServer:
                 [self._programs / "postgres", "-D", self.directory / "data", *options],
                 stdout=log,
                 stderr=log,
+                start_new_session=True,
                 **self._as_user(),
             )
+        self._watched.enter_context(ended_with_us(self._process.pid))
         for _ in range(600):
             try:
                 self.execute("SELECT 1")
@@ -80,6 +83,7 @@ class PostgreSQLServer:
         if self._process is not None:
             self._process.send_signal(how)
             self._process.wait(60)
+            self._watched.close()
 
     def execute(self, statement: Any, *values: Any) -> list[Any]:
         """What a statement finds, executed apart from every transaction."""

@@ -36,8 +36,9 @@ def serving(
             command, env=environment, stdout=output, stderr=output, start_new_session=True
         )
     try:
-        _wait(process, url, log, seconds)
-        yield process.pid
+        with ended_with_us(process.pid):
+            _wait(process, url, log, seconds)
+            yield process.pid
     finally:
         process.terminate()
         try:
@@ -47,6 +48,20 @@ def serving(
             process.wait()
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # what it has started and left
+
+
+@contextmanager
+def ended_with_us(group: int) -> Iterator[None]:
+    """Kill a group of processes if this process is killed while the block lasts.
+
+    A shell waits for the end of a pipe that only this process holds open.
+    """
+    command = ["sh", "-c", 'read line; kill -s KILL -- "-$0"', str(group)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as watcher:
+        try:
+            yield
+        finally:
+            watcher.kill()
 
 
 def _wait(process: subprocess.Popen[bytes], url: str, log: Path, seconds: float) -> None:
