@@ -6,19 +6,16 @@ belong to one process: after a fork, or out of a pickle, they are made anew.
 
 from __future__ import annotations
 
-import io
 import os
 import random
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import IntegrityError, MissingDependencyError, StorageError, shown
-from ..files.digests import BLAKE3, FileDigest, new_hash
 from .stores import AT_ONCE, STORES, store_of
 
 T = TypeVar("T")
@@ -31,7 +28,7 @@ class NoObjectError(LookupError):
 WAITS = (0.1, 0.5, 2.0)
 """Seconds before a call is made again: a server is restarted in about two."""
 
-_PIECE = 16 << 20  # bytes asked for at once: less would spend its time waiting for answers
+PIECE = 16 << 20  # bytes asked for at once: less would spend its time waiting for answers
 
 _INHERITED = list[Any]()
 """Filesystems of the process that this one was forked from. They are kept: closing one would take
@@ -73,7 +70,7 @@ class Objects:
 
         def read(filesystem: Any) -> T:
             # A range, because s3fs would ask for the size of a whole object first.
-            return parse(filesystem.cat_file(self._path(name), start=0, end=_PIECE))
+            return parse(filesystem.cat_file(self._path(name), start=0, end=PIECE))
 
         return self._tried(name, read, FileNotFoundError)
 
@@ -144,29 +141,6 @@ class Objects:
             return data
 
         return self._tried(name, read, FileNotFoundError)
-
-    def pieces(self, name: str, size: int) -> Iterator[bytes]:
-        """All bytes of an object of that size in order; raises as `range` does."""
-        waiting = deque[Future[bytes]]()
-        with ThreadPoolExecutor(AT_ONCE, "read ahead") as pool:
-            for start in range(0, size, _PIECE):
-                end = min(start + _PIECE, size)
-                waiting.append(pool.submit(self.range, name, start, end))
-                if len(waiting) == AT_ONCE:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-
-    def digest(self, name: str, size: int) -> FileDigest:
-        """Of an object's bytes, all of which are read; raises as `range` does."""
-        hash = new_hash()
-        for piece in self.pieces(name, size):
-            hash.update(piece)
-        return FileDigest(size, f"{BLAKE3}:{hash.hexdigest()}")
-
-    def ranges(self, name: str, size: int) -> io.RawIOBase:
-        """An object of that size as a file that asks for the ranges that are read."""
-        return _Ranges(self, name, size)
 
     # Many
 
@@ -240,38 +214,6 @@ class Objects:
         for name, value in store.attributes.items():
             setattr(filesystem, name, value)
         return filesystem
-
-
-class _Ranges(io.RawIOBase):
-    """An object, read by ranges."""
-
-    def __init__(self, objects: Objects, name: str, size: int) -> None:
-        self._objects, self._name, self._size = objects, name, size
-        self._position = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
-        if start + offset < 0:
-            raise ValueError(f"no position of a file: {start + offset}")
-        self._position = start + offset
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        count = min(len(buffer), max(self._size - self._position, 0))
-        if count:
-            start = self._position
-            try:
-                buffer[:count] = self._objects.range(self._name, start, start + count)
-            except NoObjectError as error:
-                raise StorageError(f"{shown(self._name)} was deleted while it was read") from error
-            self._position += count
-        return count
 
 
 def _is_conflict(error: BaseException) -> bool:

@@ -1,4 +1,4 @@
-"""`FsspecStorage` on a real S3 server: the contract, what it keeps where, its cache, its faults."""
+"""`FsspecStorage` on a real S3 server: the contract, what it keeps where, its cache."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ import subprocess
 import sys
 import threading
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
-import fsspec
 import pytest
 
 from customized_models import FsspecStorage, Merger, ModelRegistry
@@ -21,56 +19,24 @@ from customized_models.errors import (
     IntegrityError,
     InvalidOptionError,
     MissingDependencyError,
-    NotFoundError,
     NotLocalError,
     StorageError,
 )
-from customized_models.storage import Storage, object_store, objects, open_storage, stores
+from customized_models.storage import open_storage, stores
 from customized_models.testing import StorageContract, publish_files, tiny_llama, tiny_lora
-from tests.servers.faulty_proxy import Fault, FaultyProxy, faulty_proxy
+from tests.servers.faulty_proxy import FaultyProxy
 from tests.servers.s3_server import BUCKET, S3Server, options
 
-KEY = "customized/a"
-FILES = {"weights": b"0123456789" * 1000, "card": b"{}"}
+from .stored import FILES, KEY, a_week_later, files_of
 
 
 @pytest.fixture
-def prefix() -> str:
-    return uuid.uuid4().hex
-
-
-@pytest.fixture
-def storage(s3: S3Server, prefix: str, tmp_path: Path) -> FsspecStorage:
-    return FsspecStorage(
-        f"s3://{BUCKET}/{prefix}", options=options(s3.port), local=tmp_path / "local"
-    )
-
-
-@pytest.fixture
-def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calls are made again without waiting."""
-    monkeypatch.setattr(objects, "WAITS", (0, 0, 0))
-
-
-def a_week_later(storage: FsspecStorage, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Something is staged, when all that was left has been there for long."""
-    with monkeypatch.context() as context:
-        context.setattr(object_store, "STAGING_GRACE", -1)
-        with storage.staging("later"):
-            pass
-
-
-def files_of(storage: Storage, key: str) -> dict[str, bytes]:
-    with storage.checkout(key) as directory:
-        return {path.name: path.read_bytes() for path in directory.iterdir()}
+def storage(on_s3: FsspecStorage) -> FsspecStorage:
+    return on_s3
 
 
 class TestFsspecStorageOnS3(StorageContract):
-    @pytest.fixture
-    def storage(self, s3: S3Server, prefix: str, tmp_path: Path) -> FsspecStorage:
-        return FsspecStorage(
-            f"s3://{BUCKET}/{prefix}", options=options(s3.port), local=tmp_path / "local"
-        )
+    pass
 
 
 # Opening
@@ -104,7 +70,7 @@ def test_nothing_is_imported_before_it_is_used() -> None:
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
-@pytest.mark.usefixtures("_at_once")
+@pytest.mark.usefixtures("at_once")
 def test_a_bucket_that_is_not_there_is_an_error(s3: S3Server, tmp_path: Path) -> None:
     storage = FsspecStorage("s3://nowhere/x", options=options(s3.port), local=tmp_path)
     with pytest.raises(StorageError, match="nowhere"):
@@ -180,7 +146,7 @@ def test_who_loses_leaves_no_object(storage: FsspecStorage, s3: S3Server, prefix
     assert s3.objects(prefix) == before
 
 
-@pytest.mark.usefixtures("_at_once")
+@pytest.mark.usefixtures("at_once")
 def test_bytes_that_changed_in_the_store_are_found(
     storage: FsspecStorage, s3: S3Server, prefix: str
 ) -> None:
@@ -193,7 +159,7 @@ def test_bytes_that_changed_in_the_store_are_found(
         storage.open(KEY, "weights")
 
 
-@pytest.mark.usefixtures("_at_once")
+@pytest.mark.usefixtures("at_once")
 def test_a_damaged_marker_is_found_and_can_be_deleted(
     storage: FsspecStorage, s3: S3Server, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -231,21 +197,6 @@ def test_a_large_file_is_uploaded_in_parts_and_read_by_ranges(
 
 
 # The cache of this host
-
-
-@pytest.fixture
-def proxy(s3: S3Server) -> Iterator[FaultyProxy]:
-    with faulty_proxy(s3.port) as running:
-        yield running
-
-
-@pytest.fixture
-def disturbed(proxy: FaultyProxy, prefix: str, tmp_path: Path) -> FsspecStorage:
-    """The storage, as seen through the proxy; its client does not try again by itself."""
-    once = {"config_kwargs": {"retries": {"mode": "standard", "total_max_attempts": 1}}}
-    return FsspecStorage(
-        f"s3://{BUCKET}/{prefix}", options=options(proxy.port) | once, local=tmp_path / "proxied"
-    )
 
 
 def gets_of_files(proxy: FaultyProxy) -> list[str]:
@@ -314,160 +265,6 @@ def test_one_of_many_readers_fetches(disturbed: FsspecStorage, proxy: FaultyProx
         thread.join()
     assert found == [FILES] * 4
     assert len(gets_of_files(proxy)) == 2
-
-
-# Faults
-
-
-ONE_REQUEST = {
-    "is not served": [Fault.ERROR, Fault.BUSY, Fault.RESET],
-    "has no answer": [Fault.LOST],
-    "has a broken answer": [Fault.CUT, Fault.DAMAGED],
-}
-
-
-@pytest.mark.usefixtures("_at_once")
-@pytest.mark.parametrize("faults", ONE_REQUEST.values(), ids=ONE_REQUEST)
-def test_one_failed_request_anywhere_is_survived(
-    disturbed: FsspecStorage, proxy: FaultyProxy, s3: S3Server, prefix: str, faults: list[Fault]
-) -> None:
-    number, disturbing = 0, True
-    while disturbing:
-        proxy.disturb(faults[number % len(faults)], number, 1)
-        publish_files(disturbed, KEY, weights=FILES["weights"])
-        assert files_of(disturbed, KEY) == {"weights": FILES["weights"]}
-        disturbed.rewrite(KEY, "weights", b"new")
-        assert files_of(disturbed, KEY) == {"weights": b"new"}
-        with disturbed.open(KEY, "weights") as file:
-            assert file.read() == b"new"
-        assert list(disturbed.keys()) == [KEY]
-        disturbed.delete(KEY)
-        disturbing = number < len(proxy.requests)
-        proxy.calm()
-        assert list(disturbed.keys()) == []
-        assert s3.objects(prefix) == set()
-        number += 1
-    assert number > 20  # of requests that there are
-
-
-@pytest.mark.usefixtures("_at_once")
-@pytest.mark.parametrize("fault", [Fault.BUSY, Fault.LOST], ids=lambda fault: fault.name)
-def test_a_store_that_goes_away_leaves_nothing_half_visible(
-    disturbed: FsspecStorage,
-    storage: FsspecStorage,
-    proxy: FaultyProxy,
-    s3: S3Server,
-    prefix: str,
-    monkeypatch: pytest.MonkeyPatch,
-    fault: Fault,
-) -> None:
-    """At whichever request it goes; what it did all the same is known, or said not to be."""
-    number, failed = 0, True
-    while failed:
-        proxy.disturb(fault, number)
-        outcome_unknown = False
-        try:
-            publish_files(disturbed, KEY, **FILES)
-        except StorageError as error:
-            outcome_unknown = error.outcome_unknown
-        else:
-            failed = number < len(proxy.requests)  # the last request may fail, and nothing is lost
-            outcome_unknown = True
-        if list(storage.keys()) == [KEY]:
-            assert outcome_unknown
-            assert files_of(storage, KEY) == FILES
-        storage.delete(KEY)
-        a_week_later(storage, monkeypatch)
-        assert s3.objects(prefix) == set()
-        number += 1
-    assert number > 5
-
-
-@pytest.mark.usefixtures("_at_once")
-@pytest.mark.parametrize("fault", [Fault.BUSY, Fault.LOST], ids=lambda fault: fault.name)
-def test_a_store_that_goes_away_during_a_change_leaves_the_old_or_the_new(
-    disturbed: FsspecStorage, storage: FsspecStorage, proxy: FaultyProxy, fault: Fault
-) -> None:
-    publish_files(storage, KEY, **FILES)
-    number, failed, now = 0, True, FILES["card"]
-    while failed:
-        new = b"%d" % number
-        proxy.disturb(fault, number)
-        failed = unknown = False
-        try:
-            disturbed.rewrite(KEY, "card", new)
-        except StorageError as error:
-            failed, unknown = True, error.outcome_unknown
-        found = files_of(storage, KEY)["card"]
-        assert found in ([new] if not failed else [now, new] if unknown else [now])
-        now, number = found, number + 1
-    proxy.calm()
-    assert files_of(disturbed, KEY) == FILES | {"card": now}
-
-
-@pytest.mark.usefixtures("_at_once")
-def test_a_store_that_goes_away_during_a_deletion_leaves_the_key_whole_or_gone(
-    disturbed: FsspecStorage,
-    storage: FsspecStorage,
-    proxy: FaultyProxy,
-    s3: S3Server,
-    prefix: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    for number in range(8):
-        publish_files(storage, KEY, **FILES)
-        proxy.disturb(Fault.BUSY, number)
-        try:
-            disturbed.delete(KEY)
-        except StorageError:
-            assert files_of(storage, KEY) == FILES
-            storage.delete(KEY)
-        assert list(storage.keys()) == []
-    a_week_later(storage, monkeypatch)
-    assert s3.objects(prefix) == set()
-
-
-@pytest.mark.usefixtures("_at_once")
-def test_parts_of_an_upload_that_never_ended_are_swept(
-    storage: FsspecStorage,
-    disturbed: FsspecStorage,
-    proxy: FaultyProxy,
-    s3: S3Server,
-    prefix: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    number = 0
-    while not s3.objects(f"{prefix}/pending"):  # the store goes away once an upload has begun
-        proxy.disturb(Fault.BUSY, number)
-        with pytest.raises(StorageError):
-            publish_files(disturbed, KEY, **FILES)
-        number += 1
-    (pending,) = s3.objects(f"{prefix}/pending")
-    filesystem = fsspec.filesystem("s3", **options(s3.port))
-    part = {"Bucket": BUCKET, "Key": f"{prefix}/files/{KEY}/{pending}/weights"}
-    begun = filesystem.call_s3("create_multipart_upload", **part)
-    part |= {"UploadId": begun["UploadId"], "PartNumber": 1}
-    filesystem.call_s3("upload_part", Body=b"part", **part)
-    with storage.staging("soon"):
-        pass
-    assert s3.objects(f"{prefix}/pending") == {pending}  # somebody may be about it
-    a_week_later(storage, monkeypatch)
-    assert s3.objects(prefix) == set()
-    assert not filesystem.call_s3("list_multipart_uploads", Bucket=BUCKET).get("Uploads")
-
-
-def test_a_list_that_is_late_hides_and_shows_nothing_but_names(
-    disturbed: FsspecStorage, proxy: FaultyProxy
-) -> None:
-    publish_files(disturbed, KEY, **FILES)
-    assert list(disturbed.keys()) == [KEY]
-    disturbed.delete(KEY)
-    proxy.disturb(Fault.STALE, 0)
-    assert list(disturbed.keys()) == [KEY]
-    with pytest.raises(NotFoundError):
-        disturbed.open(KEY, "card")
-    publish_files(disturbed, KEY, card=b"another")
-    assert files_of(disturbed, KEY) == {"card": b"another"}
 
 
 # The journey

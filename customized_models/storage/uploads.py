@@ -1,0 +1,92 @@
+"""Directories on their way into an object store, or out of it: no marker tells of them."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from contextlib import suppress
+from pathlib import Path
+
+from ..errors import IntegrityError, NotFoundError, StorageError, shown
+from ..files.digests import hash_file
+from .keys import Keys
+from .local import STAGING_GRACE
+from .markers import Marker, Pending, StoredFile, parsed, to_bytes
+from .objects import NoObjectError, Objects
+from .ranges import digest
+
+
+class Uploads:
+    """Uploads, of which `pending/<upload>` tells as long as they may have no marker."""
+
+    def __init__(self, objects: Objects, keys: Keys) -> None:
+        self._objects, self._keys = objects, keys
+
+    def send(self, directory: Path, key: str) -> Marker:
+        """Upload a directory, read it back, and compare; what its marker is to say."""
+        upload, begun = uuid.uuid4().hex, time.time()
+        self.expect(key, upload)
+        try:
+            files = {
+                path.relative_to(directory).as_posix(): self._send(path, directory, key, upload)
+                for path in sorted(directory.rglob("*"))
+                if path.is_file()
+            }
+            if time.time() - begun > STAGING_GRACE / 2:
+                raise StorageError(f"{shown(key)} took days to upload, and may have been swept")
+        except Exception:
+            self.discard(key, upload)
+            raise
+        return Marker(upload, files)
+
+    def _send(self, path: Path, directory: Path, key: str, upload: str) -> StoredFile:
+        name = path.relative_to(directory).as_posix()
+        expected, stored = hash_file(path), f"files/{key}/{upload}/{name}"
+        for _ in range(2):  # what was damaged on one of the two ways is sent again, once
+            self._objects.upload(path, stored)
+            with suppress(NoObjectError):
+                if digest(self._objects, stored, expected.size) == expected:
+                    return StoredFile(name, expected.size, expected.digest)
+        raise StorageError(f"{shown(name)} of {shown(key)} is not in the store as it was sent")
+
+    def expect(self, key: str, upload: str) -> None:
+        """Say of an upload that it may have no marker, so that it goes after a week."""
+        self._objects.write(f"pending/{upload}", to_bytes(Pending(key, time.time())))
+
+    def settle(self, upload: str) -> None:
+        """Say of an upload that it has its marker; the sweep finds that out if this fails."""
+        with suppress(StorageError):
+            self._objects.remove(f"pending/{upload}")
+
+    def discard(self, key: str, upload: str) -> None:
+        """Remove an upload that has no marker; what fails now is swept later."""
+        with suppress(StorageError):
+            self._objects.remove_all(f"files/{key}/{upload}")
+            self._objects.remove(f"pending/{upload}")
+
+    def of(self, key: str) -> set[str]:
+        """The uploads for a key that have files, whether or not its marker is theirs."""
+        names = self._objects.names(f"files/{key}")
+        return {name.removeprefix(f"files/{key}/").partition("/")[0] for name in names}
+
+    def sweep(self) -> None:
+        """Remove what was left without a marker a week ago; later, if that fails now."""
+        with suppress(StorageError, IntegrityError):
+            for name in self._objects.names("pending"):
+                try:
+                    left = self._objects.read(name, _parsed)
+                except NoObjectError:
+                    continue  # its owner finished meanwhile
+                if left.since < time.time() - STAGING_GRACE:
+                    self._sweep(left.key, name.removeprefix("pending/"))
+
+    def _sweep(self, key: str, upload: str) -> None:
+        with suppress(NotFoundError):
+            if self._keys.marker(key).upload == upload:
+                self.settle(upload)
+                return
+        self.discard(key, upload)
+
+
+def _parsed(data: bytes) -> Pending:
+    return parsed(Pending, data)
