@@ -563,15 +563,14 @@ class ModelRegistry:
             since: Made then or later.
             until: Made before that.
         """
-        if evicted is not None:
-            arguments.truth("evicted", evicted)
+        dropped = None if evicted is None else int(arguments.truth("evicted", evicted))
         return self.catalog.levels.listing(
             CompleteModel,
             since_and_until(since, until),
             base=base,
             train_name=_filter(train_name),
             customized=customized,
-            evicted=evicted,
+            evicted=dropped,
         )
 
     def live_models(

@@ -111,6 +111,10 @@ def test_a_damaged_row_has_its_place_in_a_list(registry: ModelRegistry, tiny_ada
         assert listing[:] == [made[2], made[0]]
 
 
+def test_complete_models_are_told_apart_by_whether_they_are_evicted(sweep: ModelRegistry) -> None:
+    assert [list(sweep.complete_models(evicted=e)) for e in (True, False)] == [[], []]
+
+
 def test_a_list_shows_how_many_there_are(sweep: ModelRegistry) -> None:
     assert repr(sweep.customized_models()) == "<5 CustomizedModels, newest first>"
     assert repr(sweep.base_models()) == "<1 BaseModel, newest first>"
