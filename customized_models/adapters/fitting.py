@@ -28,7 +28,9 @@ def check_fits(adapter: Adapter, base: Checkpoint) -> None:
     here, weights = {name: [info] for name, info in base.infos.items()}, _by_tail(base)
     modules = {name.split(".")[-2] for name in base.infos if "." in name}
     layers = max((layer_of(name) for name in base.infos), default=-1)
-    wrong, odd, found = set(), set(), False
+    wrong: set[str] = set()
+    odd: set[str] = set()  # of another shape than a weight whose name ends alike
+    found = False
     for name, info in adapter.tensors.items():
         path = name.removeprefix(PREFIX)
         if layer_of(path) > layers:

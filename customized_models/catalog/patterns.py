@@ -15,7 +15,7 @@ def fits(column: Any, pattern: str) -> ColumnElement[bool]:
     return _Fits(column, bindparam(None, pattern, _Pattern(), unique=True))
 
 
-class _Fits(FunctionElement[bool]):
+class _Fits(FunctionElement[Any]):
     """GLOB in SQLite, whose LIKE takes capital letters for small ones; LIKE elsewhere."""
 
     type = NullType()  # SQLite would get `(... GLOB ...) = 1`, and read no index, for a boolean

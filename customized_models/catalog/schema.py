@@ -124,7 +124,7 @@ metrics = Table(  # made from the values, for searches
     Column("value", Float, nullable=False),
     sqlite_with_rowid=False,
 )
-# Equal values come newest first: read backwards, the first index has them so, and the other forwards.
+# Equal values come newest first: the first index has them so read backwards, the other forwards.
 Index("metrics_by_value", metrics.c.level, metrics.c.name, metrics.c.value, metrics.c.seq)
 Index(
     "metrics_by_value_newest",
