@@ -86,7 +86,7 @@ def storable_card(card: ModelCard) -> ModelCard:
         MalformedError: A value is not JSON, is nested too deeply or cannot be encoded as UTF-8, or
             there are more than `MAX_VALUES` values or `MAX_TEXT` characters.
     """
-    return from_document(ModelCard, storable(attrs.asdict(card)))
+    return from_document(ModelCard, storable(card))
 
 
 def storable(value: Any) -> Any:
@@ -115,6 +115,8 @@ def _size(value: Any) -> tuple[int, int]:
 def _storable(value: Any, depth: int) -> Any:
     if depth > MAX_DEPTH:
         raise MalformedError(f"a card nests mappings and lists deeper than {MAX_DEPTH} levels")
+    if attrs.has(type(value)):
+        value = attrs.asdict(value, recurse=False)
     if isinstance(value, dict):
         if not all(isinstance(key, str) for key in value):
             raise MalformedError(

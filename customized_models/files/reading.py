@@ -22,6 +22,9 @@ from ..errors import (
 
 MAX_JSON = 64 << 20  # bytes: the largest tokenizer.json in use is about half of this
 
+MAX_NESTING = 100
+"""Levels of JSON: configurations have about ten, and transformers copies them by recursion."""
+
 
 def strict_json(data: bytes | bytearray, what: str) -> Any:
     """Parse JSON as the standard has it: no NaN, no duplicate keys, no endless nesting.
@@ -87,7 +90,7 @@ def _parsed(
     parse_float: Callable[[str], Any] | None = None,
 ) -> Any:
     try:
-        return json.loads(
+        document = json.loads(
             data.decode("utf-8"),
             object_pairs_hook=pairs_hook,
             parse_constant=parse_constant,
@@ -95,6 +98,24 @@ def _parsed(
         )
     except (ValueError, RecursionError) as error:
         raise MalformedError(f"{what} is not {kind}: {shown(error)}") from error
+    if nests_deeper(document, MAX_NESTING):
+        raise MalformedError(f"{what} nests objects and lists deeper than {MAX_NESTING} levels")
+    return document
+
+
+def nests_deeper(document: Any, levels: int) -> bool:
+    """Whether mappings and lists are nested in each other deeper than so many levels."""
+    level = [document] if isinstance(document, dict | list) else []
+    for _ in range(levels):
+        if not level:
+            return False
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, dict | list)
+        ]
+    return bool(level)
 
 
 def json_object(path: Path, *, limit: int = MAX_JSON) -> dict[str, Any]:

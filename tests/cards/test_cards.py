@@ -337,9 +337,10 @@ def test_a_value_that_is_no_json_is_refused(value: object) -> None:
         storable_card(ModelCard(TrainingConfiguration(arguments={"a": value})))
 
 
-def test_a_value_that_nests_without_end_is_refused() -> None:
+@pytest.mark.parametrize("levels", [100, 400, 5000])  # of which one has three calls by recursion
+def test_a_value_that_nests_without_end_is_refused(levels: int) -> None:
     value: list[object] = []
-    for _ in range(100):
+    for _ in range(levels):
         value = [value]
     with pytest.raises(MalformedError, match="levels"):
         storable_card(ModelCard(TrainingConfiguration(arguments={"a": value})))
