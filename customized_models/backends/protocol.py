@@ -74,10 +74,11 @@ class Artifact(Protocol):
         """Whether `gguf` gives a finished file of the caller's; nothing else is given then."""
 
     def check_gguf(self) -> None:
-        """Whether `gguf` can give a file, as far as the configuration tells.
+        """Whether `gguf` can give a file, as far as the configuration or a file's head tells.
 
         Raises:
             UnsupportedArchitectureError: The architecture has no GGUF form.
+            MalformedError: The caller's finished file is not there, or no GGUF file.
         """
 
     def gguf(self, progress: Progress, *, chat_template: bool) -> GGUFFile:

@@ -27,6 +27,7 @@ from ..files.manifest import Manifest
 from ..gguf import GGUFFile, check_architecture
 from ..gguf import plan as plan_gguf
 from ..gguf.finished import check_finished
+from ..gguf.reading import read_preamble
 from ..models import (
     BaseModel,
     CompleteModel,
@@ -140,7 +141,9 @@ class RegistryArtifact:
 
     def check_gguf(self) -> None:
         """See `backends.Artifact.check_gguf`."""
-        if self._ready is None and self._llama_cpp is None:
+        if self._ready is not None:
+            read_preamble(self._ready)
+        elif self._llama_cpp is None:
             check_architecture(self._config)
 
     def gguf(self, progress: Progress, *, chat_template: bool) -> GGUFFile:

@@ -159,7 +159,9 @@ class Deployer:
             replace: Take over a served name that stands for something already; what had it is kept
                 for `rollback`. Not at tools that keep no versions, such as llama.cpp on this host:
                 undeploy what has the name first, or choose another.
-            gguf: A finished file of this model, to be served as it is by a tool that reads such.
+            gguf: A finished file of this model, to be served as it is by a tool that reads such;
+                `quantization` then only names the live model. Its values are compared with nothing
+                but by the proof "greedy".
             proofs: Which proofs are made: "content", "template" and "greedy", which loads the
                 complete model into memory.
             accept_failed: Proofs whose failure does not matter.
@@ -176,6 +178,7 @@ class Deployer:
             TemplateMismatchError, InvalidTemplateError: The deployment template does not write
                 what the model was trained with.
             MissingDependencyError: An optional package is not installed.
+            MalformedError: `gguf` is no GGUF file.
             ServerUnreachableError, ServerAnswerError: The tool does not answer, or with an error.
             InvalidNameError, InvalidOptionError, AlreadyExistsError: See `backends.Backend`.
         """

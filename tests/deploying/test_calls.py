@@ -16,6 +16,7 @@ from customized_models import (
     DeploymentTemplate,
     InvalidArgumentError,
     InvalidOptionError,
+    MalformedError,
     ModelRegistry,
     NotFoundError,
     UnsupportedError,
@@ -100,6 +101,19 @@ def test_a_template_is_not_ignored_where_the_model_has_its_own(
         options = OllamaOptions(use_chat_template=True)
         with pytest.raises(UnsupportedError, match="there renders with the chat template"):
             deployer.deploy(customized, environment="there", template=given, options=options)
+    assert list(registry.jobs()) == []
+
+
+@pytest.mark.parametrize("content", [None, b"", b"GGUF" + bytes(100)], ids=["no", "empty", "bad"])
+def test_a_finished_file_that_is_none_is_refused_before_a_job_is_made(
+    registry: ModelRegistry, tiny_adapter: Path, tmp_path: Path, content: bytes | None
+) -> None:
+    registry.add_environment(DeploymentEnvironment("here", "llama_cpp"))
+    customized = registry.register(tiny_adapter, train_name="support")
+    if content is not None:
+        (tmp_path / "my.gguf").write_bytes(content)
+    with pytest.raises(MalformedError, match=r"'my\.gguf'"):
+        Deployer(registry).deploy(customized, gguf=tmp_path / "my.gguf")
     assert list(registry.jobs()) == []
 
 
