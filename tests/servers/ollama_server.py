@@ -40,6 +40,7 @@ def ollama_server(version: str, directory: Path, **settings: str) -> Iterator[Ol
     `settings`: further environment variables of its.
     """
     port, models = free_port(), directory / "models"
+    models.mkdir(parents=True, exist_ok=True)
     environment = {
         "PATH": os.environ["PATH"],
         "HOME": str(directory),
