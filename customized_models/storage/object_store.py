@@ -91,7 +91,7 @@ class FsspecStorage:
 
         What others have begun to upload or remove, and left for a week, is removed on the way.
         """
-        self._uploads.sweep()
+        self._uploads.sweep(self.local / "uploads")
         with LocalStorage(self.local).staging(name) as directory:
             yield directory
 
@@ -99,7 +99,7 @@ class FsspecStorage:
         """See `Storage.publish`."""
         if self._keys.taken(key):
             raise AlreadyExistsError(f"{shown(key)} already exists")
-        marker = self._uploads.send(directory, key)
+        marker = self._uploads.send(directory, key, self.local / "uploads")
         try:
             self._keys.create(key, marker)
         except AlreadyExistsError:  # of any other failure the sweep finds out what became

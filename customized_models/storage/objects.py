@@ -124,8 +124,9 @@ class Objects:
     # Large ones
 
     def upload(self, file: Path, name: str) -> None:
-        """Put a file of this host, in parts if it is large."""
-        self._tried(name, lambda fs: fs.put_file(str(file), self._path(name)))
+        """Put a file of this host; see `Store.upload` for what an attempt leaves to the next."""
+        put = STORES[self._scheme].upload
+        self._tried(name, lambda fs: put(fs, file, self._path(name), AT_ONCE))
 
     def range(self, name: str, start: int, end: int) -> bytes:
         """The bytes from `start` up to `end`, which the object must have.
@@ -172,6 +173,10 @@ class Objects:
 
     # How
 
+    def url(self, name: str) -> str:
+        """Of an object."""
+        return f"{self._scheme}://{self._path(name)}"
+
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"
 
@@ -188,8 +193,7 @@ class Objects:
                 if wait is None or isinstance(error, PermissionError):
                     if isinstance(error, IntegrityError):
                         raise
-                    where = f"{self._scheme}://{self._path(name)}"
-                    raise StorageError(f"{where}: {shown(error)}") from error
+                    raise StorageError(f"{self.url(name)}: {shown(error)}") from error
             time.sleep(wait * random.uniform(0.5, 1.5))  # or all would come back at once
         raise AssertionError("the last attempt returns or raises")
 

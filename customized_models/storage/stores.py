@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from attrs import field, frozen
 
 from ..errors import InvalidOptionError, MissingDependencyError
+from . import multipart
 
 AT_ONCE = 4
 """Requests of one call that are under way at once: one connection does not fill a network."""
+
+
+def _put_file(filesystem: Any, file: Path, path: str, at_once: int) -> None:
+    filesystem.put_file(str(file), path)
 
 
 @frozen
@@ -25,6 +31,8 @@ class Store:
         attributes: What is set of the filesystem.
         version: What its `info` calls an object's version, where a put may be told to replace that
             version and no other.
+        upload: Puts a file at a path, several requests at once. What is there of it already, after
+            an attempt that was cut short, is not sent again if the store can tell.
         abort: Removes the parts of uploads below a path that were never completed. No list of
             objects shows them, and they are paid for.
     """
@@ -34,6 +42,7 @@ class Store:
     settings: Mapping[str, Any] = field(factory=dict)
     attributes: Mapping[str, Any] = field(factory=dict)
     version: str | None = None
+    upload: Callable[[Any, Path, str, int], None] = _put_file
     abort: Callable[[Any, str], None] | None = None
 
     def made_with(self, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -46,32 +55,23 @@ class Store:
         return {**self.settings, **options, **inner}
 
 
-def _abort_multipart(filesystem: Any, path: str) -> None:
-    bucket, _, prefix = path.partition("/")
-    found = filesystem.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=f"{prefix}/")
-    for upload in found.get("Uploads", ()):
-        filesystem.call_s3(
-            "abort_multipart_upload", Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"]
-        )
-
-
 STORES: Mapping[str, Store] = {
     "s3": Store(
         "s3fs",
         "customized-models[s3]",
         settings={
             "config_kwargs": {
-                # Of each request: a file of hundreds of parts is not begun again for one of them.
+                # Of each request: the others that are under way with it need not end for it.
                 "retries": {"mode": "standard", "total_max_attempts": 3},
                 # Every byte that is read is compared with a digest of ours, which tells damage
                 # from a fault of the network.
                 "response_checksum_validation": "when_required",
             },
-            "max_concurrency": AT_ONCE,  # parts of 50 MB, all of them in memory
         },
         attributes={"retries": 1},  # or attempts would multiply: botocore's, s3fs's and ours
         version="ETag",
-        abort=_abort_multipart,
+        upload=multipart.upload,
+        abort=multipart.abort,
     ),
     "gs": Store("gcsfs", "gcsfs"),
     "az": Store("adlfs", "adlfs"),

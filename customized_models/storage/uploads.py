@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 import uuid
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import IntegrityError, NotFoundError, StorageError, shown
-from ..files.digests import hash_file
+from ..files.digests import digest_of, hash_file
+from ..files.locks import lock
+from ..files.writing import disk_errors
 from .keys import Keys
 from .local import STAGING_GRACE
 from .markers import Marker, Pending, StoredFile, parsed, to_bytes
@@ -17,16 +21,19 @@ from .ranges import digest
 
 
 class Uploads:
-    """Uploads, of which `pending/<upload>` tells as long as they may have no marker."""
+    """Uploads, of which `pending/<upload>` tells as long as they may have no marker.
+
+    What a process has begun to upload is noted in a directory of its host. If it is killed, or the
+    store stays away, whoever publishes that key from that host goes on with it.
+    """
 
     def __init__(self, objects: Objects, keys: Keys) -> None:
         self._objects, self._keys = objects, keys
 
-    def send(self, directory: Path, key: str) -> Marker:
+    def send(self, directory: Path, key: str, notes: Path) -> Marker:
         """Upload a directory, read it back, and compare; what its marker is to say."""
-        upload, begun = uuid.uuid4().hex, time.time()
-        self.expect(key, upload)
-        try:
+        with self._noted(key, notes) as upload:
+            begun = time.time()
             files = {
                 path.relative_to(directory).as_posix(): self._send(path, directory, key, upload)
                 for path in sorted(directory.rglob("*"))
@@ -34,19 +41,45 @@ class Uploads:
             }
             if time.time() - begun > STAGING_GRACE / 2:
                 raise StorageError(f"{shown(key)} took days to upload, and may have been swept")
-        except Exception:
-            self.discard(key, upload)
-            raise
         return Marker(upload, files)
+
+    @contextmanager
+    def _noted(self, key: str, notes: Path) -> Iterator[str]:
+        """An upload that is the caller's alone; from the end of the block on it may have a marker.
+
+        The note goes before that: what has a marker may be deleted, and is not for others to use.
+        """
+        note = notes / digest_of(self._objects.url(key)).partition(":")[2]
+        with disk_errors(f"{shown(key)} cannot be uploaded"):
+            note.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with lock(note, wait=False) as alone:  # or another publishes that key from here now
+                upload = (alone and self._left(key, note)) or uuid.uuid4().hex
+                self.expect(key, upload)
+                if alone:
+                    (note / upload).touch()
+                yield upload
+                if alone:
+                    shutil.rmtree(note)
+
+    def _left(self, key: str, note: Path) -> str | None:
+        """The upload that a note is of, if it will not be swept while it is taken up."""
+        for path in note.iterdir():
+            with suppress(NoObjectError, IntegrityError):
+                left = self._objects.read(f"pending/{path.name}", _parsed)
+                if left.key == key and left.since > time.time() - STAGING_GRACE / 2:
+                    return path.name
+            path.unlink()
+        return None
 
     def _send(self, path: Path, directory: Path, key: str, upload: str) -> StoredFile:
         name = path.relative_to(directory).as_posix()
         expected, stored = hash_file(path), f"files/{key}/{upload}/{name}"
-        for _ in range(2):  # what was damaged on one of the two ways is sent again, once
+        for _ in range(3):  # one may find what was there, and one be damaged on one of the two ways
             self._objects.upload(path, stored)
             with suppress(NoObjectError):
                 if digest(self._objects, stored, expected.size) == expected:
                     return StoredFile(name, expected.size, expected.digest)
+            self._objects.remove(stored)
         raise StorageError(f"{shown(name)} of {shown(key)} is not in the store as it was sent")
 
     def expect(self, key: str, upload: str) -> None:
@@ -69,8 +102,14 @@ class Uploads:
         names = self._objects.names(f"files/{key}")
         return {name.removeprefix(f"files/{key}/").partition("/")[0] for name in names}
 
-    def sweep(self) -> None:
+    def sweep(self, notes: Path) -> None:
         """Remove what was left without a marker a week ago; later, if that fails now."""
+        for note in notes.glob("*"):
+            with suppress(OSError):
+                if note.stat().st_mtime < time.time() - STAGING_GRACE:
+                    with lock(note, wait=False) as alone:
+                        if alone:
+                            shutil.rmtree(note)
         with suppress(StorageError, IntegrityError):
             for name in self._objects.names("pending"):
                 try:

@@ -28,6 +28,7 @@ class Fault(enum.Enum):
     LOST = "the store does it, and the connection is reset before its answer"
     CUT = "the connection ends in the middle of the answer's body"
     DAMAGED = "a byte of the answer's body is another"
+    HELD = "the store does not hear of it, and the connection stays open"
     STALE = "a list is as it was when it was asked for last"
 
 
@@ -36,30 +37,47 @@ _OF_ONE_HOP = {"connection", "transfer-encoding", "keep-alive"}
 
 
 class FaultyProxy:
-    """`requests`: method and path of each request since `disturb` or `calm` was called last."""
+    """What is done to requests, and what there was of them.
+
+    `requests`: method and path of each since `disturb` or `calm` was called last; `sent`: bytes of
+    their bodies; `held`: is released once for each that is held.
+    """
 
     def __init__(self, port: int) -> None:
         self.port = port
         self.requests: list[tuple[str, str]] = []
+        self.sent = 0
+        self.held = threading.Semaphore(0)
+        self.ended = threading.Event()
         self._lock = threading.Lock()
-        self._fault: Fault | None = None
-        self._numbers = range(0)
+        self.calm()
 
-    def disturb(self, fault: Fault, first: int, count: int = sys.maxsize) -> None:
-        """From now on, do it to `count` requests beginning with the one of number `first`."""
+    def disturb(self, fault: Fault, first: int, count: int = sys.maxsize, of: str = "") -> None:
+        """From now on, do it to `count` requests beginning with the one of number `first`.
+
+        Args:
+            fault: What becomes of them.
+            first: 0 is the next one.
+            count: How many.
+            of: Count only requests with this in their path.
+        """
         with self._lock:
             self._fault, self._numbers = fault, range(first, min(first + count, sys.maxsize))
+            self._of, self._counted, self.sent = of, 0, 0
             self.requests.clear()
 
     def calm(self) -> None:
         """From now on, pass all on."""
         self.disturb(Fault.ERROR, 0, 0)
 
-    def of_next(self, method: str, path: str) -> Fault | None:
-        """Note a request, and say what becomes of it."""
+    def of_next(self, method: str, path: str, body: int) -> Fault | None:
+        """Note a request with a body of so many bytes, and say what becomes of it."""
         with self._lock:
             self.requests.append((method, path))
-            return self._fault if len(self.requests) - 1 in self._numbers else None
+            self.sent += body
+            counts = self._of in path
+            self._counted += counts
+            return self._fault if counts and self._counted - 1 in self._numbers else None
 
 
 @contextmanager
@@ -71,10 +89,14 @@ def faulty_proxy(port: int) -> Iterator[FaultyProxy]:
         protocol_version = "HTTP/1.1"
 
         def pass_on(self) -> None:
-            fault = proxy.of_next(self.command, self.path)
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            length = int(self.headers.get("Content-Length", 0))
+            fault = proxy.of_next(self.command, self.path, length)
+            body = self.rfile.read(length)
             self.close_connection = True
-            if fault is Fault.RESET:
+            if fault is Fault.HELD:
+                proxy.held.release()
+                proxy.ended.wait()
+            elif fault is Fault.RESET:
                 self.reset()
             elif fault in _STATUS:
                 status, code = _STATUS[fault]
@@ -128,4 +150,7 @@ def faulty_proxy(port: int) -> Iterator[FaultyProxy]:
 
     with running(ThreadingHTTPServer(("127.0.0.1", 0), Handler)) as server:
         proxy = FaultyProxy(server.server_port)
-        yield proxy
+        try:
+            yield proxy
+        finally:
+            proxy.ended.set()
