@@ -13,7 +13,7 @@ from ..errors import InvalidOptionError, MissingDependencyError
 from . import multipart
 
 AT_ONCE = 4
-"""Requests of one call that are under way at once: one connection does not fill a network."""
+"""Files that are uploaded at once, parts of each, or ranges: one connection fills no network."""
 
 
 def _put_file(filesystem: Any, file: Path, path: str, at_once: int) -> None:

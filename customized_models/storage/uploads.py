@@ -6,7 +6,9 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from ..errors import IntegrityError, NotFoundError, StorageError, shown
@@ -18,6 +20,7 @@ from .local import STAGING_GRACE
 from .markers import Marker, Pending, StoredFile, parsed, to_bytes
 from .objects import NoObjectError, Objects
 from .ranges import digest
+from .stores import AT_ONCE
 
 
 class Uploads:
@@ -31,14 +34,16 @@ class Uploads:
         self._objects, self._keys = objects, keys
 
     def send(self, directory: Path, key: str, notes: Path) -> Marker:
-        """Upload a directory, read it back, and compare; what its marker is to say."""
+        """Upload a directory, read it back, and compare; what its marker is to say.
+
+        Some files at once: of an adapter's, which are small, most of the time goes into answers.
+        """
         with self._noted(key, notes) as upload:
             begun = time.time()
-            files = {
-                path.relative_to(directory).as_posix(): self._send(path, directory, key, upload)
-                for path in sorted(directory.rglob("*"))
-                if path.is_file()
-            }
+            names = [p.relative_to(directory) for p in sorted(directory.rglob("*")) if p.is_file()]
+            send = partial(self._send, directory, f"files/{key}/{upload}")
+            with ThreadPoolExecutor(AT_ONCE, "upload files") as pool:
+                files = {file.object: file for file in pool.map(send, names)}
             if time.time() - begun > STAGING_GRACE / 2:
                 raise StorageError(f"{shown(key)} took days to upload, and may have been swept")
         return Marker(upload, files)
@@ -71,16 +76,15 @@ class Uploads:
             path.unlink()
         return None
 
-    def _send(self, path: Path, directory: Path, key: str, upload: str) -> StoredFile:
-        name = path.relative_to(directory).as_posix()
-        expected, stored = hash_file(path), f"files/{key}/{upload}/{name}"
+    def _send(self, directory: Path, place: str, path: Path) -> StoredFile:
+        name, expected = path.as_posix(), hash_file(directory / path)
         for _ in range(3):  # one may find what was there, and one be damaged on one of the two ways
-            self._objects.upload(path, stored)
+            self._objects.upload(directory / path, f"{place}/{name}")
             with suppress(NoObjectError):
-                if digest(self._objects, stored, expected.size) == expected:
+                if digest(self._objects, f"{place}/{name}", expected.size) == expected:
                     return StoredFile(name, expected.size, expected.digest)
-            self._objects.remove(stored)
-        raise StorageError(f"{shown(name)} of {shown(key)} is not in the store as it was sent")
+            self._objects.remove(f"{place}/{name}")
+        raise StorageError(f"{shown(name)} is not in the store as it was sent: {shown(place)}")
 
     def expect(self, key: str, upload: str) -> None:
         """Say of an upload that it may have no marker, so that it goes after a week."""
