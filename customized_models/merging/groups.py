@@ -191,7 +191,8 @@ def _untie(adapted: dict[str, AdaptedLayer], skeleton: Skeleton) -> dict[str, st
             what = "resizes" if skeleton.vocabulary is not None else "changes"
             raise UnsupportedAdapterError(
                 f"the adapter {what} some of {listed([*members, holder])}, which the base model "
-                f"ties to one another: PEFT would change all, which is not what was trained"
+                f"ties to one another: PEFT would change all, which is not what was trained; train "
+                f"it once more without them (exclude_modules)"
             )
         for name in by_path.keys() & members:
             del adapted[by_path[name].wrapper_path]
