@@ -139,22 +139,42 @@ class FileCheck:
             yield reader
             self._compare({name: Found(reader.finish(), Identity.of(reader.status))})
 
-    def finish(self, progress: Progress) -> None:
+    def finish(self, progress: Progress, *, but: Collection[str] = ()) -> None:
         """Read what nobody has read, and see that no file was touched since.
+
+        Args:
+            progress: Told how many bytes have been read.
+            but: Files that need not be read, because others compare them.
 
         Raises: as `reading`.
         """
-        with self.beside(parallel_files()) as finish:
+        with self.beside(parallel_files(), but=but) as finish:
             finish(progress)
 
+    def compared(self) -> frozenset[str]:
+        """The files that have been compared so far.
+
+        Raises:
+            CustomizedModelsError: Of `refuse`: one was touched since.
+        """
+        self._refuse_touched()
+        return frozenset(self._passed)
+
     @contextmanager
-    def beside(self, threads: int = 1) -> Iterator[Callable[[Progress], None]]:
+    def beside(
+        self, threads: int = 1, *, but: Collection[str] = ()
+    ) -> Iterator[Callable[[Progress], None]]:
         """Read all that nobody has read yet, in threads of their own, while the block goes on.
+
+        Args:
+            threads: How many files to read side by side.
+            but: As for `finish`.
 
         Yields:
             What the block calls once it has read all; it waits and raises as `finish` does.
         """
-        rest = {n: d.algorithm for n, d in self._expected.items() if n not in self._passed}
+        done = {*self._passed, *but}
+        rest = {n: d.algorithm for n, d in self._expected.items() if n not in done}
         total = sum(self._expected[name].size for name in rest)
         with hashing(self._directory, rest, threads) as wait_for_all:
 

@@ -204,11 +204,18 @@ class Checkpoint:
     files are shards.
 
     Law: every tensor that the index names is in exactly one shard.
+
+    Attributes:
+        directory: Where it is.
+        shards: The header of each of its files, by the file's name.
+        infos: Of all tensors.
+        read_from: The names of the files from which tensors were read so far, one by one.
     """
 
     directory: Path
     shards: Mapping[str, Header]
     infos: Mapping[str, TensorInfo] = field(repr=False)
+    read_from: set[str] = field(factory=set, init=False, repr=False, eq=False)
 
     @classmethod
     def open(cls, directory: Path) -> Checkpoint:
@@ -243,10 +250,15 @@ class Checkpoint:
             )
         return cls(directory, shards, infos)
 
+    def path_of(self, info: TensorInfo) -> Path:
+        """The file of a tensor that is now read; it is noted in `read_from`."""
+        self.read_from.add(info.file)
+        return self.directory / info.file
+
     def read(self, name: str) -> torch.Tensor:
         """The tensor of that checkpoint name."""
         info = self.infos[name]
-        return read_tensor(self.directory / info.file, info)
+        return read_tensor(self.path_of(info), info)
 
     def blocks(self, name: str) -> Iterator[torch.Tensor]:
         """The tensor of `read` in pieces of some megabytes, its first rows first."""
@@ -256,7 +268,7 @@ class Checkpoint:
         count, *inner = info.shape or (1,)
         row = max(1, info.size // max(1, count))  # bytes
         step = max(1, BLOCK // row)
-        with opened(self.directory / info.file) as fd:
+        with opened(self.path_of(info)) as fd:
             for start in range(0, count, step):
                 shape = [min(step, count - start), *inner] if info.shape else []
                 block = torch.empty(shape, dtype=torch_dtype(info.dtype))

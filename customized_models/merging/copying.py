@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
@@ -51,5 +51,10 @@ class CheckpointCopy:
         """As `blocks`: there is nothing to compute."""
         return self.checkpoint.blocks(name)
 
-    def finish(self) -> None:
+    @property
+    def saw_change(self) -> bool:
+        """See `MergeExecution.saw_change`: nothing is to change."""
+        return True
+
+    def finish(self, elsewhere: Collection[str] = (), *, saw_change: bool = True) -> None:
         """All tensors have been taken; none was merged."""

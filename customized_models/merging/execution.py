@@ -6,7 +6,7 @@ This module is only imported when a merge is prepared.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -210,16 +210,26 @@ class MergeExecution:
             self._threads.run_in_block_thread(strategy.check, self._reading)
         self._refuse_no_change()
 
-    def finish(self) -> None:
+    @property
+    def saw_change(self) -> bool:
+        """Whether a tensor that has been taken was seen to differ from the base's."""
+        return self._saw_change.is_set()
+
+    def finish(self, elsewhere: Collection[str] = (), *, saw_change: bool = False) -> None:
         """State that every tensor has been taken.
+
+        Args:
+            elsewhere: The names of those that another process has taken of the same merge.
+            saw_change: Whether it saw one change.
 
         Raises:
             UnmergedTensorsError: Some that change were never read.
             UnchangedTargetsError: All of them are as they are in the base.
         """
-        if self._unread:
-            raise UnmergedTensorsError(f"never merged: {listed(self._unread)}", self._unread)
-        self._refuse_no_change()
+        if left := self._unread.difference(elsewhere):
+            raise UnmergedTensorsError(f"never merged: {listed(left)}", left)
+        if not saw_change:
+            self._refuse_no_change()
 
     def _refuse_no_change(self) -> None:
         if not self._saw_change.is_set():
@@ -243,7 +253,7 @@ def _reading(base: Checkpoint, name: str) -> Iterator[ReadNext]:
         read_into(view, fd, at, info.file)
         at += len(view)
 
-    with opened(base.directory / info.file) as fd:
+    with opened(base.path_of(info)) as fd:
         yield read_next
 
 

@@ -129,7 +129,7 @@ def _stream_elsewhere(
         _put_blocks(info, source.blocks(info.name), sink, told)
         return
     stored = layout.infos[info.name]
-    with opened(layout.directory / stored.file) as fd:
+    with opened(layout.path_of(stored)) as fd:
         for start, count in _pieces(stored.size):
             copy_range(fd, stored.start + start, count, sink, shown(stored.file))
             told(count)

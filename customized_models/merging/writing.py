@@ -78,6 +78,39 @@ def write_checkpoint(
     return digests
 
 
+def write_shards(
+    files: Collection[str],
+    source: ShardedSource,
+    layout: Checkpoint,
+    directory: Path,
+    progress: Progress,
+    *,
+    changed: Collection[str],
+    check: FileCheck,
+    complete: Mapping[str, FileDigest],
+    metadata: Mapping[str, str],
+) -> Mapping[str, FileDigest]:
+    """Write some of the shards that `write_checkpoint` writes.
+
+    Args:
+        files: Their names.
+        complete: Other shards, which count as merged.
+
+    Returns:
+        The digest of each file by its name.
+
+    The other arguments, and the errors, are the same.
+    """
+
+    def write(file: str) -> FileWriter:
+        return FileWriter(directory / file)
+
+    digests = _stream_all(
+        source, layout, write, progress, changed, check, None, dict(complete), metadata, files
+    )
+    return {file: digests[file] for file in files}
+
+
 def checkpoint_digests(
     source: ShardedSource,
     layout: Checkpoint,
@@ -112,12 +145,14 @@ def _stream_all(
     journal: Journal | None,
     digests: dict[str, FileDigest],
     metadata: Mapping[str, str],
+    files: Collection[str] | None = None,
 ) -> dict[str, FileDigest]:
-    """Stream all shards but those that `digests` has, and add theirs."""
+    """Stream all shards, or those `files`, but for what `digests` has, and add theirs."""
     _refuse_contradictions(source, layout, changed)
     sizes = {f: sum(source.infos[n].size for n in names) for f, names in source.shards.items()}
     done, total = sum(sizes[file] for file in digests), sum(sizes.values())
-    left = sorted(sizes.keys() - digests.keys(), key=lambda file: (-sizes[file], file))
+    wanted = sizes.keys() if files is None else {*files}
+    left = sorted(wanted - digests.keys(), key=lambda file: (-sizes[file], file))
     check = check or FileCheck.of_nothing(layout.directory)
 
     def stream(file: str, told: Callable[[int], None]) -> tuple[str, FileDigest]:
@@ -134,7 +169,7 @@ def _stream_all(
                 if journal:
                     journal.add(*event)
             progress("merging", done, total)
-    progress("merging", total, total)
+    progress("merging", done, total)
     return digests
 
 

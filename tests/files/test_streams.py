@@ -305,6 +305,20 @@ def test_what_others_have_read_is_not_read_again(
     assert opened == ["b"]
 
 
+def test_what_others_compare_is_not_read_until_it_is_asked_for(
+    files: dict[str, FileDigest], tmp_path: Path
+) -> None:
+    flip(tmp_path / "a")
+    check = check_of(tmp_path, files)
+    check.finish(no_progress, but={"a"})
+    assert check.compared() == {"b"}
+    with pytest.raises(BaseModelMismatch, match="a"):
+        check.finish(no_progress)
+    os.utime(tmp_path / "b", (1, 1))
+    with pytest.raises(BaseModelMismatch, match="b"):
+        check.compared()
+
+
 @pytest.mark.parametrize("name", ["a", "b"])
 def test_a_changed_bit_is_found_while_it_is_read_or_in_the_end(
     name: str, files: dict[str, FileDigest], tmp_path: Path
