@@ -216,6 +216,7 @@ def other_calls() -> Iterator[Call]:
     yield Call("LocalStorage", "root", lambda r, v: LocalStorage(v), PATH)
     yield Call("Merger", "registry", lambda r, v: Merger(v))
     yield Call("Merger.save", "customized", lambda r, v: Merger(r).save(v), NAME)
+    yield Call("Merger.save", "workers", lambda r, v: Merger(r).save(r.customized, workers=v))
     yield Call("Merger.plan", "customized", lambda r, v: Merger(r).plan(v), NAME)
     yield Call("Merger.verify", "complete", lambda r, v: Merger(r).verify(v), NAME)
     yield Call("Merger.rebuild", "complete", lambda r, v: Merger(r).rebuild(v), NAME)

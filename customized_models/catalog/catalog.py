@@ -17,6 +17,7 @@ from .leases import Lease, Leases
 from .levels import Levels
 from .litter import LitterRows
 from .reservations import Reservations
+from .shares import Shares
 from .usage import UsageRows
 
 
@@ -35,6 +36,7 @@ class Catalog:
         self.bases = Bases(self.database)
         self.reservations = Reservations(self.database)
         self.jobs = Jobs(self.database, self.leases)
+        self.shares = Shares(self.database, self.leases)
         self.litter = LitterRows(self.database)
         self.usage = UsageRows(self.database, self.levels)
 

@@ -4,7 +4,8 @@ A job of this host is done under its own lease, whose owner is the job's id. One
 runs is done under a lease of its worker, `<id>.1`, `<id>.2` if that one is killed, and so on: a
 worker that comes back after its lease has ended is not taken for the one that was begun since.
 Beside that, its own lease is renewed by the process that submitted it, for as long as the executor
-has it. A job is lost once nobody holds either lease.
+has it. A job is lost once nobody holds either lease. Workers that help with a save have leases of
+their own, `<id>.h1`, `<id>.h2` and so on, each used once.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ WORKERS = 3
 
 A host that goes down takes a worker or two with it; what three have died of is the job.
 """
+
+_HELPER = "h"  # what the number of a helper begins with, and that of no other worker
 
 _WAIT = 0.1  # seconds for each job ahead: many that wait do not keep the database busy
 _LONGEST_WAIT = 2.0
@@ -223,6 +226,8 @@ class Jobs:
     ) -> str | None:
         """Let a worker of an executor begin a job; the owner of its lease, or None at the end.
 
+        Where another worker is about a job that several share, this one helps it.
+
         Whoever submitted the job may be gone, and its lease have ended: what the job needs is held
         again. After as many workers as `WORKERS` says it is not begun again, and has failed. A
         deployment has one worker: no lease keeps one that comes back from the deployment tool.
@@ -243,7 +248,12 @@ class Jobs:
             before = self.workers_of(checked_row(jobs, row))
             what = f"{row['kind']} of {row['name']}"
             if self._has_worker(connection, row):
-                raise InUseError(f"another worker is about the {what}")
+                owner = self._next_helper(connection, row)
+                if owner is None:
+                    raise InUseError(f"another worker is about the {what}")
+                keys = (f"job/{id}", *holds)
+                self._leases.take(connection, owner, keys, f"a part of the {what}", process)
+                return owner
             if before and row["kind"] == "deploy":
                 self.end(connection, id, "lost")
                 return None
@@ -258,6 +268,39 @@ class Jobs:
             self._leases.take(connection, owner, (f"job/{id}", *holds), what, process)
             change_row(connection, jobs, row["name"], state="queued", phase="waiting", worker=owner)
         return owner
+
+    def _next_helper(self, connection: Connection, row: Any) -> str | None:
+        """The owner of one more helper's lease; None if a job has had all that it may have.
+
+        As many of each may be killed as of the workers that do the job.
+        """
+        arguments = json.loads(row["arguments"])
+        begun = len(self.helpers_of(row))
+        if begun >= (arguments.get("workers", 1) - 1) * WORKERS:
+            return None
+        arguments["helpers"] = begun + 1
+        change_row(connection, jobs, row["name"], arguments=json.dumps(arguments))
+        return f"{row['id']}.{_HELPER}{begun + 1}"
+
+    def follow(self, id: str) -> bool:
+        """Whether a worker is about a job, for one that helps it.
+
+        Raises:
+            JobCancelled: The job has ended, or is to stop.
+        """
+        with self._database.read() as connection:
+            row = find_row(connection, jobs, id=id)
+            if row is None or row["cancel"] or row["state"] not in RUNNING:
+                raise JobCancelled("the job has ended, or was cancelled")
+            return self._has_worker(connection, row)
+
+    def helpers(self, id: str) -> dict[str, bool]:
+        """The owners of the leases of all helpers that a job has had, and whether they live."""
+        with self._database.read() as connection:
+            row = find_row(connection, jobs, id=id)
+            owners = [] if row is None else self.helpers_of(row)
+            held = self._leases.held(connection, owners)
+        return {owner: owner in held for owner in owners}
 
     def _has_worker(self, connection: Connection, row: Any) -> bool:
         """Whether a worker of an executor is about the job, as far as is known."""
@@ -359,7 +402,25 @@ class Jobs:
             given_up = [row for row in saves if row["id"] in lost]
             for row in given_up:
                 change_row(connection, jobs, row["name"], **_ended(row, "lost"))
-        return [owner for row in given_up for owner in self.workers_of(row)]
+        return [
+            owner for row in given_up for owner in (*self.workers_of(row), *self.helpers_of(row))
+        ]
+
+    @staticmethod
+    def helpers_of(row: Any) -> list[str]:
+        """The owners of the leases of all helpers that a job has had.
+
+        Args:
+            row: A job's columns, not damaged.
+        """
+        begun = json.loads(row["arguments"]).get("helpers", 0)
+        return [f"{row['id']}.{_HELPER}{number}" for number in range(1, begun + 1)]
+
+    @staticmethod
+    def helper_number(owner: str) -> int:
+        """Of the helper with that lease, from 1; 0 if it is that of another worker."""
+        last = owner.rpartition(".")[2]
+        return int(last.removeprefix(_HELPER)) if last.startswith(_HELPER) else 0
 
     @staticmethod
     def workers_of(row: Any) -> list[str]:

@@ -126,9 +126,16 @@ class Leases:
         rows = {row["owner"]: row for row in connection.execute(query).mappings().all()}
         return set(rows) - self._ended(connection, rows.values())
 
-    def refuse_if_held(self, connection: Connection, key: str) -> None:
-        """Raise `InUseError` if anyone holds `key`; take it from those whose lease has ended."""
-        for row in connection.execute(select(leases).where(leases.c.key == key)).mappings().all():
+    def refuse_if_held(self, connection: Connection, key: str, *, but: str = "") -> None:
+        """Raise `InUseError` if anyone holds `key`; take it from those whose lease has ended.
+
+        Args:
+            connection: Of the transaction.
+            key: What is asked for.
+            but: An owner who may hold it.
+        """
+        holding = select(leases).where(leases.c.key == key, leases.c.owner != but)
+        for row in connection.execute(holding).mappings().all():
             holder = Holder.of(row)
             if not self._has_ended(holder, self._database.clock(connection)):
                 raise InUseError(f"{shown(key)} is in use by {holder.purpose}")

@@ -4,6 +4,9 @@ The job's row is the truth; the future only carries the job about. Where the exe
 row is asked first, and the work is done in a process of its own, forked on that host, as that of
 any other job. An engine that loses sight of a worker may send another: while the lease of the first
 lasts, the second waits for it, and does the job once the first has gone without a word.
+
+A job that several workers share is submitted as often. All of these are alike: whichever runs first
+does the job, the others help it (`merging.sharing`), and if it goes, the next one does the job.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
 from ..errors import CustomizedModelsError, DatabaseError, InUseError, JobFailed, shown
 from ..processes import Process
@@ -43,6 +46,7 @@ class Errand:
         payload: What `worker.run` takes. It may have the database's password in it, and engines
             log what they were given.
         log: Takes what its workers print, on the host that it runs on.
+        number: Of this errand among those for the job: Dask takes equal ones for one.
     """
 
     catalog: Catalog
@@ -50,10 +54,13 @@ class Errand:
     holds: Sequence[str]
     payload: bytes = field(repr=False)
     log: Path
+    number: int = 0
 
 
 def run_by_executor(errand: Errand) -> None:
     """What the executor runs: does a job on this host, and returns once it has ended somehow.
+
+    Or helps another that does, and returns once there is nothing left to help with.
 
     While the database is away it waits, for as long as a lease lasts: else an executor would have
     gone through all jobs that wait in it before the database is back.
@@ -66,11 +73,13 @@ def run_by_executor(errand: Errand) -> None:
             arguments = pickled(errand.id, errand.payload, owner)
             worker = start_worker("customized_models.jobs.worker:run", arguments, output)
         try:
-            worker.answer()  # none: it is the end that is waited for
+            has_helped = worker.answer()
         finally:
             worker.close()
         with suppress(DatabaseError), errand.catalog.database.write() as connection:
             errand.catalog.leases.end(connection, owner)  # nobody need wait until it runs out
+        if has_helped:
+            return
 
 
 def _take_up(errand: Errand) -> str | None:
@@ -89,20 +98,23 @@ def _take_up(errand: Errand) -> str | None:
         time.sleep(_LOOK_SECONDS)
 
 
-def hand_over(executor: Executor, errand: Errand) -> None:
-    """Submit a job to an executor.
+def hand_over(executor: Executor, errand: Errand, workers: int) -> None:
+    """Submit a job to an executor, for so many workers to share it.
 
     Raises:
         JobFailed: The executor takes no more work.
     """
-    catalog = errand.catalog
+    catalog, futures = errand.catalog, list[Future[None]]()
     try:
-        future = executor.submit(run_by_executor, errand)
+        for number in range(workers):
+            futures.append(executor.submit(run_by_executor, evolve(errand, number=number)))
     except Exception as error:  # an executor may be anybody's
         refused = JobFailed(f"the executor does not take the job: {shown(error)}")
+        for future in futures:
+            future.cancel()
         catalog.jobs.give_back(errand.id, refused)
         raise refused from error
-    _submitter(catalog).add(errand.id, future)
+    _submitter(catalog).add(errand.id, futures)
 
 
 def withdraw(catalog: Catalog, id: str) -> None:
@@ -118,23 +130,24 @@ class _Submitter:
 
     def __init__(self, catalog: Catalog) -> None:
         self._catalog = catalog
-        self._futures: dict[str, Future[None]] = {}
+        self._futures: dict[str, list[Future[None]]] = {}
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._runs = False
 
-    def add(self, id: str, future: Future[None]) -> None:
+    def add(self, id: str, futures: list[Future[None]]) -> None:
         with self._lock:
-            self._futures[id] = future
+            self._futures[id] = futures
             if not self._runs:
                 self._runs = True
                 threading.Thread(target=self._run, daemon=True, name="submitted jobs").start()
-        future.add_done_callback(lambda _: self._wake.set())
+        for future in futures:
+            future.add_done_callback(lambda _: self._wake.set())
 
     def cancel(self, id: str) -> None:
         with self._lock:
-            future = self._futures.get(id)
-        if future is not None:
+            futures = self._futures.get(id, [])
+        for future in futures:
             future.cancel()
 
     def _run(self) -> None:
@@ -144,17 +157,17 @@ class _Submitter:
                 if not futures:
                     self._runs = False
                     return
-            for id, future in futures.items():
-                if future.done():
-                    self._give_back(id, future)
+            done = {id for id, every in futures.items() if all(future.done() for future in every)}
+            for id in done:
+                self._give_back(id, futures[id])
             with suppress(DatabaseError):  # busy or out of reach: the next round may succeed
-                self._catalog.jobs.vouch([id for id in futures if not futures[id].done()])
+                self._catalog.jobs.vouch(futures.keys() - done)
             self._wake.wait(_VOUCH_SECONDS)
             self._wake.clear()
 
-    def _give_back(self, id: str, future: Future[None]) -> None:
+    def _give_back(self, id: str, futures: list[Future[None]]) -> None:
         try:
-            self._catalog.jobs.give_back(id, _reason(future))
+            self._catalog.jobs.give_back(id, _reason(futures))
         except DatabaseError:
             return  # as above
         except CustomizedModelsError:
@@ -163,9 +176,10 @@ class _Submitter:
             del self._futures[id]
 
 
-def _reason(future: Future[None]) -> JobFailed:
-    """Why a job has not ended, though its future has."""
-    error = None if future.cancelled() else future.exception()
+def _reason(futures: list[Future[None]]) -> JobFailed:
+    """Why a job has not ended, though its futures have."""
+    errors = (None if future.cancelled() else future.exception() for future in futures)
+    error = next(filter(None, errors), None)
     why = "" if error is None else f" ({type(error).__name__}: {shown(error)})"
     return JobFailed(f"the executor has dropped the job{why}; submit it again")
 

@@ -93,7 +93,7 @@ class JobQueue:
         else:
             id = add(kind, name, arguments, holds, None)
             errand = Errand(self._catalog, str(id), holds, payload, self._log(str(id)))
-            hand_over(self._executor, errand)
+            hand_over(self._executor, errand, arguments.get("workers", 1))
         job = self.job(id)
         _log.info("job %s submitted: %s of %s", id, kind, job.name)
         return job

@@ -18,7 +18,7 @@ from ..catalog.leases import Lease
 from ..deploying.exporting import run_export
 from ..deploying.running import run_deploy
 from ..errors import CustomizedModelsError, DatabaseError, JobCancelled, JobFailed, JobLost
-from ..merging.merger import run_save
+from ..merging.merger import help_save, run_save
 from ..merging.rebuilding import run_rebuild
 from ..shelf import Shelf
 from .work import Work
@@ -34,6 +34,9 @@ RUN: Mapping[str, Any] = {
     "export": run_export,
 }
 """What does the work of each kind of job."""
+
+HELP: Mapping[str, Any] = {"save": help_save}
+"""What helps another worker with it, of jobs that several share."""
 
 
 class Reporter:
@@ -67,6 +70,31 @@ class Reporter:
             _log.warning("job %s: %s", self._id, error)
 
 
+class Follower:
+    """The `Progress` of a worker that helps another: stops with the job."""
+
+    def __init__(self, catalog: Catalog, id: str, lease: Lease) -> None:
+        self._catalog = catalog
+        self._id = id
+        self._lease = lease
+        self._next = 0.0
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        """Look whether there still is something to help with, now and then.
+
+        Raises:
+            JobCancelled: The job has ended, or is to stop.
+            JobLost: The lease of this worker has ended.
+        """
+        if self._lease.lost.is_set():
+            raise JobLost("the lease ended while the worker was stopped")
+        if time.monotonic() < self._next:
+            return
+        self._next = time.monotonic() + REPORT_SECONDS
+        with suppress(DatabaseError):  # the lease ends if that lasts too long
+            self._catalog.jobs.follow(self._id)
+
+
 def run(connection: socket.socket, id: str, payload: bytes, owner: str | None = None) -> None:
     """Do a job when it is its turn; its end is in its row.
 
@@ -78,7 +106,12 @@ def run(connection: socket.socket, id: str, payload: bytes, owner: str | None = 
     """
     _log_to_output()
     catalog, shelf, *objects = pickle.loads(payload)  # from a process of ours
-    _run(catalog, shelf, id, owner or id, objects)
+    if owner is not None and catalog.jobs.helper_number(owner):
+        _help(catalog, shelf, id, owner)
+        with suppress(OSError):  # who asked may be gone
+            connection.sendall(b"has helped")
+    else:
+        _run(catalog, shelf, id, owner or id, objects)
 
 
 def _run(catalog: Catalog, shelf: Shelf, id: str, owner: str, objects: list[Any]) -> None:
@@ -105,6 +138,21 @@ def _run(catalog: Catalog, shelf: Shelf, id: str, owner: str, objects: list[Any]
             _end(work, "failed", error)
         except BaseException:
             _end(work, "failed", JobFailed(traceback.format_exc()))
+
+
+def _help(catalog: Catalog, shelf: Shelf, id: str, owner: str) -> None:
+    """Help with a job; what goes wrong here does not end it, for others do what is left."""
+    with catalog.lease(owner) as lease:
+        row = catalog.jobs.row(id)
+        _log.info("job %s: helper %s, process %d of %s", id, owner, os.getpid(), platform.node())
+        work = Work.of(row, catalog, shelf, lease, Follower(catalog, id, lease))
+        try:
+            HELP[row["kind"]](work)
+            _log.info("job %s: helper %s has nothing left to do", id, owner)
+        except JobCancelled as error:
+            _log.info("job %s: helper %s: %s", id, owner, error)
+        except Exception:
+            _log.warning("job %s: helper %s failed", id, owner, exc_info=True)
 
 
 def _take_back(catalog: Catalog, shelf: Shelf, id: str) -> None:

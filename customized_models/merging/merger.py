@@ -11,13 +11,9 @@ from typing import Any
 
 from attrs import evolve
 
-from ..arguments import instance, refused
+from ..arguments import instance, refused, whole
 from ..cards.readme import render
-from ..errors import (
-    UnmergedTensorsError,
-    UnsupportedQuantizationError,
-    shown,
-)
+from ..errors import InvalidArgumentError, UnsupportedQuantizationError, shown
 from ..evicting import parents_of
 from ..files.checking import FileCheck
 from ..files.digests import FileDigest, digest_of
@@ -35,6 +31,7 @@ from ..sources import CompletedSource, proven_merge
 from .journal import Journal
 from .plan import MergePlan, plan_merge
 from .proof import check_rebuilt, derive_again, prove
+from .sharing import Portion, share_out, take_part
 from .writing import lineage_metadata, write_checkpoint
 
 
@@ -61,12 +58,17 @@ class Merger:
         self._catalog = registry.catalog
         self._shelf = registry.shelf
         self._queue = registry.queue.run_by(executor)
+        self._has_executor = executor is not None
 
     def __repr__(self) -> str:
         return f"Merger({self._shelf!r})"
 
     def save(
-        self, customized: CustomizedModel | str, *, quantization: str | None = None
+        self,
+        customized: CustomizedModel | str,
+        *,
+        quantization: str | None = None,
+        workers: int = 1,
     ) -> Job[CompleteModel]:
         """Merge the adapter into its base and publish the result; returns at once.
 
@@ -79,7 +81,15 @@ class Merger:
         registered, and a sample of the result with what PEFT itself makes of them. After a kill,
         the next save of the same model takes over the shards that were complete.
 
+        Args:
+            customized: What to save.
+            quantization: Refused.
+            workers: How many of the executor's workers share the shards, for a model that is large:
+                each merges those that nobody has begun, and reads and compares the part of the base
+                that they need; one of them proves and publishes it all. The result is the same.
+
         Raises:
+            InvalidArgumentError: There are to be several workers, but there is no executor.
             UnsupportedQuantizationError: `quantization` was given. It belongs to deployment.
             NotFoundError: The customized model has been deleted.
             JobFailed: The executor takes no more work.
@@ -90,7 +100,15 @@ class Merger:
                 f"standard format for quantized complete models. Quantization belongs to "
                 f"deployment: Deployer(registry).deploy(complete, quantization=...)"
             )
-        return self._start(self._customized(customized), {})
+        count = whole("workers", workers)
+        if count < 1:
+            raise InvalidArgumentError("workers takes 1 or more")
+        if count > 1 and not self._has_executor:
+            raise InvalidArgumentError(
+                "several workers are an executor's: Merger(registry, executor=...). Without one, "
+                "one process merges with all of this host's processors"
+            )
+        return self._start(self._customized(customized), {"workers": count} if count > 1 else {})
 
     def save_many(
         self, customized_models: Iterable[CustomizedModel | str]
@@ -212,6 +230,30 @@ class Merger:
             yield base, customized
 
 
+def help_save(work: Work) -> None:
+    """The part of a worker that makes shards of a save which another one does.
+
+    Raises:
+        JobCancelled: The job has ended, or is to stop.
+    """
+    catalog, shelf = work.catalog, work.shelf
+    customized = catalog.levels.get(CustomizedModel, work.arguments["customized"])
+    base = catalog.levels.get(BaseModel, customized.base)
+    with (
+        shelf.storage.staging(f"save-{work.lease.owner}") as staging,
+        proven_merge(shelf, base, customized) as (merged, check),
+    ):
+        journal = Journal(staging, _key(base, customized, merged))
+        lineage = lineage_metadata(base, customized)
+        take_part(Portion(merged, check, staging, journal, lineage, work.progress), work)
+
+
+def _key(base: BaseModel, customized: CustomizedModel, merged: CompletedSource) -> str:
+    """What the bytes of all shards depend on."""
+    parents = {"base": base.digest, "customized": customized.digest}
+    return digest_of([parents, merged.merge.recipe])
+
+
 def run_save(work: Work) -> None:
     """The worker's part of `Merger.save`."""
     catalog, shelf = work.catalog, work.shelf
@@ -272,14 +314,18 @@ def _merged(
         proven_merge(shelf, base, customized) as (merged, check),
     ):
         parents = {"base": base.digest, "customized": customized.digest}
-        journal = Journal(staging, digest_of([parents, merged.merge.recipe]))
+        journal = Journal(staging, _key(base, customized, merged))
         for lost in [*work.before, *catalog.jobs.give_up_saves_of(customized.name)]:
             with shelf.storage.staging(f"save-{lost}") as abandoned:
                 journal.take_over(abandoned, merged.merge.shards, work.progress)
         lineage = lineage_metadata(base, customized)
+        compared = frozenset[str]()
+        if work.arguments.get("workers", 1) > 1:
+            portion = Portion(merged, check, staging, journal, lineage, work.progress)
+            compared = share_out(portion, work)
         content = _write(merged, staging, work.progress, check, journal, lineage)
         prove(merged, staging, str(work.id), work.progress)
-        check.finish(work.progress)
+        check.finish(work.progress, but=compared)
         yield staging, Manifest("complete", content, parents, merged.merge.recipe, {})
 
 
@@ -293,7 +339,6 @@ def _write(
 ) -> dict[str, FileDigest]:
     """Weights and small files into `staging`; their digests."""
     merge, layout = merged.merge, merged.layout
-    taken_over = {name for file in journal.shards for name in merge.shards[file]}
     content = dict(
         write_checkpoint(
             merge,
@@ -306,11 +351,9 @@ def _write(
             metadata=metadata,
         )
     )
-    try:
-        merge.finish()
-    except UnmergedTensorsError as error:
-        if not taken_over.issuperset(error.names):
-            raise
+    taken_over = {name for file in journal.taken_over for name in merge.shards[file]}
+    elsewhere = taken_over & merge.changed
+    merge.finish(elsewhere, saw_change=bool(elsewhere) and journal.saw_change)
     journal.end()
     for name, path in merged.source.files.items():
         (staging / name).parent.mkdir(parents=True, exist_ok=True)

@@ -28,7 +28,8 @@ class Storage(Protocol):
         """A private directory to write into, on the side that `publish` can take it from.
 
         Removed at the end unless published. After a kill the same name finds what it held, until
-        the storage sweeps it after a week or more.
+        the storage sweeps it after a week or more. Workers that share a save look for each other's
+        by name, and work together if what they find is the same directory.
         """
 
     def publish(self, directory: Path, key: str) -> None:

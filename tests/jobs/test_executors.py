@@ -40,7 +40,7 @@ from customized_models import (
 from customized_models.catalog.jobs import WORKERS
 from customized_models.storage import Storage
 from tests.deploying.third_party import Shelf
-from tests.jobs.storages import Deadly, Gated
+from tests.jobs.storages import Deadly, Gated, Shared
 from tests.servers.postgresql_server import PASSWORD, QUOTED, PostgreSQLServer, postgresql_server
 from tests.waiting import stop_outside_a_transaction, until
 
@@ -462,6 +462,17 @@ def test_dask_sends_another_worker_when_a_host_is_gone(
     directory = registry.local_path(complete)
     assert {file: (directory / file).stat().st_ino for file in inodes} == inodes
     assert list((registry.root / ".staging").iterdir()) == []
+    Merger(registry).verify(complete)
+
+
+@pytest.mark.slow
+def test_two_processes_of_dask_share_a_save(
+    registry: ModelRegistry, customized: CustomizedModel, dask: Executor
+) -> None:
+    of_workers = with_storage(registry, Shared)
+    job = Merger(of_workers, executor=dask).save(customized, workers=2)
+    complete = job.result(progress=False)
+    assert f"helper {job.id}.h1 makes" in job.log
     Merger(registry).verify(complete)
 
 
