@@ -10,7 +10,7 @@ from typing import Any
 from attrs import field, frozen
 
 from ..errors import InvalidOptionError, MissingDependencyError
-from . import multipart
+from .multipart import abort, upload
 
 AT_ONCE = 4
 """Files that are uploaded at once, parts of each, or ranges: one connection fills no network."""
@@ -70,8 +70,8 @@ STORES: Mapping[str, Store] = {
         },
         attributes={"retries": 1},  # or attempts would multiply: botocore's, s3fs's and ours
         version="ETag",
-        upload=multipart.upload,
-        abort=multipart.abort,
+        upload=upload,
+        abort=abort,
     ),
     "gs": Store("gcsfs", "gcsfs"),
     "az": Store("adlfs", "adlfs"),
