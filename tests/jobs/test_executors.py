@@ -10,13 +10,14 @@ import sys
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Event
 from typing import Any
 
 import psutil
 import pytest
-from distributed import Client, LocalCluster
+from distributed import Client
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -39,9 +40,11 @@ from customized_models import (
 )
 from customized_models.catalog.jobs import WORKERS
 from customized_models.storage import Storage
+from customized_models.testing import tiny_llama, tiny_lora
 from tests.deploying.third_party import Shelf
 from tests.jobs.storages import Deadly, Gated, Shared
 from tests.servers.postgresql_server import PASSWORD, QUOTED, PostgreSQLServer, postgresql_server
+from tests.servers.process import free_port
 from tests.waiting import stop_outside_a_transaction, until
 
 ROOT = Path(__file__).parent.parent.parent
@@ -92,16 +95,11 @@ def busy() -> Iterator[ThreadPoolExecutor]:
 # Pools of the standard library
 
 
-def processes() -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("executor", [lambda: ThreadPoolExecutor(2), processes])
 def test_an_executor_saves_what_a_process_of_this_host_does(
-    executor: Callable[[], Executor], registry: ModelRegistry, customized: CustomizedModel
+    registry: ModelRegistry, customized: CustomizedModel
 ) -> None:
-    with executor() as pool:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         jobs = Merger(registry, executor=pool).save_many([customized, customized.name])
         assert {job.result().digest for job in as_completed(jobs)} == {
             Merger(registry).save(customized).result(progress=False).digest
@@ -406,16 +404,33 @@ def test_a_job_has_one_worker_at_a_time_and_no_more_than_may_die_of_it(
 # Dask
 
 
-@pytest.fixture(scope="module")
-def dask() -> Iterator[Executor]:
-    """Two processes of a real Dask."""
-    with (
-        LocalCluster(
-            n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None
-        ) as cluster,
-        Client(cluster) as client,
-    ):
-        yield client.get_executor()
+CLUSTER = """
+import sys, time
+from distributed import LocalCluster
+
+if __name__ == "__main__":
+    port, workers = map(int, sys.argv[1:])
+    cluster = LocalCluster(
+        n_workers=workers, threads_per_worker=1, scheduler_port=port, dashboard_address=None
+    )
+    print(flush=True)
+    time.sleep(3600)
+"""
+
+
+@contextmanager
+def dask(directory: Path, port: int, workers: int) -> Iterator[subprocess.Popen[str]]:
+    """A real Dask: a process with the scheduler, and those that it sends work to."""
+    script = directory / "cluster.py"
+    script.write_text(CLUSTER)
+    command = [sys.executable, str(script), str(port), str(workers)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as cluster:
+        assert cluster.stdout is not None
+        try:
+            cluster.stdout.readline()
+            yield cluster
+        finally:
+            cluster.kill()
 
 
 def engine_of(worker: psutil.Process) -> psutil.Process:
@@ -427,39 +442,44 @@ def engine_of(worker: psutil.Process) -> psutil.Process:
     return engine
 
 
-@pytest.mark.slow
-def test_a_worker_goes_on_though_the_process_that_dask_had_sent_is_killed(
-    registry: ModelRegistry, customized: CustomizedModel, dask: Executor
-) -> None:
-    job = Merger(with_storage(registry, Gated), executor=dask).save(customized)
-    at_the_gate(registry)
-    engine_of(begun(job)).kill()
-    open_the_gate(registry)
-    complete = job.result(progress=False)
-    assert workers_of(job) == 1
-    Merger(registry).verify(complete)
+def is_about_a_job(cluster: subprocess.Popen[str]) -> bool:
+    """Whether a process of Dask's, which was not killed, has a fork server."""
+    with suppress(psutil.Error):  # one that was killed has no command line
+        for child in psutil.Process(cluster.pid).children(recursive=True):
+            if "fork_server" in " ".join(child.cmdline()):
+                return True
+    return False
 
 
 @pytest.mark.slow
-def test_dask_sends_another_worker_when_a_host_is_gone(
-    slow: tuple[ModelRegistry, CustomizedModel], dask: Executor
-) -> None:
-    registry, customized = slow
-    job = Merger(registry, executor=dask).save(customized)
-    staging = registry.root / ".staging" / f"save-{job.id}.1"
-    journal = staging / "shards.jsonl"
-    until(lambda: journal.is_file() and journal.read_bytes().count(b"size") >= 3)
-    worker = begun(job)
-    for process in (engine_of(worker), worker):
-        process.kill()
-    entries = [json.loads(line) for line in journal.read_bytes().splitlines()[1:]]
-    inodes = {entry["file"]: (staging / entry["file"]).stat().st_ino for entry in entries}
-
-    complete = job.result(progress=False)
+def test_dask_sends_another_worker_once_engine_and_worker_are_gone(tmp_path: Path) -> None:
+    """A worker goes on though the process that Dask had sent is killed; the next one waits."""
+    base = tiny_llama(
+        tmp_path / "deep", hidden_size=256, intermediate_size=1024, num_hidden_layers=48
+    )
+    registry, port = ModelRegistry(tmp_path / "models"), free_port()
+    registry.add_base_model("deep", base)
+    adapter = tiny_lora(tmp_path / "adapter", base, target_modules="all-linear")
+    customized = registry.register(adapter, train_name="support")
+    with dask(tmp_path, port, 2) as cluster, Client(f"127.0.0.1:{port}") as client:
+        job = Merger(registry, executor=client.get_executor()).save(customized)
+        staging = registry.root / ".staging" / f"save-{job.id}.1"
+        journal = staging / "shards.jsonl"
+        until(lambda: journal.is_file() and journal.read_bytes().count(b"size") >= 3)
+        worker = begun(job)
+        stop_outside_a_transaction(worker.pid, registry)
+        engine_of(worker).kill()
+        until(lambda: is_about_a_job(cluster))
+        assert worker.is_running()
+        assert workers_of(job) == 1
+        files = [json.loads(line)["file"] for line in journal.read_bytes().splitlines()[1:]]
+        inodes = {file: (staging / file).stat().st_ino for file in files}
+        worker.kill()
+        complete = job.result(progress=False)
 
     print(job.log)
-    assert workers_of(job) == 2
     directory = registry.local_path(complete)
+    assert workers_of(job) == 2
     assert {file: (directory / file).stat().st_ino for file in inodes} == inodes
     assert list((registry.root / ".staging").iterdir()) == []
     Merger(registry).verify(complete)
@@ -467,43 +487,35 @@ def test_dask_sends_another_worker_when_a_host_is_gone(
 
 @pytest.mark.slow
 def test_two_processes_of_dask_share_a_save(
-    registry: ModelRegistry, customized: CustomizedModel, dask: Executor
+    registry: ModelRegistry, customized: CustomizedModel, tmp_path: Path
 ) -> None:
-    of_workers = with_storage(registry, Shared)
-    job = Merger(of_workers, executor=dask).save(customized, workers=2)
-    complete = job.result(progress=False)
+    of_workers, port = with_storage(registry, Shared), free_port()
+    with dask(tmp_path, port, 2), Client(f"127.0.0.1:{port}") as client:
+        job = Merger(of_workers, executor=client.get_executor()).save(customized, workers=2)
+        complete = job.result(progress=False)
     assert f"helper {job.id}.h1 makes" in job.log
     Merger(registry).verify(complete)
-
-
-CLUSTER = """
-import time
-from distributed import LocalCluster
-
-if __name__ == "__main__":
-    cluster = LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None)
-    print(cluster.scheduler_address, flush=True)
-    time.sleep(3600)
-"""
 
 
 @pytest.mark.slow
 def test_what_a_scheduler_takes_with_it_has_failed_and_what_has_begun_goes_on(
     registry: ModelRegistry, customized: CustomizedModel, tmp_path: Path
 ) -> None:
-    script = tmp_path / "cluster.py"
-    script.write_text(CLUSTER)
-    command = [sys.executable, str(script)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as cluster:
-        assert cluster.stdout is not None
-        client = Client(cluster.stdout.readline().strip(), timeout="2s")
-        gated = with_storage(registry, Gated)
-        first, second = Merger(gated, executor=client.get_executor()).save_many([customized] * 2)
+    """The same executor takes jobs again once the scheduler has been started again."""
+    port = free_port()
+    with dask(tmp_path, port, 1) as cluster:
+        client = Client(f"127.0.0.1:{port}", timeout="300s")  # for so long it looks for it
+        merger = Merger(with_storage(registry, Gated), executor=client.get_executor())
+        first, second = merger.save_many([customized] * 2)
         at_the_gate(registry)
         cluster.kill()
     with pytest.raises(JobFailed, match="submit it again"):
         second.result(progress=False)
+    assert first.state == "running"
     open_the_gate(registry)
     complete: CompleteModel = first.result(progress=False)
-    assert list(registry.complete_models()) == [complete]
-    client.close()
+    with dask(tmp_path, port, 1), client:
+        until(lambda: client.status == "running")
+        again = merger.save(customized).result(progress=False)
+    assert {model.name for model in registry.complete_models()} == {again.name, complete.name}
+    assert again.digest == complete.digest
