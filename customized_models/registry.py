@@ -25,10 +25,12 @@ from .deploying.recovery import recover_deployments
 from .errors import (
     BaseModelMissingError,
     CustomizedModelsError,
+    InUseError,
     InvalidArgumentError,
     InvalidNameError,
     NotFoundError,
     NotLocalError,
+    listed,
     shown,
 )
 from .evicting import evict, rebuild
@@ -60,6 +62,7 @@ from .models import (
     ThirdPartyModel,
     TrainingConfiguration,
 )
+from .moving import copy_registry
 from .naming import TECHNICAL_NAME, checked_name, train_name_of
 from .outbox import Outbox
 from .processes import cores, refuse_windows
@@ -1018,6 +1021,7 @@ class ModelRegistry:
             dry_run: Only list them.
 
         Raises:
+            InUseError: Another registry is just copied into this one.
             StorageError: A disk or the storage failed; what was listed before is not removed.
         """
         grace = arguments.seconds("grace_seconds", grace_seconds)
@@ -1025,6 +1029,39 @@ class ModelRegistry:
             self.queue.drop_logs(grace)
         found = self.shelf.gc(grace_seconds=grace, dry_run=dry_run)
         return found + sweep(self.root, grace_seconds=grace, dry_run=dry_run)
+
+    def copy_to(self, other: ModelRegistry, *, progress: bool = True) -> None:
+        """Copy everything to an empty registry: into another database, another storage, or both.
+
+        All rows are copied, with ids, labels, events, ended jobs and the recorded places of base
+        models, and all bytes of models. Each byte is compared with what was recorded. The other
+        registry shows nothing before all is there. Calling it again goes on where a copy was
+        interrupted; once all is there, it changes nothing. This registry stays as it is.
+
+        Where both have the same storage, its bytes are left where they are, and not read.
+
+        Args:
+            other: Where to copy to.
+            progress: Whether to show a bar.
+
+        Raises:
+            InUseError: A job is under way here, something is being made or deleted, a training
+                waits to be registered, or another process copies to `other`.
+            AlreadyExistsError: `other` has something else.
+            IntegrityError: Naming what is damaged here. Nothing of the copy is visible.
+            InvalidArgumentError: `other` has the same database.
+        """
+        to = arguments.instance("other", other, ModelRegistry)
+        if to.catalog.database.url == self.catalog.database.url:
+            raise InvalidArgumentError("other takes a registry with another database")
+        if kept := Outbox(self.root).kept():
+            raise InUseError(
+                f"trainings wait to be registered: {listed(str(path) for path in kept)}; "
+                f"ModelRegistry.recover() registers them"
+            )
+        with Bar("copy", shown=arguments.truth("progress", progress)) as bar:
+            copy_registry((self.catalog, self.shelf), (to.catalog, to.shelf), bar.update)
+        _log.info("copied %r to %r", self, to)
 
     def reindex(self) -> list[str]:
         """Make rows again for stored models that have none, or a damaged one, from manifests.

@@ -275,11 +275,8 @@ class Shelf:
 
     def _write_card(self, model: Stored) -> None:
         """Let the files that tell of a model tell what its row does. The manifest counts."""
-        manifest = self.manifest(model.key)
-        base = from_document(BaseModel, manifest.record["base"])
-        record = {**manifest.record, "model": to_document(model)}
-        self.storage.rewrite(model.key, MANIFEST, evolve(manifest, record=record).to_bytes())
-        self.storage.rewrite(model.key, README, render(model, base).encode())
+        for name, data in card_files(self.manifest(model.key), model).items():
+            self.storage.rewrite(model.key, name, data)
 
     # Deleting
 
@@ -420,6 +417,7 @@ class Shelf:
         found = []
         with self._catalog.database.write() as connection:
             self._catalog.leases.forget_ended(connection)
+            self._catalog.leases.refuse_during_copy(connection)  # which has bytes without rows
             known = self._catalog.litter.known_keys(connection)
         for key in self.storage.keys():  # noqa: SIM118 -- a method, not a mapping
             if key not in known:
@@ -479,6 +477,19 @@ _PLACES: Mapping[str, type[Stored]] = {
     "evicted": CompleteModel,  # after those that are whole: bytes count more than their recipe
 }
 """Where the manifests of which models are."""
+
+
+def card_files(manifest: Manifest, model: Stored) -> dict[str, bytes]:
+    """The files that tell of a model, with the card that it has now, by their names.
+
+    Args:
+        manifest: Of its bytes, whatever card that tells of.
+        model: The model.
+    """
+    base = from_document(BaseModel, manifest.record["base"])
+    record = {**manifest.record, "model": to_document(model)}
+    manifest = evolve(manifest, record=record)
+    return {MANIFEST: manifest.to_bytes(), README: render(model, base).encode()}
 
 
 def _manifest_of(model: Stored, directory: Path) -> Manifest:

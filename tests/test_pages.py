@@ -23,6 +23,7 @@ pytestmark = pytest.mark.slow
 DOCS = Path(__file__).parent.parent / "docs"
 OLLAMA_PORT = "11434"
 DATABASE = "postgresql+psycopg://models@db.example.org/models"
+EMPTY_DATABASE = "postgresql+psycopg://models@db.example.org/team"
 ENVIRONMENT = {
     **{name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"},
     "HF_HUB_OFFLINE": "1",
@@ -54,7 +55,8 @@ def test_a_page_that_talks_to_ollama_does_what_it_says(
 def test_a_page_that_talks_to_postgresql_does_what_it_says(
     page: Path, tmp_path: Path, postgresql: PostgreSQLServer
 ) -> None:
-    run_page(page, tmp_path, ENVIRONMENT, {DATABASE: postgresql.database()})
+    urls = {name: postgresql.database() for name in (DATABASE, EMPTY_DATABASE)}
+    run_page(page, tmp_path, ENVIRONMENT, urls)
 
 
 @pytest.mark.parametrize("page", WITH_HUB, ids=lambda page: page.stem)

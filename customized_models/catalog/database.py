@@ -71,6 +71,12 @@ class Database:
         """See `Dialect.telling`."""
         return self._dialect.telling(event)
 
+    def continue_numbers(self, connection: Connection) -> None:
+        """Let rows that are added be numbered after all that are there."""
+        for table in metadata.sorted_tables:
+            if table.autoincrement_column is not None:
+                self._dialect.continue_numbers(connection, table)
+
     @functools.cached_property
     def _made(self) -> Engine:
         """Opens connections, once there are tables."""

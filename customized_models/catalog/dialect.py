@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from threading import Event
 from typing import Protocol
 
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection, Engine, Table
 
 BUSY_SECONDS = 30.0  # half a lease: whoever waits for the database longer could lose what it holds
 
@@ -53,6 +53,9 @@ class Dialect(Protocol):
         Raises:
             DatabaseError: The database cannot hold them.
         """
+
+    def continue_numbers(self, connection: Connection, table: Table) -> None:
+        """Let new rows of a table be numbered after those that were added with their numbers."""
 
     def clock(self, connection: Connection) -> float:
         """Seconds that only count upwards, since any moment."""

@@ -173,6 +173,13 @@ class Jobs:
             rows = list(connection.execute(query).mappings())
             return rows, self._lost(connection, rows)
 
+    def under_way(self, connection: Connection) -> list[Any]:
+        """The rows of the jobs that wait or run, in a transaction that is open already."""
+        query = select(jobs).where(jobs.c.state.in_(RUNNING)).order_by(jobs.c.seq)
+        rows = list(connection.execute(query).mappings())
+        lost = self._lost(connection, rows)
+        return [row for row in rows if row["id"] not in lost]
+
     def _lost(self, connection: Connection, rows: Iterable[Any]) -> set[str]:
         """The ids of those of `rows` whose workers have gone without a word."""
         owners = {

@@ -32,6 +32,9 @@ BEGIN_SECONDS = 600.0  # in which a process has imported torch, even from a slow
 RENEWAL_SECONDS = LEASE_SECONDS / 6  # a few may fail before the lease is lost
 WATCH_SECONDS = 1.0  # between two looks at another host's lease
 
+COPY_KEY = "registry/copy"
+"""What is held in a registry that another one is copied into."""
+
 
 @frozen
 class Holder:
@@ -140,6 +143,10 @@ class Leases:
             if not self._has_ended(holder, self._database.clock(connection)):
                 raise InUseError(f"{shown(key)} is in use by {holder.purpose}")
             self.end(connection, holder.owner, key)
+
+    def refuse_during_copy(self, connection: Connection) -> None:
+        """Raise `InUseError` while another registry is copied into this one."""
+        self.refuse_if_held(connection, COPY_KEY)
 
     def forget_ended(self, connection: Connection) -> None:
         """Remove the rows of leases that have ended."""

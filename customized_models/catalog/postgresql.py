@@ -168,6 +168,11 @@ class PostgreSQL:
             connection.exec_driver_sql(statement)
         connection.execute(insert(_registry).values(version=VERSION))
 
+    def continue_numbers(self, connection: Connection, table: Table) -> None:
+        """See `Dialect`."""
+        numbers = func.pg_get_serial_sequence(table.name, "seq")
+        connection.execute(select(func.setval(numbers, func.max(table.c.seq))))
+
     def clock(self, connection: Connection) -> float:
         """See `Dialect`; the server's, now, since 1970."""
         now = "SELECT extract(epoch FROM clock_timestamp())::float8"

@@ -10,7 +10,7 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-from sqlalchemy import Connection, Engine, create_engine, event, pool
+from sqlalchemy import Connection, Engine, Table, create_engine, event, pool
 from sqlalchemy.engine import URL
 
 from ..errors import UnsupportedError
@@ -85,6 +85,9 @@ class SQLite:
                 f"BEGIN SELECT RAISE(ABORT, 'events are only added'); END"
             )
         connection.exec_driver_sql(f"PRAGMA user_version={VERSION}")
+
+    def continue_numbers(self, connection: Connection, table: Table) -> None:
+        """See `Dialect`; SQLite does so by itself."""
 
     def clock(self, connection: Connection) -> float:
         """See `Dialect`; this host's."""
