@@ -107,19 +107,20 @@ def test_of_an_upload_that_was_killed_only_the_missing_parts_are_sent(
 
 @pytest.mark.usefixtures("killed")
 def test_an_upload_that_nobody_takes_up_is_aborted_by_gc(
-    on_s3: FsspecStorage,
+    disturbed: FsspecStorage,
     s3: S3Server,
     prefix: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    registry = ModelRegistry(tmp_path / "registry", storage=on_s3)
+    registry = ModelRegistry(tmp_path / "registry", storage=disturbed)
     registry.gc()
     assert len(begun_uploads(s3, prefix)) == 1  # somebody may take it up
     monkeypatch.setattr(uploads, "STAGING_GRACE", -1)  # more than a week later
     registry.gc()
     assert begun_uploads(s3, prefix) == []
     assert s3.objects(prefix) == set()
+    assert list((disturbed.local / "uploads").iterdir()) == []
 
 
 @pytest.mark.slow

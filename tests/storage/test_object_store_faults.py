@@ -46,11 +46,10 @@ pytestmark = pytest.mark.usefixtures("at_once")
 def test_a_publication_survives_any_failed_request(
     disturbed: FsspecStorage, on_s3: FsspecStorage, proxy: FaultyProxy, s3: S3Server, prefix: str
 ) -> None:
-    for _ in at_each_request(proxy, 8):
-        publish_files(disturbed, KEY, **FILES)
-        assert files_of(on_s3, KEY) == FILES
-        on_s3.delete(KEY)
-        assert s3.objects(prefix) == set()
+    for count, _ in enumerate(at_each_request(proxy, 8), 1):
+        publish_files(disturbed, f"customized/{count}", **FILES)
+        assert files_of(on_s3, f"customized/{count}") == FILES
+        assert len(s3.objects(prefix)) == 3 * count  # markers, and an object of each file
 
 
 def test_a_deletion_survives_any_failed_request(
