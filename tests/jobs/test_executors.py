@@ -411,7 +411,7 @@ from distributed import LocalCluster
 if __name__ == "__main__":
     port, workers = map(int, sys.argv[1:])
     cluster = LocalCluster(
-        n_workers=workers, threads_per_worker=1, scheduler_port=port, dashboard_address=None
+        n_workers=workers, threads_per_worker=1, scheduler_port=port, dashboard_address=":0"
     )
     print(flush=True)
     time.sleep(3600)
