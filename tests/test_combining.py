@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from customized_models.combining import combined_files
-from customized_models.errors import UnsafeFileError
+from customized_models.errors import MalformedError, UnsafeFileError
 from customized_models.files.safetensors import Checkpoint
 from customized_models.testing import tiny_tokenizer
 
@@ -464,6 +464,16 @@ def test_every_file_of_a_base_is_carried_but_weights_cards_records_and_litter(
     merged = complete(base, write(tmp_path / "adapter", {}), tmp_path)
     found = {str(path.relative_to(merged)) for path in files_below(merged)}
     assert found == {"config.json", *CARRIED}
+
+
+@pytest.mark.parametrize("levels", [200, 900])
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "processor_config.json"])
+def test_a_configuration_that_nests_without_end_is_refused(
+    name: str, levels: int, tmp_path: Path
+) -> None:
+    base = base_of(tmp_path / "base", {name: '{"a": ' + "[" * levels + "]" * levels + "}"})
+    with pytest.raises(MalformedError, match=name):
+        complete(base, write(tmp_path / "adapter", {}), tmp_path)
 
 
 def test_a_file_that_cannot_be_carried_is_refused_by_name(tmp_path: Path) -> None:

@@ -8,7 +8,9 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, Qwen2MoeConfig
 
 from customized_models.merging.strategies import fused
 from customized_models.merging.strategies.fused import fused_bit_identical, fused_sum
@@ -16,7 +18,7 @@ from customized_models.merging.strategies.rows import LoraFactors
 from customized_models.merging.threads import Workspace
 from customized_models.testing import tiny_llama, tiny_lora
 
-from .parity import assert_parity
+from .parity import assert_parity, tiny_model
 
 DTYPES = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
 RANKS = (1, 2, 8, 16, 64)
@@ -102,6 +104,23 @@ def test_a_merge_has_the_same_bits_with_numba_and_without(
     base = tiny_llama(tmp_path / "base", dtype=dtype, hidden_size=128, num_attention_heads=4)
     adapter = tiny_lora(tmp_path / "adapter", base, target_modules="all-linear")
     assert_parity(base, adapter, tmp_path, 14)
+
+
+def test_a_matrix_of_one_row_has_the_bits_of_peft(tmp_path: Path) -> None:
+    """Such is the gate of the shared expert; torch multiplies a vector otherwise than a matrix."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    experts = {"shared_expert_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
+    config = Qwen2MoeConfig(vocab_size=64, **sizes, **heads, **experts)
+    base = tiny_model(tmp_path / "base", config, "float32")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    lora = LoraConfig(r=2, target_modules=["shared_expert_gate"], task_type="CAUSAL_LM")
+    adapted = get_peft_model(model, lora)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.3)
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+    assert_parity(base, tmp_path / "adapter", tmp_path, changed=2, aligned=True)
 
 
 @pytest.mark.parametrize("lost", [float("nan"), float("inf")])
