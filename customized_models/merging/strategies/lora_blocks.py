@@ -141,11 +141,21 @@ def _factor_shapes(adapted: AdaptedLayer) -> tuple[torch.Size, torch.Size] | Non
 
 
 def _suits(up: torch.Size, down: torch.Size, context: MergeContext) -> tuple[bool, bool]:
-    """Whether blocks give the bits of PEFT's whole product, and whether the fused sum does."""
-    drawn = torch.Generator().manual_seed(0)
-    one, other = (torch.randn(size, generator=drawn) for size in (up, down))
-    one[::7] = 0  # as training may leave a row: the sign of its product counts too
-    factors, workspace = LoraFactors(one, other, 1.0), context.threads.workspace()
-    whole = context.threads.run_peft(torch.mm, one, other)
-    blocks = factors.blocks_bit_identical(whole, workspace)
-    return blocks, blocks and fused_bit_identical(factors, whole, workspace)
+    """Whether blocks give the bits of PEFT's whole product, and whether the fused sum does.
+
+    Of a small matrix several products are compared: sums that are rounded otherwise may agree in a
+    few numbers.
+    """
+    drawn, workspace = torch.Generator().manual_seed(0), context.threads.workspace()
+    blocks = fused = True
+    for _ in range(0, _COMPARED, up[0] * down[1] or _COMPARED):
+        one, other = (torch.randn(size, generator=drawn) for size in (up, down))
+        one[1::7] = 0  # as training may leave a row: the sign of its product counts too
+        factors = LoraFactors(one, other, 1.0)
+        whole = context.threads.run_peft(torch.mm, one, other)
+        blocks = blocks and factors.blocks_bit_identical(whole, workspace)
+        fused = fused and blocks and fused_bit_identical(factors, whole, workspace)
+    return blocks, fused
+
+
+_COMPARED = 1 << 14  # numbers: of those of one row, one in sixteen may be rounded otherwise
