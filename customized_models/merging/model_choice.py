@@ -48,6 +48,14 @@ _OTHERS = (
 _STEPS = 3  # that PEFT adds to the name of a module at most
 
 
+def text_config(config: Any) -> Any:
+    """The language model's part of a configuration; of several, as Musicgen has, the decoder's."""
+    try:
+        return config.get_text_config()
+    except ValueError:
+        return config.get_text_config(decoder=True)
+
+
 def load_config(directory: Path, *, trust_remote_code: bool) -> Any:
     """The base's configuration: transformers' own class of it, or else, if trusted, the base's."""
     load = partial(AutoConfig.from_pretrained, directory, local_files_only=True)

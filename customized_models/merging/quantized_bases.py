@@ -14,6 +14,7 @@ from ..files.reading import json_object
 from ..files.safetensors import Checkpoint
 from .base_formats import CODES, HINT, dequantized_from
 from .conversion import Conversion, Conversions
+from .model_choice import text_config
 
 _KEY = "quantization_config"
 
@@ -26,7 +27,7 @@ def take_quantizer(config: Any) -> Any:
         quantized.
     """
     quantizer = None
-    for holder in (config.get_text_config(), config):
+    for holder in (text_config(config), config):
         if stored := getattr(holder, _KEY, None):
             given = {**stored, "dequantize": True}
             quantizer = AutoHfQuantizer.from_config(given, pre_quantized=True)

@@ -25,7 +25,7 @@ from ..files.safetensors import FLOATS, INDEX, Checkpoint
 from .adapter_sizes import embedding_weights, has_new_head, label_count, resized_vocabulary
 from .base_formats import HINT
 from .conversion import Conversion, Conversions
-from .model_choice import choose_model, load_config
+from .model_choice import choose_model, load_config, text_config
 from .private_apis import private
 from .quantized_bases import describe_base, quantized_conversions, take_quantizer
 
@@ -166,7 +166,7 @@ def _adjust(
     changes: dict[str, Any] = {}
     vocabulary, labels = resized_vocabulary(adapter, model), label_count(adapter, model)
     if vocabulary is not None:
-        config.get_text_config().vocab_size = changes["vocab_size"] = vocabulary
+        text_config(config).vocab_size = changes["vocab_size"] = vocabulary
     if labels is not None:
         config.num_labels = labels
         changes |= {"id2label": config.id2label, "label2id": config.label2id}
@@ -214,7 +214,7 @@ def _head(model: PreTrainedModel, conversions: Conversions, tied: Mapping[str, s
     ends = embedding_weights(model)
     stored = conversions.by_parameter
     plain = len(ends) == 2 and tied == dict([ends]) and ends[0] not in stored
-    configs = (model.config, model.config.get_text_config())
+    configs = (model.config, text_config(model.config))
     flag = any(getattr(config, "tie_word_embeddings", False) for config in configs)
     return ends[0] if plain and flag else None
 

@@ -55,6 +55,7 @@ from tests.merging.parity import (
     write_merged,
     written,
 )
+from tests.tiny_configs import tiny_config
 
 pytestmark = [
     # PEFT says that it does what is right for a GPT-2 and that it knows no class of norms
@@ -289,6 +290,24 @@ def test_names_of_today_that_a_conversion_would_spoil_are_left_as_they_are(tmp_p
 
     assert any("shared_experts.gate_proj" in name for name in file)
     assert_loads_as(out, trained.merge_and_unload().state_dict(), laguna.auto_class)
+
+
+def test_a_model_that_has_two_configurations_of_texts_merges(tmp_path: Path) -> None:
+    """Musicgen's are those of its encoder and of its decoder."""
+    musicgen = transformers.MusicgenForConditionalGeneration
+    model = musicgen(tiny_config(transformers.MusicgenConfig)).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "base")
+    adapted = peft.get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+    expected = merged_by_peft(tmp_path / "base", tmp_path / "adapter", musicgen, aligned=True)
+
+    out = written(tmp_path / "base", tmp_path / "adapter", tmp_path)
+
+    assert expected.changed
+    assert_loads_as(out, expected.tensors, musicgen)
 
 
 # The other types of adapters
