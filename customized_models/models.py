@@ -194,12 +194,19 @@ class DeploymentTemplate(Value):
         text: The template, in Go's template language.
         stop: Strings at which the server stops generating.
 
+    Raises:
+        InvalidOptionError: One of them is empty, at which every answer would end.
+
     >>> DeploymentTemplate("{{ .Prompt }}", stop=("<|im_end|>",)).stop
     ('<|im_end|>',)
     """
 
     text: str = field(repr=lambda text: shown(text, 40))
     stop: tuple[str, ...] = field(default=(), converter=_stop)
+
+    def __attrs_post_init__(self) -> None:
+        if "" in self.stop:
+            raise InvalidOptionError("a stop string of a DeploymentTemplate is empty")
 
     @classmethod
     def from_file(

@@ -70,6 +70,8 @@ def every_class() -> list[type[Value]]:
 def test_a_lone_text_is_one_of_several() -> None:
     assert DeploymentTemplate("a", stop="<|im_end|>").stop == ("<|im_end|>",)
     assert DeploymentTemplate("a", ["x", "y"]).stop == ("x", "y")
+    with pytest.raises(InvalidOptionError, match="empty"):
+        DeploymentTemplate("a", ("x", ""))
     assert TrainingConfiguration(datasets="org/data").datasets == ("org/data",)
 
 
