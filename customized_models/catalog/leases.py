@@ -205,7 +205,8 @@ class Leases:
     def _now(self, connection: Connection, holder: Process | None = None) -> dict[str, Any]:
         """Who renews a lease, and when: the columns of its row."""
         process = json.dumps(asdict(holder or Process.current()), sort_keys=True)
-        renewed = self._database.clock(connection) + (0.0 if holder is None else BEGIN_SECONDS)
+        ahead = 0.0 if holder is None else BEGIN_SECONDS - LEASE_SECONDS
+        renewed = self._database.clock(connection) + ahead
         return {"process": process, "renewed": renewed}
 
 
