@@ -24,6 +24,7 @@ from customized_models import (
     NotFoundError,
     NotReproducible,
 )
+from customized_models.catalog.leases import Lease
 from customized_models.catalog.levels import Levels
 from customized_models.shelf import Shelf
 from tests.test_shelf import killed_in, reopened
@@ -104,11 +105,11 @@ def during_an_eviction(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object
     """Let something happen while the next eviction publishes what it keeps."""
     real = Shelf.put
 
-    def put(shelf: Shelf, staging: Path, key: str) -> None:
+    def put(shelf: Shelf, staging: Path, key: str, lease: Lease) -> None:
         if key.startswith("evicted/"):
             monkeypatch.setattr(Shelf, "put", real)
             act()
-        real(shelf, staging, key)
+        real(shelf, staging, key, lease)
 
     monkeypatch.setattr(Shelf, "put", put)
 
