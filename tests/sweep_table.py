@@ -27,9 +27,11 @@ transformers and compared with what `merge_and_unload` gives, tensor by tensor a
 
 **exact**: the complete model is the model that PEFT merges. **refused**: with the reason that is
 given below. **not built**: transformers or PEFT make no tiny model or no adapter of it here, so
-nothing is known. **-**: the model has no stacked experts. A class that is not in the table, of
-your own or of a later transformers, is merged as well where its layers are of a known kind; what
-cannot be merged is refused by name, in `Merger.plan` as in `Merger.save`.
+nothing is known. **-**: the model has no stacked experts. An empty cell: not tried.
+
+A class that is not in the table, of your own or of a later transformers, is merged as well where
+its layers are of a known kind. What cannot be merged is refused by name, in `Merger.plan` as in
+`Merger.save`.
 
 The page is made by two commands in a checkout of the repository. The first takes an hour or two,
 goes on where it was ended, and fails if anything is different:
