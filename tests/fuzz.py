@@ -198,7 +198,12 @@ def changed_bytes(data: bytes, draw: Draw) -> bytes:
 def changed_weights(data: bytes, draw: Draw) -> bytes:
     """A safetensors file whose header says something else, or whose length does."""
     length = int.from_bytes(data[:8], "little")
-    header, rest = json.loads(data[8 : 8 + length]), data[8 + length :]
+    try:
+        header, rest = json.loads(data[8 : 8 + length]), data[8 + length :]
+    except ValueError:  # it was changed before
+        return changed_bytes(data, draw)
+    if not isinstance(header, dict) or not header:
+        return changed_bytes(data, draw)
     match draw.randrange(10):
         case 0:
             return changed_bytes(data, draw)
