@@ -61,7 +61,7 @@ def main() -> None:
                             complete,
                             environment=f"v{version}",
                             quantization=mode,
-                            served_name=f"turn-{turn}",
+                            served_name=f"{mode}-{turn}".lower(),
                             proofs=PROOFS,
                             accept_failed=("greedy",),
                         ).result(progress=False)
