@@ -106,7 +106,7 @@ def test_a_process_that_has_still_to_begin_has_minutes_for_it(
 ) -> None:
     with catalog.database.write() as connection:
         catalog.leases.take(connection, "owner", [KEY], "a test", Process.current())
-    clock(BEGIN_SECONDS)
+    clock(BEGIN_SECONDS - 1)
     assert refused(catalog)
     assert catalog.leases.renew("owner")
     clock(LEASE_SECONDS + 1)
