@@ -31,7 +31,9 @@ def main(adapters: int) -> None:
         registry.add_base_model(quickstart.TECHNICAL_NAME, base, progress=False)
         settings = {"models_directory": str(router.models)}
         registry.add_environment(
-            DeploymentEnvironment("router", "llama_server", port=router.port, settings=settings)
+            DeploymentEnvironment(
+                "router", "llama_server", "127.0.0.1", router.port, settings=settings
+            )
         )
         deployer, seconds, live = Deployer(registry), [], []
         for seed in range(adapters):
