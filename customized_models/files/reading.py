@@ -98,17 +98,14 @@ def _parsed(
         )
     except (ValueError, RecursionError) as error:
         raise MalformedError(f"{what} is not {kind}: {shown(error)}") from error
-    if nests_deeper(document, MAX_NESTING):
+    if _nests_without_end(document):
         raise MalformedError(f"{what} nests objects and lists deeper than {MAX_NESTING} levels")
     return document
 
 
-def nests_deeper(document: Any, levels: int) -> bool:
-    """Whether mappings and lists are nested in each other deeper than so many levels."""
+def _nests_without_end(document: Any) -> bool:
     level = [document] if isinstance(document, dict | list) else []
-    for _ in range(levels):
-        if not level:
-            return False
+    for _ in range(MAX_NESTING):
         level = [
             inner
             for outer in level

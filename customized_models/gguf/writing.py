@@ -11,8 +11,10 @@ import torch  # this module is imported only to write
 
 from ..errors import IntegrityError, NonFiniteError, shown
 from ..files.digests import SHA256
+from ..files.finite import all_finite
 from ..files.safetensors import ModelSource, dtype_name
 from ..files.streams import FileWriter, parallel_files
+from ..merging.threads import set_threads
 from ..models import Progress
 from .format import PLAIN, Tensor, padded
 from .kernels import Quantizer, quantizer
@@ -39,8 +41,9 @@ def write(
     quantize = None if plain else quantizer()
     done = 0
     path.unlink(missing_ok=True)  # the writer takes no file that is there
-    workers = parallel_files()
-    with FileWriter(path, SHA256) as writer, ThreadPoolExecutor(workers, "", _alone) as pool:
+    # One thread of torch in each: there is one of them for each core already.
+    threads = ThreadPoolExecutor(parallel_files(), "quantize", set_threads, (1,))
+    with FileWriter(path, SHA256) as writer, threads as pool:
         try:
             for data in _chunks(preamble, tensors, source, quantize, pool):
                 writer.write(data)
@@ -51,12 +54,6 @@ def write(
             path.unlink()
             raise
     return digest.size, digest.digest
-
-
-def _alone() -> None:
-    """Let torch do the work of this thread without others: there is one for each core already."""
-    torch.get_num_threads()  # else torch sets this thread's number itself, at its first work
-    torch.set_num_threads(1)
 
 
 def _chunks(
@@ -161,7 +158,7 @@ def _cut(rows: torch.Tensor) -> Iterator[torch.Tensor]:
 def _encoded(
     block: torch.Tensor, tensor: Tensor, quantize: Quantizer | None
 ) -> bytearray | memoryview:
-    if not _is_finite(block):
+    if not all_finite(block):
         raise NonFiniteError(f"tensor {shown(_names(tensor))} holds NaN or infinity")
     stored = _rounded(block, tensor, tensor.through.name)
     if quantize and tensor.type.name not in PLAIN:
@@ -175,22 +172,16 @@ def _finite(data: bytearray | memoryview, tensor: Tensor) -> bytearray | memoryv
     blocks = torch.frombuffer(data, dtype=torch.uint8).view(-1, tensor.type.size)
     for place in tensor.type.scales:
         scales = blocks[:, place : place + 2].contiguous().view(torch.float16)
-        if not _is_finite(scales):
+        if not all_finite(scales):
             raise NonFiniteError(
                 f"tensor {shown(_names(tensor))} does not fit into {tensor.type.name}"
             )
     return data
 
 
-def _is_finite(values: torch.Tensor) -> bool:
-    """Whether there is no NaN or infinity: `torch.isfinite` takes seventeen times as long."""
-    lowest, highest = torch.aminmax(values)  # both are NaN if any value is
-    return bool(torch.isfinite(lowest)) and bool(torch.isfinite(highest))
-
-
 def _rounded(block: torch.Tensor, tensor: Tensor, name: str) -> torch.Tensor:
     stored = block.to(_PLAIN_DTYPES[name])
-    if stored.dtype == torch.float16 != block.dtype and not _is_finite(stored):
+    if stored.dtype == torch.float16 != block.dtype and not all_finite(stored):
         raise NonFiniteError(f"tensor {shown(_names(tensor))} does not fit into {name}")
     return stored
 

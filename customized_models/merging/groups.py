@@ -24,8 +24,8 @@ from .layers import AdaptedLayer, stay_tied
 from .skeleton import Skeleton
 
 NOTHING_CHANGES = (
-    "the adapter changes nothing: what it holds is zero, as before a training, or as it is in the "
-    "base; register the checkpoint that was trained"
+    "the adapter changes nothing: what it holds is zero, as before a training, multiplied by a "
+    "lora_alpha of zero, or as it is in the base; register the checkpoint that was trained"
 )
 
 

@@ -151,8 +151,8 @@ class Injected:
     def is_untrained(self, layer: AdaptedLayer, adapter_tensors: Iterable[str]) -> bool:
         """Whether a layer is merged with what it starts from before a training, without effect.
 
-        Of a LoRA, a factor is zero. Of other types, all that starts from one number, as zeros or
-        ones, is still that.
+        Of a LoRA, a factor is zero, or what their product is multiplied by. Of other types, all
+        that starts from one number, as zeros or ones, is still that.
 
         Args:
             layer: The layer.
@@ -162,7 +162,8 @@ class Injected:
         if modules:
             if self._zero is None:
                 self._zero = self.adapter.zero_modules()
-            return modules <= self._zero and not layer.trained_values
+            zero = modules <= self._zero or layer.scaling == 0
+            return zero and not layer.trained_values
         prefix = f"{PREFIX}{layer.wrapper_path}."
         moved = [moved for name, moved in self._moved.items() if name.startswith(prefix)]
         return bool(moved) and not any(moved)

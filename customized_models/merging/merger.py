@@ -243,14 +243,17 @@ def help_save(work: Work) -> None:
         shelf.storage.staging(f"save-{work.lease.owner}") as staging,
         proven_merge(shelf, base, customized) as (merged, check),
     ):
-        journal = Journal(staging, _key(base, customized, merged))
+        journal = Journal(staging, _key(_parents(base, customized), merged))
         lineage = lineage_metadata(base, customized)
         take_part(Portion(merged, check, staging, journal, lineage, work.progress), work)
 
 
-def _key(base: BaseModel, customized: CustomizedModel, merged: CompletedSource) -> str:
+def _parents(base: BaseModel, customized: CustomizedModel) -> dict[str, str]:
+    return {"base": base.digest, "customized": customized.digest}
+
+
+def _key(parents: Mapping[str, str], merged: CompletedSource) -> str:
     """What the bytes of all shards depend on."""
-    parents = {"base": base.digest, "customized": customized.digest}
     return digest_of([parents, merged.merge.recipe])
 
 
@@ -313,8 +316,8 @@ def _merged(
         shelf.storage.staging(f"save-{work.lease.owner}") as staging,
         proven_merge(shelf, base, customized) as (merged, check),
     ):
-        parents = {"base": base.digest, "customized": customized.digest}
-        journal = Journal(staging, _key(base, customized, merged))
+        parents = _parents(base, customized)
+        journal = Journal(staging, _key(parents, merged))
         for lost in [*work.before, *catalog.jobs.give_up_saves_of(customized.name)]:
             with shelf.storage.staging(f"save-{lost}") as abandoned:
                 journal.take_over(abandoned, merged.merge.shards, work.progress)

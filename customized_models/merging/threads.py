@@ -31,7 +31,7 @@ class MergeThreads:
 
     def __init__(self) -> None:
         """PEFT's thread gets torch's number of threads of the calling thread."""
-        self._peft = ThreadPoolExecutor(1, "peft", _set_threads, (torch.get_num_threads(),))
+        self._peft = ThreadPoolExecutor(1, "peft", set_threads, (torch.get_num_threads(),))
         self._blocks = ThreadPoolExecutor(1, "blocks")
         self._local = threading.local()
         self.one_group = threading.Lock()
@@ -52,7 +52,8 @@ class MergeThreads:
         return workspace
 
 
-def _set_threads(count: int) -> None:
+def set_threads(count: int) -> None:
+    """Give the calling thread that number of torch's threads."""
     torch.get_num_threads()  # else torch sets this thread's number itself, at its first work
     torch.set_num_threads(count)
 
@@ -63,7 +64,7 @@ class Workspace:
     _RECENT = 2  # values: a layer has two stacks of experts, whose tensors alternate in a file
 
     def __init__(self) -> None:
-        _set_threads(1)
+        set_threads(1)
         self._memory: dict[str, torch.Tensor] = {}
         self._turns = cycle(("even", "odd"))
         self._recent: dict[object, object] = {}

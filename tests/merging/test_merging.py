@@ -299,6 +299,17 @@ def test_where_the_math_library_sums_by_the_number_of_rows_some_shapes_are_left_
     assert mlp == [f"model.layers.{layer}.mlp.down_proj" for layer in (0, 1)]
 
 
+def test_layers_whose_change_is_multiplied_by_zero_come_out_as_they_are(
+    base: Path, tmp_path: Path
+) -> None:
+    targets = ["q_proj", "down_proj"]
+    adapter = tiny_lora(
+        tmp_path / "adapter", base, target_modules=targets, alpha_pattern={"down_proj": 0}
+    )
+    merge = assert_parity(base, adapter, tmp_path, changed=4)
+    assert merge.untrained == {name for name in merge.changed if "down_proj" in name}
+
+
 def test_threads_are_as_many_after_a_merge_as_before(
     base: Path, adapter: Path, tmp_path: Path
 ) -> None:

@@ -126,6 +126,7 @@ REFUSED_CONFIGURATIONS: list[tuple[dict[str, Any], type[CustomizedModelsError]]]
     ({"modules_to_save": ["lm_head"]}, UnmergedTensorsError),
     ({"use_dora": True}, UnmergedTensorsError),
     ({"r": 5}, MalformedError),
+    ({"lora_alpha": 0}, UnchangedTargetsError),
 ]
 ONE = "layers.1.self_attn.q_proj"
 REFUSED_WEIGHTS: list[tuple[str, Callable[[Tensors], Tensors], type[CustomizedModelsError]]] = [

@@ -23,7 +23,7 @@ from ..layers import AdaptedLayer
 from .outcome import Outcome
 from .peft_module import ComputedTogether, Recomputed, Tensors, merge_group, stored_infos
 from .protocol import Cost, MergeContext, Reading, ReadNext
-from .rows import LoraFactors, MergedRows
+from .rows import COMPARED, LoraFactors, MergedRows
 
 GROUP_ELEMENTS = 1 << 24
 """Of the experts that are merged at once in pairs, one pair at least: 64 megabytes in float32."""
@@ -265,20 +265,23 @@ def chunking_for(layer: AdaptedLayer, rows: int, context: MergeContext) -> Chunk
 
 def _find_chunking(layer: AdaptedLayer, rows: int, context: MergeContext) -> Chunking:
     drawn, run_peft = torch.Generator().manual_seed(0), context.threads.run_peft
-    up, down = (torch.randn(one.shape, generator=drawn) for one in _parameters(layer))
-    of_all = partial(layer.delta_of_experts, up, down, 0, layer.experts, torch.float32)
-    whole = run_peft(of_all)
-    context.decisions.saw_product(whole.numel())
-    if not run_peft(pairs_bit_identical, layer, (up, down), whole):
-        return None
-    positions = product(range(len(whole)), range(0, len(whole[0]), rows)) if rows else ()
-    blocks = all(
-        matrix_factors(layer, (up, down), (expert, row), rows).blocks_bit_identical(
-            whole[expert][row:][:rows], context.threads.workspace()
+    compared, blocks = 0, bool(rows)
+    while compared < COMPARED:
+        up, down = (torch.randn(one.shape, generator=drawn) for one in _parameters(layer))
+        of_all = partial(layer.delta_of_experts, up, down, 0, layer.experts, torch.float32)
+        whole = run_peft(of_all)
+        context.decisions.saw_product(whole.numel())
+        if not run_peft(pairs_bit_identical, layer, (up, down), whole):
+            return None
+        positions = product(range(len(whole)), range(0, len(whole[0]), rows)) if blocks else ()
+        blocks = blocks and all(
+            matrix_factors(layer, (up, down), (expert, row), rows).blocks_bit_identical(
+                whole[expert][row:][:rows], context.threads.workspace()
+            )
+            for expert, row in positions
         )
-        for expert, row in positions
-    )
-    return "blocks" if rows and blocks else "pairs"
+        compared += whole.numel() or COMPARED
+    return "blocks" if blocks else "pairs"
 
 
 def pairs_bit_identical(layer: AdaptedLayer, factors: Factors, whole: torch.Tensor) -> bool:

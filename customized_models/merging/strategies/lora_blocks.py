@@ -15,7 +15,7 @@ from ..layers import AdaptedLayer
 from .fused import fused_bit_identical, fused_sum
 from .outcome import Outcome
 from .protocol import Cost, MergeContext, Reading, ReadNext
-from .rows import LoraFactors, MergedRows
+from .rows import COMPARED, LoraFactors, MergedRows
 
 
 class LoraBlocks:
@@ -141,14 +141,10 @@ def _factor_shapes(adapted: AdaptedLayer) -> tuple[torch.Size, torch.Size] | Non
 
 
 def _suits(up: torch.Size, down: torch.Size, context: MergeContext) -> tuple[bool, bool]:
-    """Whether blocks give the bits of PEFT's whole product, and whether the fused sum does.
-
-    Of a small matrix several products are compared: sums that are rounded otherwise may agree in a
-    few numbers.
-    """
+    """Whether blocks give the bits of PEFT's whole product, and whether the fused sum does."""
     drawn, workspace = torch.Generator().manual_seed(0), context.threads.workspace()
     blocks = fused = True
-    for _ in range(0, _COMPARED, up[0] * down[1] or _COMPARED):
+    for _ in range(0, COMPARED, up[0] * down[1] or COMPARED):
         one, other = (torch.randn(size, generator=drawn) for size in (up, down))
         one[1::7] = 0  # as training may leave a row: the sign of its product counts too
         factors = LoraFactors(one, other, 1.0)
@@ -156,6 +152,3 @@ def _suits(up: torch.Size, down: torch.Size, context: MergeContext) -> tuple[boo
         blocks = blocks and factors.blocks_bit_identical(whole, workspace)
         fused = fused and blocks and fused_bit_identical(factors, whole, workspace)
     return blocks, fused
-
-
-_COMPARED = 1 << 14  # numbers: of those of one row, one in sixteen may be rounded otherwise

@@ -11,6 +11,7 @@ from threading import Event
 import torch
 
 from ...errors import NonFiniteError, UnchangedTargetsError, shown
+from ...files.finite import all_finite
 
 
 class Outcome:
@@ -60,8 +61,7 @@ def refuse_non_finite(name: str, merged: torch.Tensor, before: Callable[[], torc
 
     `before`: gives the base's values; it is only called if the merged ones are not all finite.
     """
-    extremes = torch.stack(torch.aminmax(merged))  # both are NaN if any element is
-    if torch.isfinite(extremes).all():
+    if all_finite(merged):
         return
     if (torch.isfinite(before()) & ~torch.isfinite(merged)).any():
         raise NonFiniteError(
