@@ -72,6 +72,8 @@ class _Watcher:
     def remove(self, tell: Callable[[Row], None]) -> None:
         with self._lock:
             self._waiting.pop(tell, None)
+            if not self._waiting:
+                self._wake.set()  # so that the thread ends
 
     def _run(self) -> None:
         with self._database.telling(self._wake):

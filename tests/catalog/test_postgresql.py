@@ -8,7 +8,6 @@ import queue
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -39,6 +38,7 @@ from customized_models.jobs.worker import Reporter
 from customized_models.processes import Process
 from tests.servers.commit_proxy import CommitProxy, commit_proxy
 from tests.servers.postgresql_server import PASSWORD, PostgreSQLServer, postgresql_server
+from tests.waiting import until
 
 SECONDS = 60  # for what takes milliseconds
 
@@ -254,11 +254,14 @@ def never_polls(monkeypatch: pytest.MonkeyPatch) -> None:
 def listener_of(postgresql: PostgreSQLServer, but: int = 0) -> int:
     """The number of the server's process that listens for this one, once it is not that one."""
     listening = "SELECT pid FROM pg_stat_activity WHERE query = 'SELECT current_schema()'"
-    while True:  # that of another test goes on for a second
-        pids = [pid for (pid,) in postgresql.execute(listening)]
-        if len(pids) == 1 and pids != [but]:
-            return int(pids[0])
-        time.sleep(0.02)
+    pids: list[int] = []
+
+    def one_listens() -> bool:
+        pids[:] = [pid for (pid,) in postgresql.execute(listening)]
+        return len(pids) == 1 and pids != [but]
+
+    until(one_listens)  # that of another test goes on for a second
+    return pids[0]
 
 
 @pytest.mark.usefixtures("never_polls")

@@ -26,6 +26,7 @@ from customized_models import (
     ModelRegistry,
     NotFoundError,
 )
+from customized_models.catalog.sqlite import SQLite
 from customized_models.errors import MergeError
 from tests.waiting import until
 
@@ -256,7 +257,10 @@ def test_progress_is_told_until_the_end(registry: ModelRegistry) -> None:
     assert asyncio.run(main()) == ["waiting", "starting", "merging", "done"]
 
 
-def test_who_stops_looking_is_told_no_more(registry: ModelRegistry) -> None:
+def test_who_stops_looking_is_told_no_more(
+    registry: ModelRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SQLite, "poll_seconds", 3600.0)  # nobody waits for the next look
     job = submitted(registry)
 
     async def main() -> None:

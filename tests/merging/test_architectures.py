@@ -503,6 +503,7 @@ def test_experts_are_merged_in_pieces_where_those_give_the_same_bits(
     suits: str, five_experts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(expert_stack, "GROUP_ELEMENTS", 1)  # elements: each pair by itself
+    monkeypatch.setattr(expert_stack, "COMPARED", 1)  # numbers: one draw for each shape
     delta, asked = AdaptedLayer.delta_of_experts, []
 
     def noted(layer: AdaptedLayer, *arguments: Any) -> torch.Tensor:
