@@ -7,6 +7,7 @@ import os
 import platform
 import sys
 import uuid
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,6 +21,45 @@ def cores() -> int:
     """How many this process may use."""
     known = hasattr(os, "sched_getaffinity")
     return len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
+
+
+def available_memory() -> int:
+    """How many bytes this process may still take: of the host's, and within its control groups."""
+    left: int = psutil.virtual_memory().available
+    with suppress(OSError):  # not Linux
+        left = min([left, *_left_in_groups()])
+    return max(0, left)
+
+
+def _left_in_groups() -> Iterator[int]:
+    """What the limit of each control group leaves, with the page cache, which gives way.
+
+    Source: Linux, `Documentation/admin-guide/cgroup-v2.rst` and `cgroup-v1/memory.rst`.
+    """
+    for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+        _, controllers, path = line.split(":", 2)
+        for controller in _GROUPS.keys() & {*controllers.split(",")}:
+            mount, limit, used, cache, shared = _GROUPS[controller]
+            innermost = Path(mount, path.lstrip("/"))  # not there where a container has its own
+            for group in (innermost, *innermost.parents):
+                with suppress(OSError, ValueError, KeyError):  # none here, or no limit: "max"
+                    rows = (group / "memory.stat").read_text(encoding="ascii").splitlines()
+                    stat = {name: int(value) for name, value in map(str.split, rows)}
+                    most, taken = (int((group / file).read_text()) for file in (limit, used))
+                    yield most - taken + stat[cache] - stat[shared]
+
+
+_GROUPS = {
+    "": ("/sys/fs/cgroup", "memory.max", "memory.current", "file", "shmem"),
+    "memory": (
+        "/sys/fs/cgroup/memory",
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        "total_cache",
+        "total_shmem",
+    ),
+}
+"""By controller, none for version 2: where groups are, and the names of their numbers."""
 
 
 def refuse_windows() -> None:

@@ -22,6 +22,7 @@ from .models import (
     BaseModel,
     CompleteModel,
     CustomizedModel,
+    Progress,
     is_adapter,
     is_trained_checkpoint,
     no_progress,
@@ -81,12 +82,23 @@ def merge_of(
 
 @contextmanager
 def proven_merge(
-    shelf: Shelf, base: BaseModel, customized: CustomizedModel
+    shelf: Shelf,
+    base: BaseModel,
+    customized: CustomizedModel,
+    *,
+    in_memory: Progress | None = None,
 ) -> Iterator[tuple[CompletedSource, FileCheck]]:
     """As `merge_of`, of registered models that the caller holds.
 
     Every byte of an adapter is compared with what was registered before anything is merged, and
     what a full model takes from its base with what was added.
+
+    Args:
+        shelf: Where their bytes are.
+        base: The base.
+        customized: What is merged into it.
+        in_memory: If the host is to keep the base in memory, for merges of other adapters as well:
+            told how many bytes of it have been read.
 
     Yields:
         The merge, and what compares its layout with what was recorded, to be finished by the block:
@@ -108,10 +120,12 @@ def proven_merge(
                 yield completed, adapter_check
             return
         adapter_check.finish(no_progress)
-        with merge_of(
-            base_directory, directory, trust_remote_code=base.trust_remote_code
-        ) as merged:
-            yield merged, check
+        with ExitStack() as stack:
+            if in_memory is not None:
+                kept = check.from_memory(in_memory)
+                base_directory, check = stack.enter_context(kept)
+            merging = merge_of(base_directory, directory, trust_remote_code=base.trust_remote_code)
+            yield stack.enter_context(merging), check
 
 
 @contextmanager

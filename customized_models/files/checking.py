@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from attrs import frozen
 
 from ..errors import CustomizedModelsError, listed
 from ..models import Progress
-from .digests import BLAKE3, FileDigest
+from .digests import NO_HASH, FileDigest
 from .streams import FileReader, parallel_files, reading
 
 _REPORT_SECONDS = 0.2  # between two reports
@@ -117,6 +118,24 @@ class FileCheck:
         """A check that every file passes."""
         return cls(directory, {}, lambda names: CustomizedModelsError(listed(names)))
 
+    @contextmanager
+    def from_memory(self, progress: Progress) -> Iterator[tuple[Path, FileCheck]]:
+        """The files as this host keeps them in memory, for all that read them at about one time.
+
+        They are read and compared once, by whoever comes first, and cannot change. Where the host
+        does not keep them, these are the files as they are, and this check.
+
+        Args:
+            progress: Told how many bytes have been read; raises to stop.
+        """
+        if sys.platform != "linux":
+            yield self._directory, self
+            return
+        from .kept import kept_in_memory
+
+        with kept_in_memory(self._directory, self._expected, progress) as kept:
+            yield (kept, FileCheck.of_nothing(kept)) if kept else (self._directory, self)
+
     def only(self, names: Collection[str]) -> FileCheck:
         """A check of these files alone."""
         expected = {name: self._expected[name] for name in names}
@@ -134,7 +153,7 @@ class FileCheck:
             StorageError: It cannot be read.
         """
         expected = self._expected.get(name)
-        algorithm = expected.algorithm if expected else BLAKE3
+        algorithm = expected.algorithm if expected else NO_HASH
         with reading(self._directory / name, algorithm) as reader:
             yield reader
             self._compare({name: Found(reader.finish(), Identity.of(reader.status))})

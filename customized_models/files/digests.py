@@ -18,6 +18,8 @@ from .reading import opened, read_some
 
 BLAKE3 = "blake3"
 SHA256 = "sha256"
+NO_HASH = "none"
+"""For bytes of which nobody needs the digest."""
 
 _PIECE = 4 << 20  # bytes: enough that the time is in the hash and not in calls
 
@@ -32,12 +34,23 @@ class Hash(Protocol):
         """Of all bytes so far."""
 
 
+class _NoHash:
+    def update(self, data: bytes | bytearray | memoryview, /) -> None:
+        """See `Hash`."""
+
+    def hexdigest(self) -> str:
+        """See `Hash`."""
+        return ""
+
+
 def new_hash(algorithm: str = BLAKE3) -> Hash:
     """A hash of nothing.
 
     Args:
-        algorithm: BLAKE3 or SHA256.
+        algorithm: BLAKE3, SHA256 or NO_HASH.
     """
+    if algorithm == NO_HASH:
+        return _NoHash()
     if algorithm == BLAKE3:
         from blake3 import blake3
 

@@ -10,7 +10,7 @@ import sys
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -43,6 +43,7 @@ from customized_models.storage import Storage
 from customized_models.testing import tiny_llama, tiny_lora
 from tests.deploying.third_party import Shelf
 from tests.jobs.storages import Deadly, Gated, Shared
+from tests.opens import counting_opens
 from tests.servers.postgresql_server import PASSWORD, QUOTED, PostgreSQLServer, postgresql_server
 from tests.servers.process import free_port
 from tests.waiting import stop_outside_a_transaction, until
@@ -106,6 +107,26 @@ def test_an_executor_saves_what_a_process_of_this_host_does(
         }
     assert [job.state for job in jobs] == ["succeeded"] * 2
     assert "merging" in jobs[0].log
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone has memory that can be sealed")
+@pytest.mark.parametrize("workers", [None, 2])
+def test_a_fleet_reads_its_base_once(workers: int | None, tmp_path: Path) -> None:
+    registry, base = ModelRegistry(tmp_path / "models"), tiny_llama(tmp_path / "base")
+    registry.add_base_model("llama-tiny", base)
+    kinds = {"lora": {}, "dora": {"use_dora": True}, "head": {"modules_to_save": ["lm_head"]}}
+    models = [
+        registry.register(tiny_lora(tmp_path / kind, base, **options), train_name=kind)
+        for kind, options in kinds.items()
+    ]
+    alone = [Merger(registry).save(model).result(progress=False).digest for model in models]
+    with ExitStack() as stack:
+        opened = stack.enter_context(counting_opens(base))
+        pool = stack.enter_context(ThreadPoolExecutor(workers)) if workers else None
+        jobs = Merger(registry, executor=pool).save_many(models)
+        assert [job.result(progress=False).digest for job in jobs] == alone
+        weights = {path.name for path in base.glob("*.safetensors")}
+        assert {name: opened()[name] for name in weights} == dict.fromkeys(weights, 1)
 
 
 def test_jobs_are_in_the_order_of_their_models(

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -73,7 +74,10 @@ def test_an_adapter_that_was_altered_in_the_registry_is_not_saved(
     assert list(registry.complete_models()) == []
 
 
-def test_a_base_with_other_bytes_is_not_merged_though_it_looks_untouched(tmp_path: Path) -> None:
+@pytest.mark.parametrize("save", [Merger.save, lambda merger, model: merger.save_many([model])[0]])
+def test_a_base_with_other_bytes_is_not_merged_though_it_looks_untouched(
+    save: Callable[[Merger, CustomizedModel], Job[CompleteModel]], tmp_path: Path
+) -> None:
     """Same size, time and inode: only reading it again tells."""
     base = tiny_llama(tmp_path / "base")
     registry = ModelRegistry(tmp_path / "models")
@@ -88,7 +92,7 @@ def test_a_base_with_other_bytes_is_not_merged_though_it_looks_untouched(tmp_pat
         file.write(bytes([last[0] ^ 1]))
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     with pytest.raises(BaseModelMismatch, match=re.escape(path.name)):
-        Merger(registry).save(customized).result(progress=False)
+        save(Merger(registry), customized).result(progress=False)
     assert list(registry.complete_models()) == []
     assert list((registry.root / ".staging").iterdir()) == []
 
