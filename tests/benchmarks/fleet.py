@@ -5,9 +5,10 @@
 
 For each database and storage: a plain loop of `save`, then `save_many` with an executor of one
 thread, and of two. What is printed for one adapter is the time, the seconds of processors that its
-worker took, the bytes that it read from files, and those that came from the disk and not from the
-page cache. Linux alone counts them. From S3, here a versitygw on this host, each complete model is
-read once more, to be compared.
+worker and its share of the base's keeper took, the bytes that workers read, those that keepers read
+from the base, and those that came from the disk and not from the page cache. What the workers of a
+fleet read of the base, they read from the keeper's memory. Linux alone counts all this. From S3,
+here a versitygw on this host, each complete model is read once more, to be compared.
 
 The base is random and made once. A complete model is removed once it is there, so that there must
 be room for four. The imports, which each host pays once, are not in the figures.
@@ -39,7 +40,7 @@ from tests.waiting import until
 
 SCALES: dict[str, dict[str, Any]] = {"1b": LLAMA_1B, "tiny": {}}
 DATABASES, STORAGES = ("sqlite", "postgresql"), ("local", "s3")
-HEADS = ("s", "CPU s", "GB read", "from disk")
+HEADS = ("s", "CPU s", "GB read", "GB kept", "from disk")
 
 
 def make(directory: Path, scale: str) -> None:
@@ -52,20 +53,41 @@ def make(directory: Path, scale: str) -> None:
 
 @frozen
 class Spent:
-    """What workers have spent: seconds of processors, bytes read from files, and from the disk."""
+    """What has been spent: seconds of processors, and bytes.
+
+    Attributes:
+        cpu: Of workers and keepers.
+        read: By workers.
+        kept: By keepers.
+        disk: By both, of the disk.
+    """
 
     cpu: float
-    files: int
+    read: int
+    kept: int
     disk: int
 
     @classmethod
     def so_far(cls) -> Spent:
-        """By all workers that have ended: the system adds theirs to their server's."""
+        """By keepers that are there, and by workers that have ended.
+
+        The system adds those to their server's.
+        """
         server = psutil.Process(warm_up())
-        until(lambda: not server.children())
+        until(lambda: not set(server.children()) - set(keepers()))
         times, counters = server.cpu_times(), server.io_counters()
-        cpu = times.children_user + times.children_system
-        return cls(cpu, counters.read_chars, counters.read_bytes)
+        cpu, kept, disk = times.children_user + times.children_system, 0, counters.read_bytes
+        for keeper in keepers():
+            cpu += keeper.cpu_times().user + keeper.cpu_times().system
+            kept += keeper.io_counters().read_chars
+            disk += keeper.io_counters().read_bytes
+        return cls(cpu, counters.read_chars, kept, disk)
+
+
+def keepers() -> list[psutil.Process]:
+    """All processes that keep files in memory."""
+    every = psutil.process_iter(["cmdline"])
+    return [one for one in every if "files.keeper" in " ".join(one.info["cmdline"] or ())]
 
 
 def loop(registry: ModelRegistry, models: list[CustomizedModel]) -> None:
@@ -86,12 +108,14 @@ def measure(registry: ModelRegistry, models: list[CustomizedModel], workers: lis
     loop(registry, models[:1])  # the imports, and the base into the page cache
     ways = {"loop of save": loop} | {f"{count} worker(s)": fleet(count) for count in workers}
     for title, way in ways.items():
+        until(lambda: not keepers())
         settle()
         before, begun = Spent.so_far(), time.perf_counter()
         way(registry, models)
         seconds, after = time.perf_counter() - begun, Spent.so_far()
-        gigabytes = ((after.files - before.files) / 1e9, (after.disk - before.disk) / 1e9)
-        each = (value / len(models) for value in (seconds, after.cpu - before.cpu, *gigabytes))
+        counts = (after.read - before.read, after.kept - before.kept, after.disk - before.disk)
+        spent = (seconds, after.cpu - before.cpu, *(count / 1e9 for count in counts))
+        each = (value / len(models) for value in spent)
         print(f"  {title:14}" + "".join(f"{value:12.3f}" for value in each), flush=True)
 
 
