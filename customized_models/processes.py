@@ -27,16 +27,20 @@ def available_memory() -> int:
     """How many bytes this process may still take: of the host's, and within its control groups."""
     left: int = psutil.virtual_memory().available
     with suppress(OSError):  # not Linux
-        left = min([left, *_left_in_groups()])
+        groups = Path("/proc/self/cgroup").read_text(encoding="utf-8")
+        left = min([left, *_left_in(groups)])
     return max(0, left)
 
 
-def _left_in_groups() -> Iterator[int]:
+def _left_in(groups: str) -> Iterator[int]:
     """What the limit of each control group leaves, with the page cache, which gives way.
 
     Source: Linux, `Documentation/admin-guide/cgroup-v2.rst` and `cgroup-v1/memory.rst`.
+
+    Args:
+        groups: As `/proc/self/cgroup` names them.
     """
-    for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+    for line in groups.splitlines():
         _, controllers, path = line.split(":", 2)
         for controller in _GROUPS.keys() & {*controllers.split(",")}:
             mount, limit, used, cache, shared = _GROUPS[controller]

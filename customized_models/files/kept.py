@@ -69,7 +69,7 @@ def kept_in_memory(
 
 
 def _connection(directory: Path, files: Mapping[str, FileDigest]) -> socket.socket | None:
-    """A connection to the keeper of the files, which is started if there is none, but room."""
+    """A connection to the keeper of the files; one is started if there is none, but memory."""
     try:
         name = _name(directory, files)
     except OSError:  # one is missing
