@@ -11,19 +11,25 @@ many open files, and null is the end.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
+import resource
 import selectors
 import socket
 import struct
 import sys
+import time
+from collections import deque
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from threading import Event
+from typing import Any, TypeAlias
 
 from ..errors import IntegrityError, shown
+from ..processes import available_memory
 from .digests import FileDigest
 from .streams import FileReader, parallel_files, reading
 
@@ -33,10 +39,21 @@ REPORT_SECONDS = 0.2
 FILES = 100
 """The most open files that come with a message; the system takes 253."""
 
-SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
-"""What the system promises of memory: it stays as it is, and so does this promise."""
-
 _PIECE = 1 << 20  # bytes that are read, hashed and kept at once
+
+_Message: TypeAlias = "tuple[object, list[int]]"  # and the descriptors that come with it
+
+
+def seals() -> int:
+    """What the system promises of memory: it stays as it is, and so does this promise."""
+    return fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
+
+
+def is_of_this_user(connection: socket.socket) -> bool:
+    """Whether the process at the other end is of the user of this one."""
+    credentials = struct.Struct("iII")  # process, user, group; see unix(7)
+    peer = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, credentials.size)
+    return bool(credentials.unpack(peer)[1] == os.getuid())
 
 
 def main(fd: int) -> None:
@@ -45,91 +62,127 @@ def main(fd: int) -> None:
     Standard input says in JSON which directory they are in, the size and the digest of each by its
     name, and for how many seconds to stay when nobody is connected.
     """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     directory, digests, idle_seconds = json.load(sys.stdin)
-    keeper = _Keeper(socket.socket(fileno=fd))
-    keeper.read(Path(directory), {name: FileDigest(*digest) for name, digest in digests.items()})
-    while keeper.meet(None if keeper.clients else idle_seconds):
-        pass
-
-
-def is_of_this_user(connection: socket.socket) -> bool:
-    """Whether the process at the other end is of the user of this one."""
-    size = struct.calcsize("3i")
-    peer = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
-    return bool(struct.unpack("3i", peer)[1] == os.getuid())
+    files = {name: FileDigest(*digest) for name, digest in digests.items()}
+    _Keeper(socket.socket(fileno=fd), idle_seconds).keep(Path(directory), files)
 
 
 class _Keeper:
-    def __init__(self, listener: socket.socket) -> None:
-        self.clients: set[socket.socket] = set()
+    def __init__(self, listener: socket.socket, idle_seconds: float) -> None:
         self._listener = listener
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ)
-        self._readers: list[FileReader] = []
+        self._idle_seconds = idle_seconds
+        self._needed_until = time.monotonic() + idle_seconds
+        self._unsent: dict[socket.socket, deque[_Message]] = {}  # to each that is connected
         self._kept: dict[str, int] = {}  # descriptors
+        self._stopped = Event()
 
-    def read(self, directory: Path, files: Mapping[str, FileDigest]) -> None:
-        """Read all files, and give them to whoever has connected meanwhile.
+    def keep(self, directory: Path, files: Mapping[str, FileDigest]) -> None:
+        """Read all files, and give them away for as long as anybody needs them.
 
         Raises:
             CustomizedModelsError: One cannot be read, or is not what was recorded.
+            MemoryError: Others have taken what there was.
         """
-        with ThreadPoolExecutor(parallel_files()) as pool:
-            kept = {n: pool.submit(self._read_one, directory / n, files[n]) for n in files}
-            while wait(kept.values(), timeout=0).not_done:
-                self.meet(REPORT_SECONDS)
-                for client in [*self.clients]:
-                    self._send(client, sum(reader.position for reader in [*self._readers]))
-            self._kept = {name: future.result() for name, future in kept.items()}
-        for client in [*self.clients]:
+        self._kept = self._read_all(directory, files)
+        for client in self._unsent:
             self._give(client)
+        while self._meet(None):
+            pass
 
-    def _read_one(self, path: Path, expected: FileDigest) -> int:
+    def _read_all(self, directory: Path, files: Mapping[str, FileDigest]) -> dict[str, int]:
+        total, readers = sum(digest.size for digest in files.values()), list[FileReader]()
+        with ThreadPoolExecutor(parallel_files()) as pool:
+            read = {n: pool.submit(self._read, directory / n, files[n], readers) for n in files}
+            try:
+                while not all(future.done() for future in read.values()):
+                    for future in read.values():
+                        if future.done():
+                            future.result()  # raises what went wrong, not waiting for the others
+                    done = sum(reader.position for reader in [*readers])
+                    if available_memory() < total - done:
+                        raise MemoryError
+                    for unsent in self._unsent.values():
+                        if not unsent:  # whoever does not listen is not told again
+                            unsent.append((done, []))
+                    if not self._meet(REPORT_SECONDS):
+                        sys.exit()
+            finally:
+                self._stopped.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+        return {name: future.result() for name, future in read.items()}
+
+    def _read(self, path: Path, expected: FileDigest, readers: list[FileReader]) -> int:
         fd = os.memfd_create(path.name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         piece = memoryview(bytearray(_PIECE))
         with reading(path, expected.algorithm) as reader:
-            self._readers.append(reader)
+            readers.append(reader)
             while part := piece[: min(_PIECE, expected.size - reader.position)]:
+                if self._stopped.is_set():
+                    raise CancelledError
                 reader.read_into(part)
                 while part:
                     part = part[os.write(fd, part) :]
             if reader.finish() != expected:
                 raise IntegrityError(f"{shown(path.name)} is not what was recorded")
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals())
         return fd
 
-    def meet(self, seconds: float | None) -> bool:
-        """Wait until somebody comes or goes, but not longer than that; returns whether one did."""
-        events = self._selector.select(seconds)
-        for key, _ in events:
-            if key.fileobj is not self._listener:
-                self._drop(key.fileobj)
-                continue
-            client, _ = self._listener.accept()
-            client.setblocking(False)  # whoever does not listen delays nobody
-            self.clients.add(client)
-            self._selector.register(client, selectors.EVENT_READ)
-            if not is_of_this_user(client):
-                self._drop(client)
-            elif self._kept:
-                self._give(client)
-        return bool(events)
+    def _meet(self, seconds: float | None) -> bool:
+        """Send what is unsent, and see who comes and goes; returns whether anybody needs this.
+
+        Args:
+            seconds: How long to wait; until something happens if None.
+        """
+        for client in [*self._unsent]:
+            self._send(client)
+        now = time.monotonic()
+        if self._unsent:
+            self._needed_until = now + self._idle_seconds
+            if seconds is None and any(self._unsent.values()):
+                seconds = REPORT_SECONDS
+        elif seconds is None:
+            seconds = max(0.0, self._needed_until - now)
+        for key, _ in self._selector.select(seconds):
+            if key.fileobj is self._listener:
+                self._welcome(self._listener.accept()[0])
+            else:
+                self._drop(key.fileobj)  # it says nothing but that it goes
+        return bool(self._unsent) or time.monotonic() < self._needed_until
+
+    def _welcome(self, client: socket.socket) -> None:
+        if not is_of_this_user(client):
+            client.close()
+            return
+        client.setblocking(False)
+        self._unsent[client] = deque()
+        self._selector.register(client, selectors.EVENT_READ)
+        if self._kept:
+            self._give(client)
 
     def _give(self, client: socket.socket) -> None:
         names = sorted(self._kept)
         for start in range(0, len(names), FILES):
             some = names[start : start + FILES]
-            self._send(client, some, [self._kept[name] for name in some])
-        self._send(client, None)
+            self._unsent[client].append((some, [self._kept[name] for name in some]))
+        self._unsent[client].append((None, []))
 
-    def _send(self, client: socket.socket, message: object, fds: list[int] | None = None) -> None:
+    def _send(self, client: socket.socket) -> None:
+        unsent = self._unsent[client]
         try:
-            socket.send_fds(client, [json.dumps(message).encode()], fds or [])
-        except OSError:  # it has gone
-            self._drop(client)
+            while unsent:
+                message, fds = unsent[0]
+                socket.send_fds(client, [json.dumps(message).encode()], fds)
+                unsent.popleft()
+        except OSError as error:
+            # It does not listen just now, or too many open files are on their way to others.
+            if error.errno not in (errno.EAGAIN, errno.ETOOMANYREFS):
+                self._drop(client)
 
     def _drop(self, client: Any) -> None:
-        if client in self.clients:
-            self.clients.remove(client)
-            self._selector.unregister(client)
-            client.close()
+        del self._unsent[client]
+        self._selector.unregister(client)
+        client.close()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import socket
 import subprocess
@@ -20,10 +21,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from ..errors import CustomizedModelsError
 from ..models import Progress
 from ..processes import available_memory
 from .digests import FileDigest, digest_of
-from .keeper import FILES, SEALS, is_of_this_user
+from .keeper import FILES, is_of_this_user, seals
 
 SHARE = 0.25
 """How much of the memory that this host has left a keeper may take."""
@@ -35,6 +37,13 @@ _TRIES, _TRY_SECONDS = 40, 0.05  # to find a keeper that has just begun, or is a
 _SILENT_SECONDS = 30.0  # it says several times a second how far it is
 _MESSAGE = 1 << 17  # bytes: a hundred names
 
+_log = logging.getLogger(__name__)
+
+
+def can_keep() -> bool:
+    """Whether this Python knows of memory that can be sealed; some are built for old Linuxes."""
+    return hasattr(os, "memfd_create") and hasattr(fcntl, "F_GET_SEALS")
+
 
 @contextmanager
 def kept_in_memory(
@@ -45,35 +54,53 @@ def kept_in_memory(
     Args:
         directory: Where the files are.
         files: What each of them must hold.
-        progress: Told how many bytes have been read; raises to stop.
+        progress: Told how many bytes have been read; raises an error of ours to stop.
 
     Yields:
-        The directory. None if there is too little memory, if a file is not what it must be or
-        cannot be read, or if the keeper has gone: whoever reads the files finds out.
+        The directory, for this process alone. None if that cannot be, for whatever reason: there is
+        too little memory, a file is not what it must be, the keeper has gone. Whoever then reads
+        the files finds out what is wrong with them.
     """
     with ExitStack() as stack:
-        connection = _connection(directory, files)
-        if connection is None:
-            yield None
-            return
-        stack.enter_context(connection)
-        kept = _received(connection, files, progress, stack)
-        if kept is None:
-            yield None
-            return
-        view = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        for name, fd in kept.items():
-            (view / name).parent.mkdir(parents=True, exist_ok=True)
-            (view / name).symlink_to(f"/proc/{os.getpid()}/fd/{fd}")
+        view = None
+        if can_keep():
+            try:
+                view = _view(directory, files, progress, stack)
+            except CustomizedModelsError:
+                raise
+            except (OSError, RuntimeError, ValueError):  # RuntimeError: no more threads
+                _log.info("not kept in memory: %s", directory, exc_info=True)
+        if view is None:
+            stack.close()
         yield view
 
 
-def _connection(directory: Path, files: Mapping[str, FileDigest]) -> socket.socket | None:
-    """A connection to the keeper of the files; one is started if there is none, but memory."""
-    try:
-        name = _name(directory, files)
-    except OSError:  # one is missing
+def _view(
+    directory: Path, files: Mapping[str, FileDigest], progress: Progress, stack: ExitStack
+) -> Path | None:
+    """The directory to yield; `stack` ends it."""
+    connection = _connection(directory, files)
+    if connection is None:
         return None
+    stack.enter_context(connection)
+    kept = _received(connection, files, progress, stack)
+    if kept is None:
+        return None
+    # Of the same name, by which transformers calls the code of a base.
+    view = Path(stack.enter_context(tempfile.TemporaryDirectory()), directory.name)
+    for name, fd in kept.items():
+        link = view / name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(f"/proc/self/fd/{fd}")
+        if not os.path.samestat(link.stat(), os.fstat(fd)):
+            return None
+    _log.info("kept in memory: %s", directory)
+    return view
+
+
+def _connection(directory: Path, files: Mapping[str, FileDigest]) -> socket.socket | None:
+    """A connection to the keeper of the files; one is started if there is none, and room for it."""
+    name = _name(directory, files)
     for _ in range(_TRIES):
         with _unconnected() as listener:
             if _takes(listener, name):
@@ -122,19 +149,20 @@ def _start_keeper(
         f"import sys; sys.path.append({package!r}); "
         f"from customized_models.files.keeper import main; main({fd})"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-P", "-c", code],
-        stdin=subprocess.PIPE,
-        pass_fds=[fd],
-        cwd="/",
-        start_new_session=True,
-        text=True,
-    )
-    threading.Thread(target=process.wait, daemon=True, name="reaper").start()  # no zombies
     digests = {name: [digest.size, digest.digest] for name, digest in files.items()}
-    assert process.stdin is not None
-    with suppress(BrokenPipeError), process.stdin as task:
+    with tempfile.TemporaryFile("w+") as task:
         json.dump([os.path.abspath(directory), digests, IDLE_SECONDS], task)
+        task.seek(0)
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-c", code],
+            stdin=task,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            pass_fds=[fd],
+            cwd="/",
+            start_new_session=True,
+        )
+    threading.Thread(target=process.wait, daemon=True, name="reaper").start()  # no zombies
 
 
 def _received(
@@ -147,10 +175,7 @@ def _received(
     kept: dict[str, int] = {}
     total = sum(digest.size for digest in files.values())
     while True:
-        try:
-            data, fds, _, _ = socket.recv_fds(connection, _MESSAGE, FILES)
-        except OSError:
-            return None
+        data, fds, _, _ = socket.recv_fds(connection, _MESSAGE, FILES)
         for fd in fds:
             stack.callback(os.close, fd)
         if not data:
@@ -168,9 +193,8 @@ def _are_sealed(kept: Mapping[str, int], files: Mapping[str, FileDigest]) -> boo
     """Whether these are the files, none of which can change any more."""
     if kept.keys() != files.keys():
         return False
-    with suppress(OSError):  # no such memory at all
-        return all(
-            fcntl.fcntl(fd, fcntl.F_GET_SEALS) == SEALS and os.fstat(fd).st_size == files[name].size
-            for name, fd in kept.items()
-        )
-    return False
+    return all(  # hardened systems add one seal more
+        fcntl.fcntl(fd, fcntl.F_GET_SEALS) & seals() == seals()
+        and os.fstat(fd).st_size == files[name].size
+        for name, fd in kept.items()
+    )

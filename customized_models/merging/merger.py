@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Executor
 from contextlib import contextmanager
@@ -117,8 +118,8 @@ class Merger:
 
         Jobs with the same base follow each other, and each host reads a base once for all of them:
         it keeps it in memory, compared with what was added and sealed, until half a minute after
-        the last. Where that would take more than a quarter of the memory that is left, or on macOS,
-        each job reads its base for itself.
+        the last. Where that would take more than a quarter of the memory that is left, or where
+        memory cannot be sealed, as on macOS, each job reads its base for itself.
 
         >>> jobs = merger.save_many(registry.customized_models())           # doctest: +SKIP
         >>> for job in as_completed(jobs):                                  # doctest: +SKIP
@@ -136,7 +137,10 @@ class Merger:
             raise refused("customized_models", customized_models, "several models, or their names")
         models = [self._customized(given) for given in customized_models]
         by_base = sorted(range(len(models)), key=lambda n: models[n].base)
-        jobs = {n: self._start(models[n], {"in_memory": True}) for n in by_base}
+        several = {base for base, count in Counter(m.base for m in models).items() if count > 1}
+        jobs = {
+            n: self._start(models[n], {"in_memory": models[n].base in several}) for n in by_base
+        }
         return [jobs[n] for n in range(len(models))]
 
     def _customized(self, given: CustomizedModel | str) -> CustomizedModel:

@@ -74,7 +74,9 @@ def test_an_adapter_that_was_altered_in_the_registry_is_not_saved(
     assert list(registry.complete_models()) == []
 
 
-@pytest.mark.parametrize("save", [Merger.save, lambda merger, model: merger.save_many([model])[0]])
+@pytest.mark.parametrize(
+    "save", [Merger.save, lambda merger, model: merger.save_many([model, model])[0]]
+)
 def test_a_base_with_other_bytes_is_not_merged_though_it_looks_untouched(
     save: Callable[[Merger, CustomizedModel], Job[CompleteModel]], tmp_path: Path
 ) -> None:
