@@ -45,7 +45,7 @@ def upload(filesystem: Any, file: Path, path: str, at_once: int) -> None:
             opened.seek((number - 1) * length)
             data = opened.read(length)
         etag = stored.get((number, len(data)))
-        if etag != hashlib.md5(data, usedforsecurity=False).hexdigest():
+        if etag is None or etag != hashlib.md5(data, usedforsecurity=False).hexdigest():
             etag = call("upload_part", UploadId=id, PartNumber=number, Body=data)["ETag"]
         return {"PartNumber": number, "ETag": etag}
 

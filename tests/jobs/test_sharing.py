@@ -63,7 +63,8 @@ def shared(
     workers: int = 2,
 ) -> Job[CompleteModel]:
     """The job of a save whose workers have a storage of that kind."""
-    of_workers = ModelRegistry(registry.root, storage=kind(registry.root))
+    database = registry.catalog.database.url
+    of_workers = ModelRegistry(registry.root, storage=kind(registry.root), database=database)
     return Merger(of_workers, executor=pool).save(customized, workers=workers)
 
 
@@ -83,8 +84,10 @@ def nothing_is_left(registry: ModelRegistry) -> bool:
 
 @pytest.mark.slow
 def test_three_workers_make_what_one_does(
-    registry: ModelRegistry, customized: CustomizedModel, pool: ThreadPoolExecutor
+    each_registry: ModelRegistry, tiny_adapter: Path, pool: ThreadPoolExecutor
 ) -> None:
+    registry = each_registry
+    customized = registry.register(tiny_adapter, train_name="support")
     job = shared(registry, customized, pool, workers=3)
     complete = job.result(progress=False)
     pool.shutdown()
@@ -207,8 +210,10 @@ def test_another_helper_goes_on_after_one_that_was_killed(
 
 @pytest.mark.slow
 def test_another_worker_takes_over_what_helpers_of_a_killed_one_have_made(
-    registry: ModelRegistry, customized: CustomizedModel, pool: ThreadPoolExecutor
+    each_registry: ModelRegistry, tiny_adapter: Path, pool: ThreadPoolExecutor
 ) -> None:
+    registry = each_registry
+    customized = registry.register(tiny_adapter, train_name="support")
     job = shared(registry, customized, pool, DeadlyToWorkers)
     complete = job.result(progress=False)
     pool.shutdown()
