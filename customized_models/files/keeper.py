@@ -139,13 +139,10 @@ class _Keeper:
         """
         for client in [*self._unsent]:
             self._send(client)
-        now = time.monotonic()
-        if self._unsent:
-            self._needed_until = now + self._idle_seconds
-            if seconds is None and any(self._unsent.values()):
-                seconds = REPORT_SECONDS
-        elif seconds is None:
-            seconds = max(0.0, self._needed_until - now)
+        if seconds is None and any(self._unsent.values()):
+            seconds = REPORT_SECONDS
+        elif seconds is None and not self._unsent:
+            seconds = max(0.0, self._needed_until - time.monotonic())
         for key, _ in self._selector.select(seconds):
             if key.fileobj is self._listener:
                 self._welcome(self._listener.accept()[0])
@@ -186,3 +183,4 @@ class _Keeper:
         del self._unsent[client]
         self._selector.unregister(client)
         client.close()
+        self._needed_until = time.monotonic() + self._idle_seconds

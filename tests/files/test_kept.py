@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -164,6 +165,18 @@ def test_a_keeper_ends_when_nobody_has_been_connected_for_a_while(
     with kept_in_memory(directory, files, no_progress):
         (keeper,) = keepers()
     until(lambda: not psutil.pid_exists(keeper))
+
+
+def test_it_waits_from_when_the_last_has_gone_and_not_from_when_it_came(
+    directory: Path, files: dict[str, FileDigest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kept, "IDLE_SECONDS", 2.0)
+    with kept_in_memory(directory, files, no_progress):
+        before = keepers()
+        time.sleep(2.5)
+    with kept_in_memory(directory, files, no_progress) as view:
+        assert view is not None
+        assert keepers() == before
 
 
 def test_files_that_were_touched_are_read_again(
