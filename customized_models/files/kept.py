@@ -69,9 +69,10 @@ def kept_in_memory(
             except CustomizedModelsError:
                 raise
             except (OSError, RuntimeError, ValueError):  # RuntimeError: no more threads
-                _log.info("not kept in memory: %s", directory, exc_info=True)
+                _log.debug("the keeper of %s", directory, exc_info=True)
         if view is None:
             stack.close()
+        _log.info("%skept in memory: %s", "" if view else "not ", directory)
         yield view
 
 
@@ -94,7 +95,6 @@ def _view(
         link.symlink_to(f"/proc/self/fd/{fd}")
         if not os.path.samestat(link.stat(), os.fstat(fd)):
             return None
-    _log.info("kept in memory: %s", directory)
     return view
 
 
