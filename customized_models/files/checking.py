@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from attrs import frozen
 from ..errors import CustomizedModelsError, listed
 from ..models import Progress
 from .digests import NO_HASH, FileDigest
+from .kept import kept_in_memory
 from .streams import FileReader, parallel_files, reading
 
 _REPORT_SECONDS = 0.2  # between two reports
@@ -128,11 +128,6 @@ class FileCheck:
         Args:
             progress: Told how many bytes have been read; raises to stop.
         """
-        if sys.platform != "linux":
-            yield self._directory, self
-            return
-        from .kept import kept_in_memory
-
         with kept_in_memory(self._directory, self._expected, progress) as kept:
             yield (kept, FileCheck.of_nothing(kept)) if kept else (self._directory, self)
 

@@ -12,10 +12,8 @@ many open files, and null is the end.
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
-import resource
 import selectors
 import socket
 import struct
@@ -46,6 +44,8 @@ _Message: TypeAlias = "tuple[object, list[int]]"  # and the descriptors that com
 
 def seals() -> int:
     """What the system promises of memory: it stays as it is, and so does this promise."""
+    import fcntl  # Windows, where the package can be imported, has none
+
     return fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
 
 
@@ -62,6 +62,8 @@ def main(fd: int) -> None:
     Standard input says in JSON which directory they are in, the size and the digest of each by its
     name, and for how many seconds to stay when nobody is connected.
     """
+    import resource  # as above
+
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     directory, digests, idle_seconds = json.load(sys.stdin)
@@ -116,6 +118,8 @@ class _Keeper:
         return {name: future.result() for name, future in read.items()}
 
     def _read(self, path: Path, expected: FileDigest, readers: list[FileReader]) -> int:
+        import fcntl
+
         fd = os.memfd_create(path.name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         piece = memoryview(bytearray(_PIECE))
         with reading(path, expected.algorithm) as reader:

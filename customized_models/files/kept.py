@@ -7,7 +7,6 @@ back when that ends. Linux alone has such names, and memory that can be sealed.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -41,8 +40,15 @@ _log = logging.getLogger(__name__)
 
 
 def can_keep() -> bool:
-    """Whether this Python knows of memory that can be sealed; some are built for old Linuxes."""
-    return hasattr(os, "memfd_create") and hasattr(fcntl, "F_GET_SEALS")
+    """Whether this Python knows of memory that can be sealed.
+
+    That of other systems does not, nor one that was built for old Linuxes.
+    """
+    if not hasattr(os, "memfd_create"):
+        return False
+    import fcntl  # Windows, where the package can be imported, has none
+
+    return hasattr(fcntl, "F_GET_SEALS")
 
 
 @contextmanager
@@ -191,6 +197,8 @@ def _received(
 
 def _are_sealed(kept: Mapping[str, int], files: Mapping[str, FileDigest]) -> bool:
     """Whether these are the files, none of which can change any more."""
+    import fcntl
+
     if kept.keys() != files.keys():
         return False
     return all(  # hardened systems add one seal more
