@@ -1,15 +1,18 @@
-"""Processes, known beyond their number: which host, which one of that number."""
+"""Processes: which one of which host, what they may take, and Pythons of our own."""
 
 from __future__ import annotations
 
 import functools
 import os
 import platform
+import subprocess
 import sys
+import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 import psutil
 from attrs import frozen
@@ -64,6 +67,39 @@ _GROUPS = {
     ),
 }
 """By controller, none for version 2: where groups are, and the names of their numbers."""
+
+
+def start_server(
+    module: str,
+    fd: int,
+    *,
+    stdin: int | IO[str] = subprocess.DEVNULL,
+    cwd: str | None = None,
+    env: Mapping[str, str] | None = None,
+) -> subprocess.Popen[bytes]:
+    """Start a Python of its own, in a session of its own, that calls `main(fd)` of a module.
+
+    Args:
+        module: Its name, of this package.
+        fd: An open file, which the process inherits.
+        stdin: As for `subprocess.Popen`, and so are the others.
+        cwd: Where it runs.
+        env: Its environment.
+    """
+    package = str(Path(__file__).parent.parent)
+    code = f"import sys; sys.path.append({package!r}); from {module} import main; main({fd})"
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-c", code],
+        stdin=stdin,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        pass_fds=[fd],
+        cwd=cwd,
+        env=env,
+        start_new_session=True,
+    )
+    threading.Thread(target=process.wait, daemon=True, name="reaper").start()  # no zombies
+    return process
 
 
 def refuse_windows() -> None:

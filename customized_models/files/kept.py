@@ -11,10 +11,7 @@ import json
 import logging
 import os
 import socket
-import subprocess
-import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -22,7 +19,7 @@ from pathlib import Path
 
 from ..errors import CustomizedModelsError
 from ..models import Progress
-from ..processes import available_memory
+from ..processes import available_memory, start_server
 from .digests import FileDigest, digest_of
 from .keeper import FILES, is_of_this_user, seals
 
@@ -150,25 +147,11 @@ def _takes(listener: socket.socket, name: str) -> bool:
 def _start_keeper(
     listener: socket.socket, directory: Path, files: Mapping[str, FileDigest]
 ) -> None:
-    fd, package = listener.fileno(), str(Path(__file__).parent.parent.parent)
-    code = (
-        f"import sys; sys.path.append({package!r}); "
-        f"from customized_models.files.keeper import main; main({fd})"
-    )
     digests = {name: [digest.size, digest.digest] for name, digest in files.items()}
     with tempfile.TemporaryFile("w+") as task:
         json.dump([os.path.abspath(directory), digests, IDLE_SECONDS], task)
         task.seek(0)
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-c", code],
-            stdin=task,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            pass_fds=[fd],
-            cwd="/",
-            start_new_session=True,
-        )
-    threading.Thread(target=process.wait, daemon=True, name="reaper").start()  # no zombies
+        start_server("customized_models.files.keeper", listener.fileno(), stdin=task, cwd="/")
 
 
 def _received(

@@ -28,6 +28,7 @@ from attrs import frozen
 
 from ..errors import JobFailed, shown
 from ..files.writing import disk_errors
+from ..processes import start_server
 
 FORKS = sys.platform == "linux"
 """Whether a process may fork after the imports: the frameworks of macOS do not work in a fork."""
@@ -202,22 +203,10 @@ class _Server:
     def start(cls) -> _Server:
         here, there = socket.socketpair()
         inherited = environment()
-        package = str(Path(__file__).parent.parent.parent)
-        code = (
-            f"import sys; sys.path.append({package!r}); "
-            f"from customized_models.jobs.fork_server import main; main({there.fileno()})"
-        )
         with there:
-            process = subprocess.Popen(
-                [sys.executable, "-P", "-c", code],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                pass_fds=[there.fileno()],
-                start_new_session=True,
-                env=inherited,
+            process = start_server(
+                "customized_models.jobs.fork_server", there.fileno(), env=inherited
             )
-        threading.Thread(target=process.wait, daemon=True, name="reaper").start()  # no zombies
         return cls(process, here, inherited)
 
     def fits(self) -> bool:

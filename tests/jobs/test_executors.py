@@ -39,6 +39,7 @@ from customized_models import (
     as_completed,
 )
 from customized_models.catalog.jobs import WORKERS
+from customized_models.files.kept import can_keep
 from customized_models.storage import Storage
 from customized_models.testing import tiny_llama, tiny_lora
 from tests.deploying.third_party import Shelf
@@ -109,7 +110,7 @@ def test_an_executor_saves_what_a_process_of_this_host_does(
     assert "merging" in jobs[0].log
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone has memory that can be sealed")
+@pytest.mark.skipif(not can_keep(), reason="this Python knows of no memory that can be sealed")
 @pytest.mark.parametrize("workers", [None, 2])
 def test_a_fleet_reads_its_base_once(workers: int | None, tmp_path: Path) -> None:
     registry, base = ModelRegistry(tmp_path / "models"), tiny_llama(tmp_path / "base")
